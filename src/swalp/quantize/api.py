@@ -1,0 +1,188 @@
+"""The public `quantize`: arguments checked once, gradients, and the operator PyTorch's tools see."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from swalp.format_text import parse_format
+from swalp.formats import Binary, BlockFloat, FixedPoint, Format, Microscaling, Minifloat
+from swalp.quantize import dispatch, reference
+from swalp.quantize.blocks import block_extents
+from swalp.rounding import DETERMINISTIC, Nearest, Rounding, Stochastic, TowardZero
+
+Gradient = Literal["straight-through", "clipped"]
+
+CARRIERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def quantize(
+    x: Tensor,
+    fmt: Format,
+    rounding: Rounding = Nearest(),  # noqa: B008  (a frozen value)
+    *,
+    gradient: Gradient = "straight-through",
+    out: Tensor | None = None,
+) -> Tensor:
+    """Round each element of `x` to a value of `fmt`.
+
+    Args:
+        x: float32, float64, bfloat16 or float16, any shape and memory layout; unchanged. NaN stays
+            NaN, infinities saturate, -0 becomes +0 in integer formats.
+        fmt: the set of values; block formats find their exponents in `x`.
+        rounding: `Nearest()` (ties to even), a directed rule, or `Stochastic(seed)`.
+        gradient: what autograd passes back through the rounding. "straight-through": the gradient
+            as it is; "clipped": zero where `x` lies beyond the range of its grid.
+        out: a tensor of the shape and dtype of `x` to write to, `x` itself included; no gradient.
+
+    Returns:
+        A tensor of the shape and dtype of `x` (or `out`), every element a value of `fmt`. The result
+        depends on the values of `x`, `fmt` and `rounding` alone, not on device, layout or threads.
+
+    Raises:
+        TypeError: `x` is no floating-point tensor, or `fmt` or `rounding` is no such value.
+        ValueError: the dtype cannot hold the values of `fmt`, an axis is out of range, a tile does
+            not divide, or `out` does not fit.
+
+    Example:
+        >>> quantize(torch.tensor([0.3, -1.7, 100.0]), FixedPoint(8, 4))
+        tensor([ 0.3125, -1.6875,  7.9375])
+
+    Source: Yang et al. 2019 (arXiv:1904.11943), section 3.1; `docs/numerics.md` has the contract.
+    """
+    check(x, fmt, rounding)
+    if gradient not in ("straight-through", "clipped"):
+        raise ValueError(f"gradient={gradient!r} must be 'straight-through' or 'clipped'")
+    if out is not None:
+        _check_out(x, out)
+        return dispatch.run(x, fmt, rounding, out)
+    plain = type(x) is Tensor or type(x) is torch.nn.Parameter
+    recorded = x.requires_grad and torch.is_grad_enabled()
+    if plain and not recorded and not _traced(x):
+        return dispatch.run(x, fmt, rounding)
+    seed, step, call, key = 0, 0, 0, None
+    if isinstance(rounding, Stochastic):
+        step, call = rounding.step, rounding.call
+        if rounding.seed is None:
+            key = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
+        else:
+            seed = rounding.seed - (rounding.seed >> 63 << 64)  # as a signed 64-bit int
+    operator = torch.ops.swalp.quantize
+    result: Tensor = operator(
+        x, str(fmt), str(rounding), seed, step, call, key, gradient == "clipped"
+    )
+    return result
+
+
+def check(x: Tensor, fmt: Format, rounding: Rounding) -> None:
+    """Raise unless `x` can be quantized to `fmt` with `rounding`; see `quantize`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"quantize: x must be a torch.Tensor, not {type(x).__name__}")
+    if not isinstance(fmt, Format):
+        raise TypeError(
+            f"quantize: fmt must be a format such as swalp.BlockFloat(8), not {fmt!r}; "
+            f"swalp.parse_format reads short strings"
+        )
+    if not isinstance(rounding, Rounding):
+        raise TypeError(
+            f"quantize: rounding must be a rule such as swalp.Nearest() or "
+            f"swalp.Stochastic(seed), not {rounding!r}"
+        )
+    if isinstance(fmt, Binary) and isinstance(rounding, TowardZero):
+        raise ValueError(f"quantize: {fmt} has no zero to round toward; use Nearest()")
+    _check_carrier(fmt, x.dtype)
+    if isinstance(fmt, BlockFloat | Microscaling):
+        block_extents(fmt, x.shape)
+
+
+@lru_cache(maxsize=4096)
+def _check_carrier(fmt: Format, dtype: torch.dtype) -> None:
+    if dtype not in CARRIERS:
+        raise TypeError(
+            f"quantize: x is {dtype}; it must be float32, float64, bfloat16 or float16: convert it "
+            f"with x.float()"
+        )
+    info = torch.finfo(dtype)
+    significand = 1 - round(torch.log2(torch.tensor(info.eps, dtype=torch.float64)).item())
+    name = str(dtype).removeprefix("torch.")
+    if fmt.significand_bits > significand:
+        raise ValueError(
+            f"quantize: {fmt} has {fmt.significand_bits} significant bits, but {name} carries "
+            f"{significand}; convert x to a wider dtype or choose a shorter word"
+        )
+    fixed_range = isinstance(fmt, FixedPoint | Minifloat | Binary)
+    if fixed_range and (fmt.largest > info.max or fmt.smallest < info.smallest_normal * info.eps):
+        raise ValueError(
+            f"quantize: {fmt} reaches from {fmt.smallest:.3g} to {fmt.largest:.3g}, but {name} from "
+            f"{info.smallest_normal * info.eps:.3g} to {info.max:.3g}; convert x to a wider dtype"
+        )
+
+
+def _check_out(x: Tensor, out: Tensor) -> None:
+    if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
+        raise ValueError(
+            f"quantize: out is {out.dtype} {tuple(out.shape)} on {out.device}; it must be like x, "
+            f"{x.dtype} {tuple(x.shape)} on {x.device}"
+        )
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether PyTorch is watching: compiling, exporting, faking, or transforming functions."""
+    return (
+        torch.compiler.is_compiling()
+        or x.is_meta
+        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+@torch.library.custom_op("swalp::quantize", mutates_args=())
+def _operator(
+    x: Tensor,
+    fmt: str,
+    rounding: str,
+    seed: int,
+    step: int,
+    call: int,
+    key: Tensor | None,
+    clipped: bool,
+) -> Tensor:
+    rule = DETERMINISTIC.get(rounding)
+    if rule is None:
+        seed = seed if key is None else int(key)
+        bits = int(rounding.removeprefix("stochastic"))
+        rule = Stochastic(seed & (2**64 - 1), random_bits=bits, step=step, call=call)
+    return dispatch.run(x, parse_format(fmt), rule)
+
+
+@_operator.register_fake
+def _fake(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, fmt, *_, clipped = inputs
+    ctx.inputs = len(inputs)
+    if clipped:
+        ctx.save_for_backward(reference.in_range(x, parse_format(fmt)))
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    masks = ctx.saved_tensors
+    passed = torch.where(masks[0], grad, 0.0) if masks else grad
+    return passed, *(None,) * (ctx.inputs - 1)
+
+
+_operator.register_autograd(_backward, setup_context=_save)
+
+
+@_operator.register_vmap
+def _vmap(
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, *arguments: Any
+) -> tuple[Tensor, int]:
+    # Each slice is a tensor of its own: the same key gives each the same noise, as in a loop.
+    slices = x.unbind(in_dims[0] or 0)
+    return torch.stack([torch.ops.swalp.quantize(part, *arguments) for part in slices]), 0

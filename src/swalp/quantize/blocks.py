@@ -1,0 +1,71 @@
+"""Which elements share an exponent: blocks as an extent along each axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from swalp.formats import BlockFloat, Microscaling
+
+
+def block_extents(fmt: BlockFloat | Microscaling, shape: Sequence[int]) -> tuple[int, ...]:
+    """Elements of a block along each axis of a tensor of that shape.
+
+    The whole extent where all indices share, 1 where each index has blocks of its own.
+
+    Raises:
+        ValueError: an axis of `fmt` is out of range, or a tile does not divide the extent.
+
+    Example:
+        >>> block_extents(BlockFloat(8, axes=(0,)), (64, 3, 3)), block_extents(BlockFloat(8, tile=8), (4, 32))
+        ((1, 3, 3), (1, 8))
+    """
+    shape = tuple(shape)
+    if isinstance(fmt, Microscaling):
+        tile: tuple[int, ...] | int | None = (fmt.tile,)
+        axes: tuple[int, ...] | None = (fmt.axis,)
+    else:
+        tile, axes = fmt.tile, fmt.axes
+    if not isinstance(tile, tuple):
+        named = {_axis(axis, shape, fmt) for axis in axes or ()}
+        return tuple(1 if axis in named else extent for axis, extent in enumerate(shape))
+    extents = [1] * len(shape)
+    for axis, extent in zip(axes or range(-len(tile), 0), tile, strict=True):
+        where = _axis(axis, shape, fmt)
+        if shape[where] % extent:
+            raise ValueError(
+                f"{fmt}: a tile of {extent} does not divide axis {where} of a tensor of shape "
+                f"{shape}; pad the tensor, or choose a tile that divides {shape[where]}"
+            )
+        extents[where] = extent
+    return tuple(extents)
+
+
+def block_max(x: Tensor, extents: Sequence[int]) -> Tensor:
+    """The largest element of each block: shape `x.shape[i] // extents[i]`; `x` must not be empty."""
+    return x.reshape(_split(x.shape, extents)).amax(dim=tuple(range(1, 2 * x.dim(), 2)))
+
+
+def spread(blocks: Tensor, extents: Sequence[int]) -> Tensor:
+    """Each block's value at each of its elements: the inverse layout of `block_max`."""
+    for axis, extent in enumerate(extents):
+        blocks = blocks.repeat_interleave(extent, dim=axis)
+    return blocks
+
+
+def _split(shape: Sequence[int], extents: Sequence[int]) -> list[int]:
+    return [
+        part
+        for size, extent in zip(shape, extents, strict=True)
+        for part in (size // extent, extent)
+    ]
+
+
+def _axis(axis: int, shape: tuple[int, ...], fmt: BlockFloat | Microscaling) -> int:
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(
+            f"{fmt}: axis {axis} is out of range for a tensor of shape {shape}; "
+            f"it has {len(shape)} dimension(s)"
+        )
+    return axis % len(shape)
