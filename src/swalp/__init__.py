@@ -1,5 +1,8 @@
 """Train PyTorch networks in 8 bits or fewer, and average the iterates (SWALP)."""
 
+from swalp import optim, recipes, schedules
+from swalp.averaging import WeightAverage, recompute_batchnorm
+from swalp.convert import convert, noise_clock, summary, to_float
 from swalp.format_text import parse_format
 from swalp.formats import Binary, BlockFloat, FixedPoint, Microscaling, Minifloat
 from swalp.quantize import quantize
@@ -16,6 +19,15 @@ __all__ = [
     "TowardNegative",
     "TowardPositive",
     "TowardZero",
+    "WeightAverage",
+    "convert",
+    "noise_clock",
+    "optim",
     "parse_format",
     "quantize",
+    "recipes",
+    "recompute_batchnorm",
+    "schedules",
+    "summary",
+    "to_float",
 ]
