@@ -66,7 +66,7 @@ def convert(model: _Module, recipe: Recipe, *, seed: int = 0) -> _Module:
     if not layers:
         kinds = ", ".join(kind.__name__ for kind in CONVERTED)
         raise ValueError(
-            f"convert: {type(model).__name__} has no layer to convert; layers that convert: {kinds}"
+            f"convert: {type(model).__name__} has no layer to convert; these kinds convert: {kinds}"
         )
     clock = NoiseClock(seed)
     for index, (name, module) in enumerate(layers):
@@ -98,7 +98,7 @@ def noise_clock(model: nn.Module) -> NoiseClock:
 
 
 def to_float(model: _Module) -> _Module:
-    """A copy of `model` with the same parameters and no quantizers; a float model is just copied."""
+    """A copy of `model` with the same parameters and no quantizers; of a float model, a copy."""
     result = copy.deepcopy(model)
     for module in result.modules():
         if isinstance(module, QuantizedInput):
