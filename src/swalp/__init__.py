@@ -5,6 +5,7 @@ from swalp.averaging import WeightAverage, recompute_batchnorm
 from swalp.convert import convert, noise_clock, summary, to_float
 from swalp.format_text import parse_format
 from swalp.formats import Binary, BlockFloat, FixedPoint, Microscaling, Minifloat
+from swalp.packed import PackedTensor, pack
 from swalp.quantize import quantize
 from swalp.rounding import Nearest, Stochastic, TowardNegative, TowardPositive, TowardZero
 
@@ -15,6 +16,7 @@ __all__ = [
     "Microscaling",
     "Minifloat",
     "Nearest",
+    "PackedTensor",
     "Stochastic",
     "TowardNegative",
     "TowardPositive",
@@ -23,6 +25,7 @@ __all__ = [
     "convert",
     "noise_clock",
     "optim",
+    "pack",
     "parse_format",
     "quantize",
     "recipes",

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swalp.formats import Format
 from swalp.layers import CONVERTED, NoiseClock, QuantizedInput, Rule, Signal
+from swalp.packed import PackedTensor, pack
 from swalp.quantize import quantize
 from swalp.recipes import Quantizer, Recipe, fit
 from swalp.rounding import Stochastic
@@ -31,7 +33,7 @@ class _Conversion:
             self.clock.step += 1
 
 
-def convert(model: _Module, recipe: Recipe, *, seed: int = 0) -> _Module:
+def convert(model: _Module, recipe: Recipe, *, seed: int = 0, packed: bool = False) -> _Module:
     """Make `model` compute in low precision, in place, and return it.
 
     Linear and convolution layers quantize their input (activation) and the gradient they send back
@@ -48,9 +50,13 @@ def convert(model: _Module, recipe: Recipe, *, seed: int = 0) -> _Module:
         recipe: see `swalp.recipes`.
         seed: the run's seed. The noise of a layer is a function of seed, layer name, training pass
             and element alone.
+        packed: hold each parameter as a `PackedTensor` of the weight format, about a byte each for
+            8 bits, instead of as floats on its grid. The numbers are the same. Parameters are
+            replaced: make the optimizer afterwards.
 
     Raises:
-        ValueError: `model` is converted already, or has no layer to convert.
+        ValueError: `model` is converted already, or has no layer to convert, or should be packed
+            without a weight format.
     """
     if not isinstance(recipe, Recipe):
         raise TypeError(
@@ -68,6 +74,8 @@ def convert(model: _Module, recipe: Recipe, *, seed: int = 0) -> _Module:
         raise ValueError(
             f"convert: {type(model).__name__} has no layer to convert; these kinds convert: {kinds}"
         )
+    if packed and recipe.weight is None:
+        raise ValueError(f"convert: packed=True needs a weight format; {recipe.name!r} has none")
     clock = NoiseClock(seed)
     for index, (name, module) in enumerate(layers):
         outer = index == 0 and not recipe.quantize_input
@@ -80,9 +88,7 @@ def convert(model: _Module, recipe: Recipe, *, seed: int = 0) -> _Module:
             None if outer else _rule(recipe.error, seed, "error", name),
         )
     if recipe.weight is not None:
-        with torch.no_grad():
-            for parameter in model.parameters():
-                quantize(parameter, fit(recipe.weight.format, parameter.dim()), out=parameter)
+        _round_parameters(model, recipe.weight.format, packed)
     model._swalp = _Conversion(recipe, clock)  # type: ignore[assignment]
     model.register_forward_pre_hook(model._swalp)  # type: ignore[arg-type]
     return model
@@ -100,6 +106,10 @@ def noise_clock(model: nn.Module) -> NoiseClock:
 def to_float(model: _Module) -> _Module:
     """A copy of `model` with the same parameters and no quantizers; of a float model, a copy."""
     result = copy.deepcopy(model)
+    _replace_parameters(
+        result,
+        lambda value: value.dequantize() if isinstance(value, PackedTensor) else value,
+    )
     for module in result.modules():
         if isinstance(module, QuantizedInput):
             del module.signal
@@ -177,6 +187,31 @@ def _conversion(model: nn.Module) -> _Conversion:
             f"recipe) returned"
         )
     return found
+
+
+def _round_parameters(model: nn.Module, fmt: Format, packed: bool) -> None:
+    def rounded(value: Tensor) -> Tensor:
+        grid = fit(fmt, value.dim())
+        return pack(value, grid) if packed else quantize(value, grid, out=value)
+
+    _replace_parameters(model, rounded)
+
+
+@torch.no_grad()
+def _replace_parameters(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Every parameter by `change(its value)`, where that is another tensor; tied ones stay tied."""
+    changed: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if parameter not in changed:
+                value = change(parameter)
+                same = value is parameter
+                changed[parameter] = (
+                    parameter if same else nn.Parameter(value, parameter.requires_grad)
+                )
+            module._parameters[name] = changed[parameter]
 
 
 def _rule(quantizer: Quantizer | None, seed: int, role: str, name: str) -> Rule | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
+from swalp.packed import PackedTensor, pack
 from swalp.quantize import quantize
 from swalp.recipes import Recipe, fit
 from swalp.rounding import Stochastic
@@ -136,13 +138,9 @@ class SGD(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for number, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [
-                f"{number}.{index}" for index in range(len(group["params"]))
-            ]
-            for name, parameter in zip(names, group["params"], strict=True):
-                if parameter.grad is not None:
-                    self._update(name, parameter, group)
+        for name, parameter, group in self._named():
+            if parameter.grad is not None:
+                self._update(name, parameter, group)
         return loss
 
     def _update(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -161,7 +159,7 @@ class SGD(torch.optim.Optimizer):
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
             nesterov=group["nesterov"],
-            quantized=self._quantizer(name, state["step"]),
+            quantized=self._quantizer(name, state["step"], isinstance(parameter, PackedTensor)),
         )
         parameter.copy_(weight)
         state["step"] += 1
@@ -170,7 +168,9 @@ class SGD(torch.optim.Optimizer):
         if accumulator is not None:
             state["accumulator"] = accumulator
 
-    def _quantizer(self, name: str, step: int) -> Quantize:
+    def _quantizer(self, name: str, step: int, packed: bool) -> Quantize:
+        """Q of each role for one parameter at one step; `packed`: what is kept is held as codes."""
+
         def quantized(role: str, tensor: Tensor) -> Tensor:
             quantizer = None if self.recipe is None else getattr(self.recipe, role)
             if quantizer is None:
@@ -178,6 +178,39 @@ class SGD(torch.optim.Optimizer):
             rounding = quantizer.rounding
             if isinstance(rounding, Stochastic):
                 rounding = rounding.seeded(self.seed).stream(role, name).at(step)
-            return quantize(tensor, fit(quantizer.format, tensor.dim()), rounding)
+            fmt = fit(quantizer.format, tensor.dim())
+            kept = packed and role != "gradient" and fmt.bits <= 16
+            return pack(tensor, fmt, rounding) if kept else quantize(tensor, fmt, rounding)
 
         return quantized
+
+    def consume_gradients(self) -> list[RemovableHandle]:
+        """Update each parameter as soon as its gradient is complete, and free the gradient.
+
+        From then on `backward()` trains: gradients never all exist at once, and `step()` has
+        nothing left to do. Not for accumulating gradients over several backward passes.
+
+        Returns:
+            The hooks' handles; `remove()` each to go back to `step()`.
+        """
+
+        def hook(parameter: Tensor, name: str, group: dict[str, Any]) -> None:
+            with torch.no_grad():
+                self._update(name, parameter, group)
+            parameter.grad = None
+
+        return [
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda parameter, name=name, group=group: hook(parameter, name, group)
+            )
+            for name, parameter, group in self._named()
+        ]
+
+    def _named(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """Every parameter with its name, or place, and its group."""
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [
+                f"{number}.{index}" for index in range(len(group["params"]))
+            ]
+            for name, parameter in zip(names, group["params"], strict=True):
+                yield name, parameter, group

@@ -1,0 +1,156 @@
+"""The definition of codes: the integers that stand for values of a format.
+
+* `FixedPoint`, `BlockFloat`, `Microscaling` of fixed point: value = code * 2**gap, in two's
+  complement. NaN is the lowest code, -2**(W-1), which a symmetric format leaves unused.
+* `Minifloat`, `Microscaling` of one: the bits sign, exponent field, mantissa, from the top.
+* `Binary`: 1 for the positive value, 0 for the negative one.
+
+Exponents are those of `reference.shared_exponents`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from swalp.formats import Binary, BlockFloat, FixedPoint, Format, Microscaling, Minifloat
+from swalp.quantize import reference
+from swalp.quantize.blocks import block_extents, spread
+from swalp.rounding import Rounding
+
+
+def code_dtype(fmt: Format) -> torch.dtype:
+    """Of an element's code: int8, uint8 or int16."""
+    if fmt.bits > 8:
+        return torch.int16
+    bit_pattern = isinstance(_element(fmt), Minifloat | Binary)
+    return torch.uint8 if bit_pattern else torch.int8
+
+
+def exponent_dtype(fmt: BlockFloat | Microscaling) -> torch.dtype:
+    """Of a block's exponent: int8 where the field has 8 bits or fewer, else int16."""
+    return torch.int8 if fmt.min_exponent >= -128 and fmt.max_exponent <= 127 else torch.int16
+
+
+def holds_nan(fmt: Format) -> bool:
+    """Whether a code of `fmt` stands for NaN."""
+    element = _element(fmt)
+    if isinstance(element, Minifloat):
+        return element.specials != "finite"
+    return not isinstance(element, Binary) and element.symmetric
+
+
+def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None]:
+    """Codes and exponents of ``quantize(x, fmt, rounding)``.
+
+    Args:
+        x: float32, any shape.
+        fmt: of at most 16 bits.
+        rounding: the rule.
+
+    Returns:
+        Codes, `code_dtype(fmt)`, the shape of `x`, contiguous; exponents, `exponent_dtype(fmt)`,
+        one per block (see `block_extents`), or None for a format without blocks.
+
+    Raises:
+        ValueError: `x` has a NaN and `fmt` no code for it.
+    """
+    values = reference.quantize(x, fmt, rounding).to(torch.float64)
+    exponents = None
+    if isinstance(fmt, BlockFloat | Microscaling):
+        exponents = _exponents(x, fmt)
+        values = values / _scale(exponents, fmt, x.shape)
+    elif isinstance(fmt, FixedPoint):
+        values = values / fmt.gap
+    missing = values.isnan()
+    if not holds_nan(fmt) and bool(missing.any()):
+        raise ValueError(f"pack: the tensor has a NaN, and {fmt} no code for it")
+    element = _element(fmt)
+    match element:
+        case Binary():
+            codes = (values > 0).to(torch.int64)
+        case Minifloat():
+            codes = _bits(values, element)
+        case _:
+            codes = torch.where(missing, -(1 << (element.bits - 1)), values.nan_to_num()).long()
+    return codes.to(code_dtype(fmt)).contiguous(), exponents
+
+
+def unpack(codes: Tensor, exponents: Tensor | None, fmt: Format) -> Tensor:
+    """The float32 values of codes and exponents that `pack` made."""
+    element = _element(fmt)
+    match element:
+        case Binary():
+            values = torch.where(codes > 0, element.largest, -element.largest).double()
+        case Minifloat():
+            values = _from_bits(codes.to(torch.int64) & (element.num_codes - 1), element)
+        case _:
+            values = codes.to(torch.float64)
+            if element.symmetric:
+                values = torch.where(values < element.min_integer, torch.nan, values)
+            if isinstance(fmt, FixedPoint):
+                values = values * fmt.gap
+    if exponents is not None:
+        assert isinstance(fmt, BlockFloat | Microscaling)
+        values = values * _scale(exponents, fmt, codes.shape)
+    return values.to(torch.float32)
+
+
+def _element(fmt: Format) -> FixedPoint | BlockFloat | Minifloat | Binary:
+    return fmt.element if isinstance(fmt, Microscaling) else fmt
+
+
+def _exponents(x: Tensor, fmt: BlockFloat | Microscaling) -> Tensor:
+    if x.numel() == 0:
+        extents = block_extents(fmt, x.shape)
+        shape = [n // max(extent, 1) for n, extent in zip(x.shape, extents, strict=True)]
+        return torch.empty(shape, dtype=exponent_dtype(fmt), device=x.device)
+    return reference.shared_exponents(x, fmt).to(exponent_dtype(fmt))
+
+
+def _scale(exponents: Tensor, fmt: BlockFloat | Microscaling, shape: torch.Size) -> Tensor:
+    """2**gap of a `BlockFloat` block, the scale of a `Microscaling` one, at each element."""
+    power = spread(exponents.to(torch.int64), block_extents(fmt, shape))
+    if isinstance(fmt, BlockFloat):
+        power = power - fmt.word_length + 2
+    elif isinstance(fmt.element, FixedPoint):
+        power = power - fmt.element.frac_bits
+    return reference.scaled(torch.ones_like(power), power)
+
+
+def _bits(values: Tensor, fmt: Minifloat) -> Tensor:
+    """The bit pattern of values of `fmt`; of NaN the one of all ones (fnuz: of -0)."""
+    assert fmt.bias is not None  # resolved at birth
+    magnitude = torch.where(values.isfinite(), values, 0.0).abs()
+    floor_log2 = torch.frexp(magnitude)[1].to(torch.int64) - 1
+    normal = magnitude >= 2.0**fmt.min_exponent
+    exponent = torch.where(normal, floor_log2, fmt.min_exponent)
+    steps = reference.scaled(magnitude, fmt.mantissa_bits - exponent).to(torch.int64)
+    hidden = 1 << fmt.mantissa_bits
+    field = torch.where(normal, exponent + fmt.bias, 0)
+    codes = (field << fmt.mantissa_bits) + torch.where(normal, steps - hidden, steps)
+    ones = (1 << (fmt.exponent_bits + fmt.mantissa_bits)) - 1
+    codes = torch.where(values.isinf(), ones & -hidden, codes)
+    codes = codes | (values.signbit().long() * fmt.signed << fmt.exponent_bits + fmt.mantissa_bits)
+    return torch.where(values.isnan(), 1 << fmt.bits - 1 if fmt.specials == "fnuz" else ones, codes)
+
+
+def _from_bits(codes: Tensor, fmt: Minifloat) -> Tensor:
+    assert fmt.bias is not None  # resolved at birth
+    magnitude_bits = fmt.exponent_bits + fmt.mantissa_bits
+    hidden = 1 << fmt.mantissa_bits
+    field = (codes >> fmt.mantissa_bits) & ((1 << fmt.exponent_bits) - 1)
+    steps = codes & (hidden - 1)
+    normal = (field > 0) | (not fmt.has_zero)
+    exponent = torch.where(normal, field - fmt.bias, fmt.min_exponent) - fmt.mantissa_bits
+    values = reference.scaled(steps + normal * hidden, exponent)
+    ones = (1 << magnitude_bits) - 1
+    magnitude = codes & ones
+    if fmt.specials == "ieee":
+        values = torch.where(magnitude == (ones & -hidden), torch.inf, values)
+        values = torch.where(magnitude > (ones & -hidden), torch.nan, values)
+    elif fmt.specials == "fn":
+        values = torch.where(magnitude == ones, torch.nan, values)
+    elif fmt.specials == "fnuz":
+        values = torch.where(codes == 1 << magnitude_bits, torch.nan, values)
+    return torch.where(codes > ones, -values, values)
