@@ -1,8 +1,8 @@
 """Which numbers exist: the formats, as frozen values.
 
-Every format is, for each element, a set of values ``sign * integer * 2**gap_exponent``. `FixedPoint`
-has one gap for all; `BlockFloat` and `Microscaling` find it from the largest magnitude of a block;
-`Minifloat` from the magnitude of the element itself; `Binary` has two values and no zero.
+Every format is, for each element, a set of values ``sign * integer * 2**gap_exponent``.
+`FixedPoint` has one gap for all; `BlockFloat` and `Microscaling` find it from the largest magnitude
+of a block; `Minifloat` from the magnitude of the element itself; `Binary` has two values, no zero.
 
 A format knows:
 
@@ -10,7 +10,8 @@ A format knows:
 * `gap`: the distance between neighbours in [1, 2), for a block format in a block whose largest
   magnitude lies there;
 * `bits`: bits of an element's code, without its share of a shared exponent; `num_codes` = 2**bits;
-* `values()`: all its finite values, ascending (of a block format: in a block with exponent 0).
+* `values()`: all its finite values, ascending (of a block format: in a block whose largest
+  magnitude lies in [1, 2)), for words of up to 24 bits.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ Specials = Literal["ieee", "fn", "fnuz", "finite"]
 
 # float64 carries 53 significant bits: the widest carrier there is.
 _MAX_SIGNIFICAND = 53
+_SMALLEST_EXPONENT = -1074  # of a float64: of the lowest subnormal
+_MAX_LISTED_BITS = 24  # 2**24 values are 128 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,7 @@ class FixedPoint:
 
     def values(self) -> Tensor:
         """All values, ascending, float64."""
+        _check_listable(self)
         integers = torch.arange(self.min_integer, self.max_integer + 1, dtype=torch.float64)
         return integers * self.gap
 
@@ -209,6 +213,7 @@ class BlockFloat:
 
     def values(self) -> Tensor:
         """All values of a block with exponent 0, ascending, float64."""
+        _check_listable(self)
         integers = torch.arange(self.min_integer, self.max_integer + 1, dtype=torch.float64)
         return integers * self.gap
 
@@ -226,11 +231,13 @@ class Minifloat:
         exponent_bits: width of the exponent field.
         mantissa_bits: stored bits, without the hidden one; 0 gives the powers of two (and zero):
             the logarithmic format.
-        bias: exponent of field value e is e - bias; default 2**(exponent_bits-1) - 1.
+        bias: exponent of field value e is e - bias; default 2**(exponent_bits-1) - 1, for "fnuz"
+            2**(exponent_bits-1).
         subnormals: False: exponent field 0 holds zero alone, so that nothing lies between zero and
-            the smallest normal value; without mantissa bits it holds 2**-bias and there is no zero.
+            the smallest normal value; without mantissa bits it holds 2**-bias, and there is no
+            zero.
         specials: which codes are no numbers. "ieee": the top exponent field holds infinity and NaN;
-            "fn": only the code of all ones is NaN; "fnuz": only the code of -0 is NaN; "finite": none.
+            "fn": only the code of all ones is NaN; "fnuz": only that of -0; "finite": none.
         saturating: True: what exceeds the largest value, infinity included, becomes the largest.
             False: it becomes infinity (ieee) or NaN (fn, fnuz); not to be had with "finite".
         signed: False: no sign bit; negative inputs become NaN.
@@ -256,7 +263,7 @@ class Minifloat:
         for name in ("subnormals", "saturating", "signed"):
             require_bool("Minifloat", name, getattr(self, name))
         if self.bias is None:
-            object.__setattr__(self, "bias", (1 << (self.exponent_bits - 1)) - 1)
+            object.__setattr__(self, "bias", self._standard_bias)
         require_int(
             "Minifloat", "bias", self.bias, -900, 1100, "the values must be ordinary float64"
         )
@@ -271,13 +278,15 @@ class Minifloat:
             )
         if self._top_field < (1 if self.has_zero else 0):
             raise ValueError(
-                f"Minifloat: {self.exponent_bits} exponent and {self.mantissa_bits} mantissa bits "
-                f"with specials={self.specials!r} leave no number but zero; give it more bits"
+                f"Minifloat: specials={self.specials!r} takes the only exponent field for normal "
+                f"numbers that {self.exponent_bits} exponent bit(s) have; give it more, or use "
+                f"specials='finite'"
             )
-        if self.max_exponent > 1023:
+        if self.max_exponent > 1023 or self._smallest_exponent < _SMALLEST_EXPONENT:
             raise ValueError(
-                f"Minifloat: the largest exponent {self.max_exponent} exceeds float64's 1023; "
-                f"use a larger bias"
+                f"Minifloat: with bias={self.bias} the magnitudes reach from "
+                f"2**{self._smallest_exponent} to 2**{self.max_exponent}, but float64 from "
+                f"2**-1074 to 2**1023: use another bias or fewer exponent bits"
             )
 
     @property
@@ -289,6 +298,11 @@ class Minifloat:
     def _bias(self) -> int:
         assert self.bias is not None  # resolved at birth
         return self.bias
+
+    @property
+    def _standard_bias(self) -> int:
+        # Without infinities and with one NaN, the fnuz formats shift their range down by a binade.
+        return (1 << (self.exponent_bits - 1)) - (self.specials != "fnuz")
 
     @property
     def _top_field(self) -> int:
@@ -305,9 +319,11 @@ class Minifloat:
     @property
     def max_exponent(self) -> int:
         """Exponent of the largest value."""
-        if self._top_field == 0:
-            return self.min_exponent  # one exponent field, subnormals alone
         return self._top_field - self._bias
+
+    @property
+    def _smallest_exponent(self) -> int:
+        return self.min_exponent - (self.mantissa_bits if self.subnormals else 0)
 
     @property
     def gap(self) -> float:
@@ -325,7 +341,7 @@ class Minifloat:
     @property
     def smallest(self) -> float:
         """Smallest positive value: the lowest subnormal, or the lowest normal without them."""
-        return math.ldexp(1.0, self.min_exponent - (self.mantissa_bits if self.subnormals else 0))
+        return math.ldexp(1.0, self._smallest_exponent)
 
     @property
     def bits(self) -> int:
@@ -344,6 +360,7 @@ class Minifloat:
 
     def values(self) -> Tensor:
         """All finite values, ascending, float64; zero once."""
+        _check_listable(self)
         hidden = 1 << self.mantissa_bits
         positive = [
             math.ldexp(integer, exponent - self.mantissa_bits)
@@ -362,9 +379,8 @@ class Minifloat:
         if self in _NAME_OF:
             return _NAME_OF[self]
         kind = f"e{self.exponent_bits}m{self.mantissa_bits}"
-        standard = (1 << (self.exponent_bits - 1)) - 1
         suffix = "" if self.specials == "ieee" and kind not in NAMED else self.specials
-        bias = "" if self.bias == standard else f"b{self.bias}"
+        bias = "" if self.bias == self._standard_bias else f"b{self.bias}"
         flags = ("" if self.subnormals else "-nosub") + ("" if self.saturating else "-inf")
         return f"{'' if self.signed else 'u'}{kind}{suffix}{bias}{flags}"
 
@@ -512,7 +528,7 @@ class Binary:
         return torch.tensor([-self.largest, self.largest], dtype=torch.float64)
 
     def __str__(self) -> str:
-        return "binary" if self.frac_bits == 0 else f"binary.{self.frac_bits}"
+        return _NAME_OF.get(self) or f"binary.{self.frac_bits}"
 
 
 Format = FixedPoint | BlockFloat | Minifloat | Microscaling | Binary
@@ -520,6 +536,7 @@ Format = FixedPoint | BlockFloat | Minifloat | Microscaling | Binary
 # The named formats. (1,5,2) of "Training DNNs with 8-bit floating point" (Wang et al. 2018) is e5m2
 # and its (1,6,9) accumulator format is e6m9.
 NAMED: dict[str, Format] = {
+    "binary": Binary(),
     "ternary": FixedPoint(2, 0, symmetric=True),
     "fp16": Minifloat(5, 10),
     "bf16": Minifloat(8, 7),
@@ -539,6 +556,13 @@ NAMED: dict[str, Format] = {
     "mxint8": Microscaling(FixedPoint(8, 6, symmetric=True)),
 }
 _NAME_OF: dict[Format, str] = {fmt: name for name, fmt in NAMED.items()}
+
+
+def _check_listable(fmt: Format) -> None:
+    if fmt.bits > _MAX_LISTED_BITS:
+        raise ValueError(
+            f"{fmt} has 2**{fmt.bits} codes; values() lists those of up to {_MAX_LISTED_BITS} bits"
+        )
 
 
 def _ldexp(integer: float, exponent: int) -> float:
