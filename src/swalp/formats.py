@@ -32,6 +32,26 @@ _MAX_SIGNIFICAND = 53
 _SMALLEST_EXPONENT = -1074  # of a float64: of the lowest subnormal
 _MAX_LISTED_BITS = 24  # 2**24 values are 128 MiB
 
+# Systematic spelling -> short name. (1,5,2) of "Training DNNs with 8-bit floating point" (Wang et
+# al. 2018) is e5m2, and its (1,6,9) accumulator format e6m9.
+_SHORT = {
+    "binary.0": "binary",
+    "fixed2.0s": "ternary",
+    "e5m10": "fp16",
+    "e8m7": "bf16",
+    "e3m2finite": "e3m2",
+    "e2m3finite": "e2m3",
+    "e2m1finite": "e2m1",
+    "e3m0finite": "e3m0",
+    "ue8m0fn-nosub": "e8m0",
+    "mx_e5m2": "mxfp8_e5m2",
+    "mx_e4m3fn": "mxfp8_e4m3",
+    "mx_e3m2": "mxfp6_e3m2",
+    "mx_e2m3": "mxfp6_e2m3",
+    "mx_e2m1": "mxfp4_e2m1",
+    "mx_fixed8.6s": "mxint8",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class FixedPoint:
@@ -47,6 +67,7 @@ class FixedPoint:
     word_length: int
     frac_bits: int
     symmetric: bool = field(default=False, kw_only=True)
+    _text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_int(
@@ -58,6 +79,7 @@ class FixedPoint:
             "the gap 2**-frac_bits must be an ordinary float64",
         )  # fmt: skip
         require_bool("FixedPoint", "symmetric", self.symmetric)
+        _name(self, f"fixed{self.word_length}.{self.frac_bits}{'s' if self.symmetric else ''}")
 
     @property
     def max_integer(self) -> int:
@@ -106,9 +128,7 @@ class FixedPoint:
         return integers * self.gap
 
     def __str__(self) -> str:
-        return _NAME_OF.get(self) or (
-            f"fixed{self.word_length}.{self.frac_bits}{'s' if self.symmetric else ''}"
-        )
+        return self._text
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +155,7 @@ class BlockFloat:
     tile: int | tuple[int, ...] | None = field(default=None, kw_only=True)  # kept as a tuple
     exponent_bits: int = field(default=8, kw_only=True)
     symmetric: bool = field(default=True, kw_only=True)
+    _text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_int(
@@ -142,8 +163,8 @@ class BlockFloat:
             "values are carried in at most float64 (53 significant bits)",
         )  # fmt: skip
         require_int(
-            "BlockFloat", "exponent_bits", self.exponent_bits, 2, 12,
-            "8 bits cover float32, 11 or 12 float64",
+            "BlockFloat", "exponent_bits", self.exponent_bits, 2, 11,
+            "8 bits are float32's, 11 float64's",
         )  # fmt: skip
         require_bool("BlockFloat", "symmetric", self.symmetric)
         if self.axes is not None:
@@ -156,6 +177,9 @@ class BlockFloat:
                     f"BlockFloat: tile={tile} runs along {len(tile)} axes, but axes={self.axes} "
                     f"names {len(self.axes)}; give one axis for each extent of the tile"
                 )
+        exponent = "" if self.exponent_bits == 8 else f"e{self.exponent_bits}"
+        clamp = "" if self.symmetric else "t"
+        _name(self, f"bfp{self.word_length}{exponent}{clamp}{_layout(self.axes, self.tile)}")
 
     @property
     def max_integer(self) -> int:
@@ -218,9 +242,7 @@ class BlockFloat:
         return integers * self.gap
 
     def __str__(self) -> str:
-        exponent = "" if self.exponent_bits == 8 else f"e{self.exponent_bits}"
-        clamp = "" if self.symmetric else "t"
-        return f"bfp{self.word_length}{exponent}{clamp}{_layout(self.axes, self.tile)}"
+        return self._text
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +274,7 @@ class Minifloat:
     specials: Specials = field(default="ieee", kw_only=True)
     saturating: bool = field(default=True, kw_only=True)
     signed: bool = field(default=True, kw_only=True)
+    _text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_int("Minifloat", "exponent_bits", self.exponent_bits, 1, 11, "float64 has 11")
@@ -288,6 +311,12 @@ class Minifloat:
                 f"2**{self._smallest_exponent} to 2**{self.max_exponent}, but float64 from "
                 f"2**-1074 to 2**1023: use another bias or fewer exponent bits"
             )
+        kind = f"{'' if self.signed else 'u'}e{self.exponent_bits}m{self.mantissa_bits}"
+        # "e3m2" alone is the short name of another one than the IEEE format of these widths.
+        specials = "" if self.specials == "ieee" and kind not in _SHORT.values() else self.specials
+        bias = "" if self.bias == self._standard_bias else f"b{self.bias}"
+        flags = ("" if self.subnormals else "-nosub") + ("" if self.saturating else "-inf")
+        _name(self, f"{kind}{specials}{bias}{flags}")
 
     @property
     def has_zero(self) -> bool:
@@ -327,7 +356,9 @@ class Minifloat:
 
     @property
     def gap(self) -> float:
-        """Distance between neighbours in [1, 2): 2**-mantissa_bits."""
+        """Distance between normal numbers in [1, 2): 2**-mantissa_bits; in 2**k times that range,
+        2**k times as much.
+        """
         return math.ldexp(1.0, -self.mantissa_bits)
 
     @property
@@ -376,13 +407,7 @@ class Minifloat:
         return torch.tensor(negative + zero + positive, dtype=torch.float64)
 
     def __str__(self) -> str:
-        if self in _NAME_OF:
-            return _NAME_OF[self]
-        kind = f"e{self.exponent_bits}m{self.mantissa_bits}"
-        suffix = "" if self.specials == "ieee" and kind not in NAMED else self.specials
-        bias = "" if self.bias == self._standard_bias else f"b{self.bias}"
-        flags = ("" if self.subnormals else "-nosub") + ("" if self.saturating else "-inf")
-        return f"{'' if self.signed else 'u'}{kind}{suffix}{bias}{flags}"
+        return self._text
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,6 +423,7 @@ class Microscaling:
     element: Minifloat | FixedPoint
     tile: int = field(default=32, kw_only=True)
     axis: int = field(default=-1, kw_only=True)
+    _text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.element, Minifloat | FixedPoint):
@@ -412,6 +438,8 @@ class Microscaling:
             )
         require_int("Microscaling", "tile", self.tile, 1, 1 << 30, "the OCP formats use 32")
         require_int("Microscaling", "axis", self.axis, -64, 63, "the OCP formats use the last, -1")
+        axis = "" if self.axis == -1 else f"[{self.axis}]"
+        _name(self, f"mx_{self.element}", axis + ("" if self.tile == 32 else f"/{self.tile}"))
 
     @property
     def element_exponent(self) -> int:
@@ -467,12 +495,7 @@ class Microscaling:
         return self.element.values() * math.ldexp(1.0, -self.element_exponent)
 
     def __str__(self) -> str:
-        if self in _NAME_OF:
-            return _NAME_OF[self]
-        default = Microscaling(self.element)
-        stem = _NAME_OF.get(default, f"mx_{self.element}")
-        axis = "" if self.axis == -1 else f"[{self.axis}]"
-        return f"{stem}{axis}{'' if self.tile == 32 else f'/{self.tile}'}"
+        return self._text
 
 
 @dataclass(frozen=True, slots=True)
@@ -486,12 +509,14 @@ class Binary:
     """
 
     frac_bits: int = 0
+    _text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_int(
             "Binary", "frac_bits", self.frac_bits, -900, 900,
             "the magnitude 2**-frac_bits must be an ordinary float64",
         )  # fmt: skip
+        _name(self, f"binary.{self.frac_bits}")
 
     @property
     def largest(self) -> float:
@@ -528,34 +553,15 @@ class Binary:
         return torch.tensor([-self.largest, self.largest], dtype=torch.float64)
 
     def __str__(self) -> str:
-        return _NAME_OF.get(self) or f"binary.{self.frac_bits}"
+        return self._text
 
 
 Format = FixedPoint | BlockFloat | Minifloat | Microscaling | Binary
 
-# The named formats. (1,5,2) of "Training DNNs with 8-bit floating point" (Wang et al. 2018) is e5m2
-# and its (1,6,9) accumulator format is e6m9.
-NAMED: dict[str, Format] = {
-    "binary": Binary(),
-    "ternary": FixedPoint(2, 0, symmetric=True),
-    "fp16": Minifloat(5, 10),
-    "bf16": Minifloat(8, 7),
-    "e6m9": Minifloat(6, 9),
-    "e5m2": Minifloat(5, 2),
-    "e4m3fn": Minifloat(4, 3, specials="fn"),
-    "e3m2": Minifloat(3, 2, specials="finite"),
-    "e2m3": Minifloat(2, 3, specials="finite"),
-    "e2m1": Minifloat(2, 1, specials="finite"),
-    "e3m0": Minifloat(3, 0, specials="finite"),
-    "e8m0": Minifloat(8, 0, subnormals=False, specials="fn", signed=False),
-    "mxfp8_e5m2": Microscaling(Minifloat(5, 2)),
-    "mxfp8_e4m3": Microscaling(Minifloat(4, 3, specials="fn")),
-    "mxfp6_e3m2": Microscaling(Minifloat(3, 2, specials="finite")),
-    "mxfp6_e2m3": Microscaling(Minifloat(2, 3, specials="finite")),
-    "mxfp4_e2m1": Microscaling(Minifloat(2, 1, specials="finite")),
-    "mxint8": Microscaling(FixedPoint(8, 6, symmetric=True)),
-}
-_NAME_OF: dict[Format, str] = {fmt: name for name, fmt in NAMED.items()}
+
+def _name(fmt: Format, spelling: str, suffix: str = "") -> None:
+    """Store what `fmt` prints as, at birth: torch.compile guards a string and traces no spelling."""
+    object.__setattr__(fmt, "_text", _SHORT.get(spelling, spelling) + suffix)
 
 
 def _check_listable(fmt: Format) -> None:
@@ -596,3 +602,25 @@ def _tile(owner: str, tile: object) -> tuple[int, ...]:
     for extent in extents:
         require_int(owner, "tile", extent, 1, 1 << 30, "give the elements along each tiled axis")
     return tuple(extents)
+
+
+NAMED: dict[str, Format] = {
+    "binary": Binary(),
+    "ternary": FixedPoint(2, 0, symmetric=True),
+    "fp16": Minifloat(5, 10),
+    "bf16": Minifloat(8, 7),
+    "e6m9": Minifloat(6, 9),
+    "e5m2": Minifloat(5, 2),
+    "e4m3fn": Minifloat(4, 3, specials="fn"),
+    "e3m2": Minifloat(3, 2, specials="finite"),
+    "e2m3": Minifloat(2, 3, specials="finite"),
+    "e2m1": Minifloat(2, 1, specials="finite"),
+    "e3m0": Minifloat(3, 0, specials="finite"),
+    "e8m0": Minifloat(8, 0, subnormals=False, specials="fn", signed=False),
+    "mxfp8_e5m2": Microscaling(Minifloat(5, 2)),
+    "mxfp8_e4m3": Microscaling(Minifloat(4, 3, specials="fn")),
+    "mxfp6_e3m2": Microscaling(Minifloat(3, 2, specials="finite")),
+    "mxfp6_e2m3": Microscaling(Minifloat(2, 3, specials="finite")),
+    "mxfp4_e2m1": Microscaling(Minifloat(2, 1, specials="finite")),
+    "mxint8": Microscaling(FixedPoint(8, 6, symmetric=True)),
+}

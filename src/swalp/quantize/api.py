@@ -72,7 +72,8 @@ def quantize(
             key = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
         else:
             seed = rounding.seed - (rounding.seed >> 63 << 64)  # as a signed 64-bit int
-    operator = torch.ops.swalp.quantize
+    transformed = torch._C._are_functorch_transforms_active()
+    operator: Any = _Transformable.apply if transformed else torch.ops.swalp.quantize
     result: Tensor = operator(
         x, str(fmt), str(rounding), seed, step, call, key, gradient == "clipped"
     )
@@ -137,7 +138,7 @@ def _traced(x: Tensor) -> bool:
     return (
         torch.compiler.is_compiling()
         or x.is_meta
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
+        or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
     )
 
@@ -181,6 +182,15 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _operator.register_autograd(_backward, setup_context=_save)
+
+
+class _Transformable(torch.autograd.Function):
+    """The operator for `torch.func`, whose `grad` does not know the autograd of operators."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(torch.ops.swalp.quantize)
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_backward)
 
 
 @_operator.register_vmap
