@@ -254,6 +254,7 @@ def blocks(shape, fmt: BlockFloat | Microscaling) -> list[list[int]]:
 # The random bits.
 
 
+@lru_cache(maxsize=1 << 12)
 def uniform(rounding, index: int) -> int:
     """U of the element with that row-major index, if the rule is stochastic."""
     if not isinstance(rounding, Stochastic):

@@ -56,7 +56,7 @@ def one_block(fmt):
 
 @pytest.mark.parametrize("kind", ["fixed", "minifloat", "block", "microscaling", "binary"])
 def test_equals_exact_fractions(kind):
-    @settings(max_examples=200, deadline=None, derandomize=True)
+    @settings(max_examples=150, deadline=None, derandomize=True)
     @given(quantizations(kind))
     def check(case):
         x, fmt, rule = case
@@ -89,10 +89,7 @@ def test_every_format_of_the_list_has_a_carrier():
 
 
 @every_format
-@pytest.mark.parametrize("rule", ROUNDINGS, ids=str)
-def test_values_never_move(fmt, rule):
-    if rule not in rules(fmt, [rule]):
-        pytest.skip("a binary format has no zero to round toward")
+def test_values_never_move(fmt):
     fmt = one_block(fmt)
     values = fmt.values()
     if isinstance(fmt, BlockFloat | Microscaling) and not is_symmetric(fmt):
@@ -107,7 +104,8 @@ def test_values_never_move(fmt, rule):
         fmt = Microscaling(fmt.element, tile=len(values))
     for scale in scales:
         x = values * 2.0**scale
-        assert same(quantize(x, fmt, rule), x)
+        for rule in rules(fmt):
+            assert same(quantize(x, fmt, rule), x), rule
 
 
 @every_format

@@ -560,7 +560,7 @@ Format = FixedPoint | BlockFloat | Minifloat | Microscaling | Binary
 
 
 def _name(fmt: Format, spelling: str, suffix: str = "") -> None:
-    """Store what `fmt` prints as, at birth: torch.compile guards a string and traces no spelling."""
+    """Store what `fmt` prints as, at birth: torch.compile can guard a string, not a spelling."""
     object.__setattr__(fmt, "_text", _SHORT.get(spelling, spelling) + suffix)
 
 
