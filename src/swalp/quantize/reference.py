@@ -94,7 +94,7 @@ def in_range(x: Tensor, fmt: Format) -> Tensor:
             limit = _limits(wide, fmt) * fmt.gap
         case BlockFloat():
             shared = spread(shared_exponents(x, fmt), block_extents(fmt, x.shape))
-            limit = _scaled(_limits(wide, fmt), shared - fmt.word_length + 2)
+            limit = scaled(_limits(wide, fmt), shared - fmt.word_length + 2)
         case Microscaling(element=element):
             shared = spread(shared_exponents(x, fmt), block_extents(fmt, x.shape))
             limit = _power_of_two(shared) * element.largest
@@ -185,7 +185,7 @@ def _fixed(wide: Tensor, gap: Tensor, limits: Tensor, rounding: Rounding, noise:
     negative = wide < 0
     steps = _steps(magnitude, gap - exponent, None, negative, rounding, noise)
     steps = torch.where(wide.isinf(), limits, torch.minimum(steps, limits))
-    return _scaled(torch.where(negative, -steps, steps), gap)
+    return scaled(torch.where(negative, -steps, steps), gap)
 
 
 def _minifloat(
@@ -203,8 +203,8 @@ def _minifloat(
         odd = (floor_log2 >= fmt.min_exponent) & ((floor_log2 + fmt.bias) & 1 == 1)
     steps = _steps(magnitude, gap + shared - exponent, odd, negative, rounding, noise)
 
-    too_large = (_scaled(steps, gap) > fmt.largest) & wide.isfinite()
-    value = torch.where(too_large | wide.isinf(), fmt.largest, _scaled(steps, gap))
+    too_large = (scaled(steps, gap) > fmt.largest) & wide.isfinite()
+    value = torch.where(too_large | wide.isinf(), fmt.largest, scaled(steps, gap))
     if not fmt.saturating:
         beyond = torch.inf if fmt.specials == "ieee" else torch.nan
         truncates = {
@@ -264,7 +264,8 @@ def _power_of_two(exponent: Tensor) -> Tensor:
     return ((exponent + 1023) << 52).view(torch.float64)
 
 
-def _scaled(steps: Tensor, gap: Tensor) -> Tensor:
+def scaled(steps: Tensor, gap: Tensor) -> Tensor:
     """Steps * 2**gap, float64. In two factors, as 2**gap alone may not be a float64."""
     first = gap.clamp(-1000, 1000)
-    return steps.to(torch.float64) * _power_of_two(first) * _power_of_two(gap - first)
+    second = (gap - first).clamp(-1000, 1000)  # blocks of zeros alone have gaps below 2**-2000
+    return steps.to(torch.float64) * _power_of_two(first) * _power_of_two(second)
