@@ -1,7 +1,12 @@
 """Train PyTorch networks in 8 bits or fewer, and average the iterates (SWALP)."""
 
+from swalp import optim, recipes, schedules
+from swalp.averaging import WeightAverage
+from swalp.batchnorm import recompute_batchnorm
+from swalp.convert import convert, noise_clock, summary, to_float
 from swalp.format_text import parse_format
 from swalp.formats import Binary, BlockFloat, FixedPoint, Microscaling, Minifloat
+from swalp.packed import PackedTensor, pack
 from swalp.quantize import quantize
 from swalp.rounding import Nearest, Stochastic, TowardNegative, TowardPositive, TowardZero
 
@@ -12,10 +17,21 @@ __all__ = [
     "Microscaling",
     "Minifloat",
     "Nearest",
+    "PackedTensor",
     "Stochastic",
     "TowardNegative",
     "TowardPositive",
     "TowardZero",
+    "WeightAverage",
+    "convert",
+    "noise_clock",
+    "optim",
+    "pack",
     "parse_format",
     "quantize",
+    "recipes",
+    "recompute_batchnorm",
+    "schedules",
+    "summary",
+    "to_float",
 ]

@@ -85,6 +85,10 @@ class Stochastic:
             )
         return replace(self, seed=stream_seed(self.seed, role, name))
 
+    def seeded(self, seed: int) -> Stochastic:
+        """The same rule with another seed."""
+        return replace(self, seed=seed)
+
     def at(self, step: int, call: int = 0) -> Stochastic:
         """The same rule at another step."""
         return replace(self, step=step, call=call)

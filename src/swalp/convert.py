@@ -1,0 +1,227 @@
+"""A float network becomes the same network in low precision, and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from swalp.formats import Format
+from swalp.layers import CONVERTED, NoiseClock, QuantizedInput, Rule, Signal
+from swalp.packed import PackedTensor, pack
+from swalp.quantize import quantize
+from swalp.recipes import Quantizer, Recipe, fit
+from swalp.rounding import Stochastic
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_FLOAT_OF: dict[type, type[nn.Module]] = {low: kind for kind, low in CONVERTED.items()}
+
+
+@dataclass(slots=True)
+class _Conversion:
+    """What `convert` leaves on a model: the recipe, the clock, and the hook that drives it."""
+
+    recipe: Recipe
+    clock: NoiseClock
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        if module.training:
+            self.clock.step += 1
+
+
+def convert(model: _Module, recipe: Recipe, *, seed: int = 0, packed: bool = False) -> _Module:
+    """Make `model` compute in low precision, in place, and return it.
+
+    Linear and convolution layers quantize their input (activation) and the gradient they send back
+    (error), except that the first of them, in registration order, takes the network's input as it
+    is unless the recipe says otherwise; the output of the network and the gradient of the loss stay
+    float. All parameters are rounded, to nearest, to the weight format. Everything else computes in
+    float: `summary` lists it. Gradients, momentum and weights are quantized by `swalp.optim`.
+
+    Names, parameters and `state_dict` keys do not change. In `eval()` activations are rounded to
+    nearest and nothing is random.
+
+    Args:
+        model: a float network; its parameters are changed.
+        recipe: see `swalp.recipes`.
+        seed: the run's seed. The noise of a layer is a function of seed, layer name, training pass
+            and element alone.
+        packed: hold each parameter as a `PackedTensor` of the weight format, about a byte each for
+            8 bits, instead of as floats on its grid. The numbers are the same. Parameters are
+            replaced: make the optimizer afterwards.
+
+    Raises:
+        ValueError: `model` is converted already, or has no layer to convert, or should be packed
+            without a weight format.
+    """
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            f"convert: recipe must be a Recipe, not {recipe!r}; "
+            f"swalp.recipes.get('paper-small-block-8') is one"
+        )
+    if any(isinstance(module, QuantizedInput) for module in model.modules()):
+        raise ValueError(
+            "convert: this model is converted already; convert the float model, or take "
+            "swalp.to_float(model) first"
+        )
+    layers = [(name, module) for name, module in model.named_modules() if type(module) in CONVERTED]
+    if not layers:
+        kinds = ", ".join(kind.__name__ for kind in CONVERTED)
+        raise ValueError(
+            f"convert: {type(model).__name__} has no layer to convert; these kinds convert: {kinds}"
+        )
+    if packed and recipe.weight is None:
+        raise ValueError(f"convert: packed=True needs a weight format; {recipe.name!r} has none")
+    clock = NoiseClock(seed)
+    for index, (name, module) in enumerate(layers):
+        outer = index == 0 and not recipe.quantize_input
+        module.__class__ = CONVERTED[type(module)]
+        assert isinstance(module, QuantizedInput)
+        module.signal = Signal(
+            name,
+            clock,
+            None if outer else _rule(recipe.activation, seed, "activation", name),
+            None if outer else _rule(recipe.error, seed, "error", name),
+        )
+    if recipe.weight is not None:
+        _round_parameters(model, recipe.weight.format, packed)
+    model._swalp = _Conversion(recipe, clock)  # type: ignore[assignment]
+    model.register_forward_pre_hook(model._swalp)  # type: ignore[arg-type]
+    return model
+
+
+def noise_clock(model: nn.Module) -> NoiseClock:
+    """The clock of a converted model, whose state a resumed run must restore.
+
+    Raises:
+        ValueError: `model` is not what `convert` returned.
+    """
+    return _conversion(model).clock
+
+
+def to_float(model: _Module) -> _Module:
+    """A copy of `model` with the same parameters and no quantizers; of a float model, a copy."""
+    result = copy.deepcopy(model)
+    _replace_parameters(
+        result,
+        lambda value: value.dequantize() if isinstance(value, PackedTensor) else value,
+    )
+    for module in result.modules():
+        if isinstance(module, QuantizedInput):
+            del module.signal
+            module.__class__ = _FLOAT_OF[type(module)]  # type: ignore[assignment]  # its parent
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Conversion):
+                del module._forward_pre_hooks[key]
+                del module._swalp
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSummary:
+    """One row of `summary`: a layer, and the formats at its input (None: float)."""
+
+    name: str
+    kind: str
+    parameters: int
+    activation: Format | None
+    error: Format | None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What `convert` did: every module without children of its own, in order."""
+
+    recipe: Recipe
+    layers: tuple[LayerSummary, ...]
+
+    def __str__(self) -> str:
+        rows = [("layer", "kind", "parameters", "activation", "error")]
+        rows += [
+            (row.name, row.kind, f"{row.parameters:,}", _name(row.activation), _name(row.error))
+            for row in self.layers
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if i == 2 else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join([f"recipe {self.recipe.name}", *lines])
+
+
+def summary(model: nn.Module) -> Summary:
+    """What each layer of a converted model quantizes, and what it left in float.
+
+    Raises:
+        ValueError: `model` is not what `convert` returned.
+    """
+    rows = []
+    for name, module in model.named_modules():
+        signal = module.signal if isinstance(module, QuantizedInput) else None
+        if signal is None and next(module.children(), None) is not None:
+            continue
+        rows.append(
+            LayerSummary(
+                name,
+                type(module).__name__,
+                sum(parameter.numel() for parameter in module.parameters(recurse=False)),
+                None if signal is None or signal.activation is None else signal.activation.format,
+                None if signal is None or signal.error is None else signal.error.format,
+            )
+        )
+    return Summary(_conversion(model).recipe, tuple(rows))
+
+
+def _conversion(model: nn.Module) -> _Conversion:
+    found = getattr(model, "_swalp", None)
+    if not isinstance(found, _Conversion):
+        raise ValueError(
+            f"{type(model).__name__} is not a converted model; use what swalp.convert(model, "
+            f"recipe) returned"
+        )
+    return found
+
+
+def _round_parameters(model: nn.Module, fmt: Format, packed: bool) -> None:
+    def rounded(value: Tensor) -> Tensor:
+        grid = fit(fmt, value.dim())
+        return pack(value, grid) if packed else quantize(value, grid, out=value)
+
+    _replace_parameters(model, rounded)
+
+
+@torch.no_grad()
+def _replace_parameters(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Every parameter by `change(its value)`, where that is another tensor; tied ones stay tied."""
+    changed: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if parameter not in changed:
+                value = change(parameter)
+                same = value is parameter
+                changed[parameter] = (
+                    parameter if same else nn.Parameter(value, parameter.requires_grad)
+                )
+            module._parameters[name] = changed[parameter]
+
+
+def _rule(quantizer: Quantizer | None, seed: int, role: str, name: str) -> Rule | None:
+    if quantizer is None:
+        return None
+    rounding = quantizer.rounding
+    if isinstance(rounding, Stochastic):
+        rounding = rounding.seeded(seed).stream(role, name)
+    return Rule(quantizer.format, rounding)
+
+
+def _name(fmt: Format | None) -> str:
+    return "float" if fmt is None else str(fmt)

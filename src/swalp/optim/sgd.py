@@ -1,0 +1,137 @@
+"""Low-precision stochastic gradient descent with momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from swalp.optim.base import LowPrecisionOptimizer, Quantize, require_not_negative
+from swalp.packed import PackedTensor
+from swalp.recipes import Recipe
+
+
+def sgd_step(
+    weight: Tensor,
+    gradient: Tensor,
+    momentum_buffer: Tensor | None,
+    accumulator: Tensor | None,
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    quantized: Quantize,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """One step of low-precision SGD.
+
+    With g the gradient, v the momentum, w the weight (a the accumulator, if there is one)::
+
+        g = Q_G(g) + weight_decay * w
+        v = momentum * v + g                     kept as Q_M(v)
+        d = v, or g + momentum * v with Nesterov
+        w = Q_W(w - lr * d)                      or a = Q_C(a - lr * d), w = Q_W(a)
+
+    in the arithmetic of `torch.optim.SGD`, whose result it is with every role off. Algorithm 2 has
+    Q_M where v is read, v <- momentum * Q_M(v) + g: the same numbers, and what is kept is small.
+
+    Args:
+        weight: float, any shape.
+        gradient: of the same shape and dtype.
+        momentum_buffer: what the last step returned; None at first.
+        accumulator: likewise; None without that role.
+        lr: as in `torch.optim.SGD`.
+        momentum: likewise.
+        weight_decay: likewise.
+        nesterov: likewise.
+        quantized: `quantized(role, tensor)` rounds for the role "gradient", "momentum", "weight" or
+            "accumulator"; the identity for a role that is off.
+
+    Returns:
+        The new weight, momentum buffer and accumulator; no argument is changed.
+
+    Source: Yang et al. 2019 (arXiv:1904.11943), Algorithm 2; weight decay after Q_G as in its code.
+    """
+    direction = quantized("gradient", gradient)
+    if weight_decay != 0:
+        direction = direction.add(weight, alpha=weight_decay)
+    if momentum != 0:
+        if momentum_buffer is None:
+            velocity = direction
+        else:
+            velocity = momentum_buffer.mul(momentum).add(direction)
+        momentum_buffer = quantized("momentum", velocity)
+        direction = direction.add(velocity, alpha=momentum) if nesterov else velocity
+    if accumulator is None:
+        weight = quantized("weight", weight.add(direction, alpha=-lr))
+    else:
+        accumulator = quantized("accumulator", accumulator.add(direction, alpha=-lr))
+        weight = quantized("weight", accumulator)
+    return weight, momentum_buffer, accumulator
+
+
+class SGD(LowPrecisionOptimizer):
+    """SGD whose gradients, momentum and weights are quantized; `torch.optim.SGD` without a recipe.
+
+    Args:
+        params: as for any PyTorch optimizer. Pass ``model.named_parameters()``: the noise of a
+            tensor then depends on its name; otherwise on its place among the parameters.
+        lr: learning rate.
+        momentum: 0 for none.
+        weight_decay: L2 penalty, added to the quantized gradient.
+        nesterov: Nesterov's form; needs momentum.
+        recipe: the formats; None: float.
+        seed: the run's seed, as given to `convert`.
+
+    Raises:
+        ValueError: a hyperparameter out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        *,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        recipe: Recipe | None = None,
+        seed: int = 0,
+    ) -> None:
+        require_not_negative("SGD", lr=lr, momentum=momentum, weight_decay=weight_decay)
+        if nesterov and momentum == 0:
+            raise ValueError("SGD: nesterov=True needs momentum > 0")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+        }
+        super().__init__(params, defaults, recipe, seed)
+
+    def _update(
+        self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
+    ) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            if self.recipe is not None and self.recipe.accumulator is not None:
+                state["accumulator"] = parameter.detach().clone()
+        weight, momentum_buffer, accumulator = sgd_step(
+            parameter,
+            gradient,
+            state.get("momentum_buffer"),
+            state.get("accumulator"),
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            quantized=self._quantizer(name, state["step"], isinstance(parameter, PackedTensor)),
+        )
+        parameter.copy_(weight)
+        state["step"] += 1
+        if momentum_buffer is not None:
+            state["momentum_buffer"] = momentum_buffer
+        if accumulator is not None:
+            state["accumulator"] = accumulator

@@ -1,0 +1,362 @@
+"""Real storage: integer codes and exponents, as a tensor that PyTorch accepts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from swalp.format_text import parse_format
+from swalp.formats import BlockFloat, Format, Microscaling
+from swalp.quantize import dispatch
+from swalp.quantize.api import check
+from swalp.quantize.blocks import block_extents
+from swalp.quantize.codes import code_dtype, exponent_dtype
+from swalp.rounding import Nearest, Rounding, Stochastic
+
+aten = torch.ops.aten
+
+
+class PackedTensor(torch.Tensor):
+    """A float32 tensor that is held as integer codes and shared exponents.
+
+    value = code * 2**gap of its block (minifloats: the bits of their code). It has the shape of the
+    values, acts as a float32 tensor in every operation, and stays packed in those that only move
+    numbers: detach, clone, slices, transposes, devices, copies of packed tensors. Any other
+    operation sees the dequantized values. Operations that write into it round what they write:
+    `copy_` to nearest, arithmetic stochastically with a fresh key, so that ordinary optimizers make
+    progress.
+
+    Attributes:
+        codes: int8, uint8 or int16 of that shape; for words of up to 4 bits uint8 with two codes to
+            a byte, the even element in the low half, in row-major order.
+        exponents: int8 or int16, one per block; None for formats without blocks.
+        format: of the values.
+    """
+
+    codes: Tensor
+    exponents: Tensor | None
+    format: Format
+
+    @staticmethod
+    def __new__(
+        cls, codes: Tensor, exponents: Tensor | None, fmt: Format, shape: Sequence[int]
+    ) -> PackedTensor:
+        """Wrap codes and exponents that `pack` made."""
+        result: PackedTensor = torch.Tensor._make_wrapper_subclass(
+            cls, tuple(shape), dtype=torch.float32, device=codes.device
+        )
+        result.codes, result.exponents, result.format = codes, exponents, fmt
+        return result
+
+    def __init__(
+        self, codes: Tensor, exponents: Tensor | None, fmt: Format, shape: Sequence[int]
+    ) -> None:
+        # Set on results that share codes with another tensor but not its blocks' exponents.
+        self.readonly = False
+
+    def dequantize(self) -> Tensor:
+        """The values: float32, a new tensor."""
+        codes = self._element_codes()
+        return dispatch.unpack(codes, self.exponents, self.format)
+
+    @property
+    def nbytes(self) -> int:  # type: ignore[override]  # PyTorch declares it writeable
+        """Bytes really held: codes and exponents."""
+        return self.codes.nbytes + (0 if self.exponents is None else self.exponents.nbytes)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # untyped
+        return f"PackedTensor({self.dequantize()!r}, format={self.format}, nbytes={self.nbytes})"
+
+    def _element_codes(self) -> Tensor:
+        return _split(self.codes, self.shape, self.format) if _joined(self.format) else self.codes
+
+    def _write(self, values: Tensor, rounding: Rounding) -> None:
+        if self.readonly:
+            raise RuntimeError(
+                "a slice or transpose of a packed tensor is read-only, as its exponents are shared "
+                "with the rest; write to the whole tensor, or dequantize() it first"
+            )
+        packed = pack(values.expand(self.shape), self.format, rounding)
+        self._assign(packed)
+
+    def _assign(self, other: PackedTensor) -> None:
+        self.codes.copy_(other.codes)
+        if self.exponents is not None and other.exponents is not None:
+            self.exponents.copy_(other.exponents)
+
+    def _like(
+        self,
+        apply: Callable[[Tensor], Tensor],
+        fmt: Format | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> PackedTensor:
+        """The same values with `apply` done to codes and exponents."""
+        return PackedTensor(
+            apply(self.codes),
+            None if self.exponents is None else apply(self.exponents),
+            fmt or self.format,
+            self.shape if shape is None else shape,
+        )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The format as its string: `torch.load` then needs no class of ours on its safe list.
+        grad = self.requires_grad if isinstance(self, torch.nn.Parameter) else None
+        return _rebuild, (self.codes, self.exponents, str(self.format), tuple(self.shape), grad)
+
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Format, torch.Size]]:
+        names = ["codes"] if self.exponents is None else ["codes", "exponents"]
+        return names, (self.format, self.shape)
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: Mapping[str, Tensor], context: tuple[Format, torch.Size], *_: object
+    ) -> PackedTensor:
+        return PackedTensor(inner["codes"], inner.get("exponents"), *context)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # as PyTorch's own subclasses have it
+        kwargs = kwargs or {}
+        handler = _HANDLERS.get(func)
+        result = handler(*args, **kwargs) if handler else NotImplemented
+        return _through_floats(func, args, kwargs) if result is NotImplemented else result
+
+
+def pack(x: Tensor, fmt: Format, rounding: Rounding = Nearest()) -> PackedTensor:  # noqa: B008
+    """Round `x` to values of `fmt` and hold them as codes: ``quantize`` with real storage.
+
+    Args:
+        x: float32, any shape.
+        fmt: a format of at most 16 bits.
+        rounding: as for `quantize`, with the same result.
+
+    Returns:
+        A `PackedTensor` whose `dequantize()` equals ``quantize(x, fmt, rounding)``.
+
+    Raises:
+        TypeError: `x` is not float32.
+        ValueError: `fmt` has more than 16 bits, or does not fit `x` (see `quantize`).
+    """
+    check(x, fmt, rounding)
+    if x.dtype != torch.float32:
+        raise TypeError(f"pack: x is {x.dtype}; packed tensors act as float32: use x.float()")
+    if fmt.bits > 16:
+        raise ValueError(f"pack: {fmt} has {fmt.bits} bits; codes have at most 16")
+    codes, exponents = dispatch.pack(x.detach(), fmt, rounding)
+    return PackedTensor(_join(codes) if _joined(fmt) else codes, exponents, fmt, x.shape)
+
+
+def to_plain(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A state dict as plain tensors and strings, which `safetensors` can save.
+
+    Args:
+        state: names to tensors, packed or not.
+
+    Returns:
+        Tensors, a packed one being split into ``name.codes`` and ``name.exponents``; and, for each
+        packed one, ``name`` to its format and shape, such as ``"bfp8[0] 64,3,3,3"``.
+    """
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for name, value in state.items():
+        if isinstance(value, PackedTensor):
+            tensors[f"{name}.codes"] = value.codes.contiguous()
+            if value.exponents is not None:
+                tensors[f"{name}.exponents"] = value.exponents.contiguous()
+            metadata[name] = f"{value.format} {','.join(map(str, value.shape))}"
+        else:
+            tensors[name] = value.contiguous()
+    return tensors, metadata
+
+
+def from_plain(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """The inverse of `to_plain`."""
+    state = dict(tensors)
+    for name, text in metadata.items():
+        fmt, _, shape = text.partition(" ")
+        state[name] = PackedTensor(
+            state.pop(f"{name}.codes"),
+            state.pop(f"{name}.exponents", None),
+            parse_format(fmt),
+            [int(extent) for extent in shape.split(",") if extent],
+        )
+    return state
+
+
+def storage_bytes(shape: Sequence[int], fmt: Format | None) -> int:
+    """Bytes that a packed tensor of that shape holds: codes and exponents.
+
+    Args:
+        shape: of the tensor.
+        fmt: its format; None: float32.
+    """
+    elements = math.prod(shape)
+    if fmt is None:
+        return 4 * elements
+    total = -(-elements // 2) if _joined(fmt) else elements * code_dtype(fmt).itemsize
+    if isinstance(fmt, BlockFloat | Microscaling) and elements:
+        extents = block_extents(fmt, shape)
+        blocks = math.prod(size // extent for size, extent in zip(shape, extents, strict=True))
+        total += blocks * exponent_dtype(fmt).itemsize
+    return total
+
+
+def _joined(fmt: Format) -> bool:
+    """Whether two codes share a byte."""
+    return fmt.bits <= 4
+
+
+def _join(codes: Tensor) -> Tensor:
+    flat = codes.reshape(-1).view(torch.uint8)
+    if flat.numel() % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    return (flat[0::2] & 15) | (flat[1::2] << 4)
+
+
+def _split(joined: Tensor, shape: Sequence[int], fmt: Format) -> Tensor:
+    signed = code_dtype(fmt) == torch.int8
+    low, high = joined & 15, joined >> 4
+    flat = torch.stack([low, high], dim=1).reshape(-1)[: math.prod(shape)].reshape(tuple(shape))
+    if not signed:
+        return flat
+    return (flat ^ 8).view(torch.int8) - 8  # the fourth bit is the sign
+
+
+def _detach(x: PackedTensor) -> PackedTensor:
+    result = x._like(lambda part: part)
+    result.readonly = x.readonly
+    return result
+
+
+def _clone(x: PackedTensor, **_: object) -> PackedTensor:
+    return x._like(torch.clone)
+
+
+def _to_copy(x: PackedTensor, **options: Any) -> Tensor:
+    dtype = options.pop("dtype", None)
+    if dtype not in (None, torch.float32):
+        return x.dequantize().to(dtype, **options)
+    device = options.get("device")
+    return x._like(lambda part: part.to(device, copy=True) if device else part.clone())
+
+
+def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    if not isinstance(target, PackedTensor):
+        assert isinstance(source, PackedTensor)
+        return target.copy_(source.dequantize(), non_blocking)
+    same = isinstance(source, PackedTensor) and source.format == target.format
+    if same and source.shape == target.shape and not target.readonly:
+        target._assign(source)  # type: ignore[arg-type]  # `same` says it is packed
+    else:
+        values = source.dequantize() if isinstance(source, PackedTensor) else source
+        target._write(values.to(torch.float32), Nearest())
+    return target
+
+
+def _permute(x: PackedTensor, order: Sequence[int]) -> Any:
+    """Codes and exponents in another order of axes; the axes of the format follow."""
+    if _joined(x.format):
+        return NotImplemented
+    order = [axis % x.dim() for axis in order]
+    fmt = x.format
+    if isinstance(fmt, BlockFloat) and (fmt.axes is not None or fmt.tile is not None):
+        tiled = len(fmt.tile) if isinstance(fmt.tile, tuple) else 0
+        axes = fmt.axes or tuple(range(-tiled, 0))
+        fmt = replace(fmt, axes=tuple(order.index(axis % x.dim()) for axis in axes))
+    elif isinstance(fmt, Microscaling):
+        fmt = replace(fmt, axis=order.index(fmt.axis % x.dim()))
+    result = x._like(lambda part: part.permute(order), fmt, [x.shape[axis] for axis in order])
+    result.readonly = True
+    return result
+
+
+def _t(x: PackedTensor) -> Any:
+    return _permute(x, (1, 0)) if x.dim() == 2 else NotImplemented
+
+
+def _transpose(x: PackedTensor, first: int, second: int) -> Any:
+    order = list(range(x.dim()))
+    order[first], order[second] = order[second], order[first]
+    return _permute(x, order)
+
+
+def _slice(
+    x: PackedTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> Any:
+    dim = dim % x.dim()
+    first, last, _ = slice(start, end).indices(x.shape[dim])
+    if _joined(x.format) or step != 1 or last <= first:
+        return NotImplemented
+    shape = (*x.shape[:dim], last - first, *x.shape[dim + 1 :])
+
+    def cut(part: Tensor, extent: int) -> Tensor:
+        return part.narrow(dim, first // extent, (last - first) // extent)
+
+    exponents = x.exponents
+    if exponents is not None:
+        assert isinstance(x.format, BlockFloat | Microscaling)
+        extent = block_extents(x.format, x.shape)[dim]
+        if isinstance(x.format, Microscaling) or x.format.tile is not None:
+            if first % extent or last % extent:
+                return NotImplemented  # it would cut through a tile
+            exponents = cut(exponents, extent)
+        elif exponents.shape[dim] > 1:
+            exponents = cut(exponents, extent)
+    result = PackedTensor(cut(x.codes, 1), exponents, x.format, shape)
+    result.readonly = True
+    return result
+
+
+_HANDLERS: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: _detach,
+    aten.alias.default: _detach,
+    aten.clone.default: _clone,
+    aten._to_copy.default: _to_copy,
+    aten.copy_.default: _copy,
+    aten.t.default: _t,
+    aten.transpose.int: _transpose,
+    aten.permute.default: _permute,
+    aten.slice.Tensor: _slice,
+}
+
+
+def _through_floats(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation on the dequantized values, and round what it wrote into packed tensors."""
+    values: dict[int, Tensor] = {}
+
+    def widen(argument: Any) -> Any:
+        if not isinstance(argument, PackedTensor):
+            return argument
+        return values.setdefault(id(argument), argument.dequantize())
+
+    result = func(*tree_map(widen, args), **tree_map(widen, kwargs))
+    written: list[PackedTensor] = []
+    for position, parameter in enumerate(func._schema.arguments):
+        if parameter.alias_info is None or not parameter.alias_info.is_write:
+            continue
+        given = args[position] if position < len(args) else kwargs.get(parameter.name)
+        for target in given if isinstance(given, list | tuple) else [given]:
+            if isinstance(target, PackedTensor):
+                target._write(values[id(target)], Stochastic())
+                written.append(target)
+    packed = {id(values[id(target)]): target for target in written}
+    return tree_map(lambda value: packed.get(id(value), value), result)
+
+
+def _rebuild(
+    codes: Tensor,
+    exponents: Tensor | None,
+    fmt: str,
+    shape: tuple[int, ...],
+    requires_grad: bool | None,
+) -> Tensor:
+    result = PackedTensor(codes, exponents, parse_format(fmt), shape)
+    return result if requires_grad is None else torch.nn.Parameter(result, requires_grad)
+
+
+torch.serialization.add_safe_globals([_rebuild])

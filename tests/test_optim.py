@@ -1,0 +1,174 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import swalp
+from swalp import BlockFloat, Minifloat, Nearest, Stochastic, quantize
+from swalp.noise import stream_seed
+from swalp.recipes import Quantizer, Recipe
+
+SETTINGS = [
+    {"lr": 0.1},
+    {"lr": 0.1, "momentum": 0.9},
+    {"lr": 0.1, "weight_decay": 0.01},
+    {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+    {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+]
+LOSSLESS = Recipe(
+    name="float32 as a minifloat",
+    **{role: Quantizer(Minifloat(8, 23), Stochastic()) for role in swalp.recipes.ROLES},
+)
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 33), nn.ReLU(), nn.Linear(33, 3))
+
+
+def train(model, optimizer, steps=4):
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(16, 7, generator=generator)
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+def same(left, right):
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("recipe", [None, LOSSLESS], ids=["off", "lossless"])
+def test_equals_pytorch_bit_for_bit(settings, recipe):
+    ours, theirs = network(), network()
+    after = train(ours, swalp.optim.SGD(ours.named_parameters(), recipe=recipe, **settings))
+    expected = train(theirs, torch.optim.SGD(theirs.parameters(), **settings))
+    assert same(after, expected)
+
+
+def test_step_is_algorithm_2():
+    """Three steps against the algorithm written out with the public quantizer."""
+    recipe = swalp.recipes.get("paper-small-block-6")
+    model = network()
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    velocity = {name: torch.zeros_like(w) for name, w in weights.items()}
+    optimizer = swalp.optim.SGD(
+        model.named_parameters(), 0.3, momentum=0.9, weight_decay=0.01, recipe=recipe, seed=7
+    )
+
+    def q(role, bits, name, step, value):
+        axes = (0,) if value.dim() > 1 else None
+        rule = Stochastic(stream_seed(7, role, name), random_bits=bits, step=step)
+        return quantize(value, BlockFloat(6, axes=axes, symmetric=False), rule)
+
+    generator = torch.Generator().manual_seed(2)
+    for step in range(3):
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            g = q("gradient", 16, name, step, parameter.grad) + 0.01 * weights[name]
+            # v <- rho Q_M(v) + g: Q_M with the noise of the step that made v
+            if step:
+                velocity[name] = q("momentum", 16, name, step - 1, velocity[name])
+            velocity[name] = 0.9 * velocity[name] + g
+            weights[name] = q("weight", 32, name, step, weights[name] - 0.3 * velocity[name])
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.detach(), weights[name], rtol=0, atol=1e-6)
+
+
+def test_everything_kept_is_on_its_grid():
+    recipe = swalp.recipes.get("paper-big-block-8")
+    model = swalp.convert(network(), recipe)
+    optimizer = swalp.optim.SGD(model.named_parameters(), 0.1, momentum=0.9, recipe=recipe)
+    train(model, optimizer)
+    grid = BlockFloat(9)  # one bit more holds the lowest code of two's complement
+    for parameter in model.parameters():
+        kept = optimizer.state[parameter]["momentum_buffer"]
+        assert torch.equal(quantize(parameter.detach(), grid), parameter)
+        assert torch.equal(quantize(kept, grid), kept)
+        assert kept.unique().numel() > 2 or kept.numel() < 4
+
+
+def test_accumulator_takes_the_updates():
+    fine, coarse = (Quantizer(BlockFloat(w), Nearest()) for w in (16, 3))
+    recipe = Recipe(name="accumulated", weight=coarse, accumulator=fine)
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(model.weight)
+    optimizer = swalp.optim.SGD(model.named_parameters(), lr=0.01, recipe=recipe)
+    for _ in range(30):
+        model.weight.grad = torch.ones(1, 1)
+        optimizer.step()
+    accumulated = optimizer.state[model.weight]["accumulator"]
+    torch.testing.assert_close(accumulated.item(), 0.7, rtol=0, atol=1e-3)
+    assert model.weight.item() == 0.75  # the nearest of 3 bits; without accumulator it stays 1
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_state_round_trip_continues_bit_for_bit(named):
+    recipe = swalp.recipes.get("paper-small-block-4")
+
+    def make(model):
+        params = model.named_parameters() if named else model.parameters()
+        return swalp.optim.SGD(params, 0.1, momentum=0.9, recipe=recipe, seed=3)
+
+    model = network()
+    optimizer = make(model)
+    train(model, optimizer)
+    other = copy.deepcopy(model)
+    resumed = make(other)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert same(train(model, optimizer), train(other, resumed))
+
+
+def test_noise_depends_on_seed_and_name_not_on_order():
+    recipe = swalp.recipes.get("paper-big-block-4")
+
+    def weights(seed, reverse=False):
+        model = network()
+        params = list(model.named_parameters())
+        optimizer = swalp.optim.SGD(
+            params[::-1] if reverse else params, 0.1, recipe=recipe, seed=seed
+        )
+        return train(model, optimizer)
+
+    assert same(weights(1), weights(1, reverse=True))
+    assert not same(weights(1), weights(2))
+
+
+def test_pytorch_habits():
+    model = network()
+    optimizer = swalp.optim.SGD(model[0].named_parameters(), lr=0.1, momentum=0.9)
+    optimizer.add_param_group({"params": list(model[2].named_parameters()), "lr": 0.0})
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 7)).sum()
+        loss.backward()
+        return loss
+
+    loss = optimizer.step(closure)
+    scheduler.step()
+    assert loss.item() == pytest.approx(loss.item())
+    assert scheduler.get_last_lr() == [0.05, 0.0]
+    moved = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert moved == [True, True, False, False]
+    model[0].bias.grad = None  # a parameter without a gradient stays
+    kept = model[0].bias.detach().clone()
+    optimizer.step()
+    assert torch.equal(model[0].bias, kept)
+
+
+def test_bad_arguments():
+    parameters = list(network().parameters())
+    with pytest.raises(ValueError, match="lr=-1 must be 0 or more"):
+        swalp.optim.SGD(parameters, -1)
+    with pytest.raises(ValueError, match="nesterov=True needs momentum"):
+        swalp.optim.SGD(parameters, 0.1, nesterov=True)
+    with pytest.raises(TypeError, match="recipe must be a Recipe"):
+        swalp.optim.SGD(parameters, 0.1, recipe="paper-big-block-8")

@@ -1,0 +1,261 @@
+import copy
+import io
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+import swalp
+from swalp import (
+    BlockFloat,
+    FixedPoint,
+    Microscaling,
+    Nearest,
+    PackedTensor,
+    Stochastic,
+    pack,
+    parse_format,
+    quantize,
+)
+from swalp.packed import from_plain, storage_bytes, to_plain
+
+NO_NAN = [
+    *("fixed8.4", "fixed12.6", "fixed4.2", "bfp8t", "bfp8t[0,1]"),
+    *("e2m1", "e3m0", "e2m3", "mxfp4_e2m1/8", "binary"),
+]
+HAVE_NAN = [
+    *("fixed8.4s", "ternary", "bfp8", "bfp4", "bfp3[0]", "bfp8/8", "bfp6/2x4", "bfp12e5[1]"),
+    *("bfp16e10", "e4m3fn", "e5m2", "e4m3fnuz", "e8m0", "fp16", "bf16", "mxfp8_e4m3/8", "mxint8/8"),
+]
+FORMATS = [parse_format(text) for text in NO_NAN + HAVE_NAN]
+RULES = [Nearest(), Stochastic(5, random_bits=16)]
+BYTE = BlockFloat(8, axes=(0,))
+
+
+def values(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def same(left, right):
+    return torch.equal(left.nan_to_num(7e7), right.nan_to_num(7e7))
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_codes_hold_what_quantize_gives(fmt, rule):
+    x = values(6, 8) * 3
+    x[0, :4] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf])
+    x[1] = 0
+    x[2] *= 1e-30
+    if str(fmt) == "e8m0":
+        x = x.abs()
+    packed = pack(x, fmt, rule)
+    assert same(packed.dequantize(), quantize(x, fmt, rule))
+    assert packed.nbytes == storage_bytes(x.shape, fmt)
+    assert packed.shape == x.shape
+    assert packed.dtype == torch.float32
+
+
+def test_nan_has_a_code_or_is_refused():
+    x = values(2, 8).abs()
+    x[1, 3] = torch.nan
+    for text in HAVE_NAN:
+        fmt = parse_format(text)
+        assert same(pack(x, fmt).dequantize(), quantize(x, fmt))
+    for text in NO_NAN:
+        with pytest.raises(ValueError, match=r"the tensor has a NaN, and .* no code for it"):
+            pack(x, parse_format(text))
+
+
+def test_bytes():
+    assert pack(values(100, 10), BlockFloat(8)).nbytes == 1000 + 1
+    assert pack(values(100, 10), BYTE).nbytes == 1000 + 100
+    assert pack(values(100, 10), BlockFloat(4)).nbytes == 500 + 1
+    assert pack(values(3, 5), BlockFloat(4)).nbytes == 8 + 1
+    assert pack(values(4, 64), Microscaling(parse_format("e2m1"))).nbytes == 128 + 8
+    assert storage_bytes((10, 10), None) == 400
+
+
+@pytest.mark.parametrize("fmt", [BYTE, BlockFloat(4), FixedPoint(8, 5), parse_format("bfp8/4")])
+def test_moving_numbers_keeps_them_packed(fmt):
+    packed = pack(values(8, 4, 4), fmt)
+    full = packed.dequantize()
+    for copied in (packed.clone(), packed.detach(), copy.deepcopy(packed), packed.to("cpu")):
+        assert isinstance(copied, PackedTensor)
+        assert torch.equal(copied.dequantize(), full)
+    assert torch.equal(packed[2:6], full[2:6])
+    assert torch.equal(packed[:, 1:3], full[:, 1:3])
+    assert torch.equal(packed[3], full[3])
+    assert torch.equal(packed.permute(2, 0, 1), full.permute(2, 0, 1))
+    assert torch.equal(packed.transpose(0, 2)[1:3], full.transpose(0, 2)[1:3])
+
+
+def test_slices_and_transposes_share_codes_and_are_read_only():
+    packed = pack(values(8, 6), BYTE)
+    for part in (packed[2:4], packed.t(), packed[:, 1:]):
+        assert isinstance(part, PackedTensor)
+        assert part.codes.untyped_storage().data_ptr() == packed.codes.untyped_storage().data_ptr()
+        with pytest.raises(RuntimeError, match="is read-only"):
+            part.zero_()
+    assert packed.t().format == BlockFloat(8, axes=(1,))
+
+
+def test_acts_as_float():
+    packed, other = pack(values(5, 5), BYTE), values(5, 5, seed=1)
+    full = packed.dequantize()
+    assert torch.equal(packed + other, full + other)
+    assert torch.equal(other @ packed, other @ full)
+    assert torch.equal(packed.sum(), full.sum())
+    assert torch.equal(packed.to(torch.float64), full.double())
+    assert "PackedTensor(tensor([[" in repr(packed)
+    other.copy_(packed)
+    assert torch.equal(other, full)
+
+
+def test_writing_rounds():
+    packed = pack(values(4, 4), BYTE)
+    new = values(4, 4, seed=3)
+    packed.copy_(new)
+    assert torch.equal(packed.dequantize(), quantize(new, BYTE))
+    torch.manual_seed(0)
+    ones = pack(torch.ones(200, 200), BlockFloat(8))
+    ones.mul_(1 + 2**-8)  # a quarter of the gap: one in four goes up
+    assert ones.dequantize().mean().item() == pytest.approx(1 + 2**-8, abs=1e-4)
+    assert ones.dequantize().unique().tolist() == [1, 1 + 2**-6]
+
+
+@pytest.mark.parametrize("fmt", [BYTE, BlockFloat(4), parse_format("e4m3fn")], ids=str)
+def test_saved_and_loaded(fmt, tmp_path):
+    packed = pack(values(4, 6), fmt)
+    file = io.BytesIO()
+    torch.save({"w": packed}, file)
+    file.seek(0)
+    loaded = torch.load(file)["w"]  # weights_only: no arbitrary objects
+    assert isinstance(loaded, PackedTensor)
+    assert loaded.format == fmt
+    assert torch.equal(loaded, packed)
+
+    tensors, metadata = to_plain({"w": packed, "b": values(3)})
+    safetensors.torch.save_file(tensors, tmp_path / "s", metadata)
+    with safetensors.safe_open(tmp_path / "s", "pt") as opened:
+        names = list(opened.keys())
+        state = from_plain({k: opened.get_tensor(k) for k in names}, opened.metadata())
+    assert set(state) == {"w", "b"}
+    assert torch.equal(state["w"], packed)
+    assert state["w"].format == fmt
+    assert torch.equal(state["b"], values(3))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)
+    )
+
+
+def train(packed, recipe, steps=5, consume=False, momentum=0.9):
+    model = swalp.convert(network(), recipe, seed=1, packed=packed)
+    optimizer = swalp.optim.SGD(
+        model.named_parameters(), 0.05, momentum=momentum, weight_decay=1e-3, recipe=recipe, seed=1
+    )
+    if consume:
+        optimizer.consume_gradients()
+    average = swalp.WeightAverage(model)
+    for step in range(steps):
+        x = values(8, 1, 6, 6, seed=step)
+        nn.functional.cross_entropy(model(x), torch.arange(8)).backward()
+        if consume:
+            assert all(parameter.grad is None for parameter in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(model)
+    return model, optimizer, average
+
+
+@pytest.mark.parametrize("name", ["paper-small-block-8", "paper-big-block-4"])
+@pytest.mark.parametrize("consume", [False, True])
+def test_packed_training_is_the_same_training(name, consume):
+    recipe = swalp.recipes.get(name)
+    plain, plain_optimizer, plain_average = train(False, recipe)
+    model, optimizer, average = train(True, recipe, consume=consume)
+    for (key, weight), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        assert isinstance(weight, PackedTensor), key
+        assert isinstance(weight, nn.Parameter), key
+        assert torch.equal(weight.dequantize(), expected), key
+        buffer = optimizer.state[weight]["momentum_buffer"]
+        assert isinstance(buffer, PackedTensor)
+        assert torch.equal(buffer.dequantize(), plain_optimizer.state[expected]["momentum_buffer"])
+    for mine, expected in zip(
+        average.module.parameters(), plain_average.module.parameters(), strict=True
+    ):
+        assert type(mine) is nn.Parameter
+        assert torch.equal(mine, expected)
+
+
+def test_no_float_copy_stays():
+    model, optimizer, _ = train(True, swalp.recipes.get("paper-big-block-8"))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    held += sum(state["momentum_buffer"].nbytes for state in optimizer.state.values())
+    tensors = len(list(model.parameters()))
+    assert held == 2 * (count + tensors)
+    for state in optimizer.state.values():
+        assert {key for key, value in state.items() if isinstance(value, torch.Tensor)} == {
+            "momentum_buffer"
+        }
+
+
+def test_packed_model_copies_and_loads():
+    recipe = swalp.recipes.get("paper-small-block-8")
+    model, _, _ = train(True, recipe)
+    other = copy.deepcopy(model)
+    assert all(isinstance(p, PackedTensor) for p in other.parameters())
+    fresh = swalp.convert(network(), recipe, packed=True)
+    fresh.load_state_dict(model.state_dict())
+    floats = swalp.to_float(model)
+    for packed, copied, loaded, plain in zip(
+        model.parameters(), other.parameters(), fresh.parameters(), floats.parameters(), strict=True
+    ):
+        assert torch.equal(packed, copied)
+        assert torch.equal(packed, loaded)
+        assert type(plain) is nn.Parameter
+        assert torch.equal(packed.dequantize(), plain)
+    plain_state = {k: v.clone() for k, v in swalp.to_float(model).state_dict().items()}
+    fresh.load_state_dict(plain_state)
+
+
+def test_pytorch_optimizers_accept_packed_weights():
+    recipe = swalp.recipes.get("paper-small-block-8")
+    for make, lr in ((torch.optim.SGD, 0.1), (torch.optim.Adam, 0.02)):
+        torch.manual_seed(1)
+        model = swalp.convert(network(), recipe, packed=True)
+        optimizer = make(model.parameters(), lr=lr)
+        losses = []
+        for _ in range(12):
+            x = values(8, 1, 6, 6)
+            loss = nn.functional.cross_entropy(model(x), torch.arange(8))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.7 * losses[0]
+        assert all(isinstance(p, PackedTensor) for p in model.parameters())
+
+
+def test_tied_weights_stay_tied():
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    model = swalp.convert(
+        nn.Sequential(first, second), swalp.recipes.get("paper-big-block-8"), packed=True
+    )
+    assert model[0].weight is model[1].weight
+
+
+def test_pack_mistakes():
+    with pytest.raises(TypeError, match=r"x is torch\.float64; packed tensors act as float32"):
+        pack(torch.ones(2).double(), BYTE)
+    with pytest.raises(ValueError, match=r"fixed20\.3 has 20 bits; codes have at most 16"):
+        pack(torch.ones(2), FixedPoint(20, 3))
+    with pytest.raises(ValueError, match="packed=True needs a weight format"):
+        swalp.convert(network(), swalp.recipes.Recipe(name="none"), packed=True)

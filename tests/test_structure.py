@@ -1,0 +1,63 @@
+"""The house: imports go one way, the front door lists what it opens, importing is cheap."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import swalp
+
+SOURCE = Path(swalp.__file__).parent
+# Each module may import only from floors below its own, or from its own package.
+FLOORS = [
+    {"_validation", "_kernels"},
+    {"formats", "noise"},
+    {"format_text", "rounding"},
+    {"quantize"},
+    {"packed", "recipes"},
+    {"layers"},
+    {"convert"},
+    {"optim", "averaging", "batchnorm", "schedules"},
+    {"training"},
+    {"report"},
+    {"cli"},
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "swalp":
+            inner = (node.module or "").split(".")[1:]
+            names |= {inner[0]} if inner else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("swalp.")}
+    return names
+
+
+def test_imports_go_one_way():
+    for path in SOURCE.rglob("*.py"):
+        own = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+        if own in ("__init__", "__main__"):
+            continue
+        for name in imported(path):
+            if name.startswith("__"):
+                continue
+            assert name == own or FLOOR[name] < FLOOR[own], f"{path} imports swalp.{name}"
+
+
+def test_all_is_honest():
+    public = {name for name in vars(swalp) if not name.startswith("_")}
+    submodules = {path.stem for path in SOURCE.iterdir()}
+    assert set(swalp.__all__) <= public
+    assert public - set(swalp.__all__) <= submodules
+    assert list(swalp.__all__) == sorted(swalp.__all__)
+    assert swalp.__doc__
+
+
+def test_import_needs_only_torch_numpy_and_safetensors():
+    heavy = ["typer", "rich", "pydantic", "sklearn", "pooch", "matplotlib", "scipy"]
+    code = f"import sys, swalp; print([name for name in {heavy} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
