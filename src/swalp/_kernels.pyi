@@ -30,6 +30,7 @@ class Format:
     overflow_is_nan: int
     largest_code: int
     inf_code: int
+    has_nan: int
     nan_code: int
     sign_code: int
     largest: float

@@ -176,7 +176,7 @@ NB_MODULE(_kernels, m) {
       FIELD(gap_offset) FIELD(min_integer) FIELD(max_integer) FIELD(symmetric_from)
       FIELD(mantissa_bits) FIELD(min_normal) FIELD(lowest_gap) FIELD(bias) FIELD(has_zero)
       FIELD(is_signed) FIELD(saturating) FIELD(fnuz) FIELD(overflow_is_nan) FIELD(largest_code)
-      FIELD(inf_code) FIELD(nan_code) FIELD(sign_code) FIELD(largest) FIELD(smallest)
+      FIELD(inf_code) FIELD(has_nan) FIELD(nan_code) FIELD(sign_code) FIELD(largest) FIELD(smallest)
 #undef FIELD
       ;
   nb::class_<swalp_layout>(m, "Layout")
