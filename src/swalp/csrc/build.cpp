@@ -9,7 +9,7 @@
 #include "lanes_scalar.h"
 #endif
 
-#include "layout.h"
+#include "optim.h"
 
 namespace {
 
@@ -126,4 +126,5 @@ void noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out)
 #define SWALP_JOIN_(name) swalp_build_##name
 #define SWALP_JOIN(name) SWALP_JOIN_(name)
 extern const swalp_build SWALP_JOIN(SWALP_BUILD);
-const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, unpack, noise};
+const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, unpack, noise,
+                                             sgd, adam};

@@ -62,6 +62,47 @@ void swalp_unpack(const swalp_format*, const swalp_layout*, const void* codes, i
 // `count` elements of noise as the kernels see it, from element `start` on: 16-bit or 32-bit words.
 void swalp_noise(const swalp_rounding*, int64_t start, int64_t count, uint32_t* out);
 
+// Optimizer steps. Each role of a parameter: how what it keeps, or its gradient, is rounded.
+typedef struct {
+  swalp_format format;
+  swalp_rounding rounding;
+} swalp_role;
+
+// What is kept lies in `packed` codes of 8 bits with exponents, or in floats on their grid without.
+// A parameter has `blocks` blocks of `length` elements, one after the other.
+typedef struct {
+  float lr, momentum, weight_decay;
+  int32_t nesterov, packed, has_gradient, has_momentum;
+} swalp_sgd;
+
+typedef struct {
+  int64_t blocks, length;
+  const float* gradient;
+  void *weight, *momentum;
+  int8_t *weight_exponents, *momentum_exponents;  // NULL without blocks
+  swalp_role gradient_role, momentum_role, weight_role;
+} swalp_sgd_parameter;
+
+// share1 = 1 - beta1, share2 = 1 - beta2, correction2 = sqrt(1 - beta2**t), rate = lr / (1 - beta1**t);
+// decoupled: weight_decay holds the factor 1 - lr * weight_decay.
+typedef struct {
+  float rate, share1, beta2, share2, correction2, eps, weight_decay;
+  int32_t decoupled, packed, has_gradient;
+} swalp_adam;
+
+typedef struct {
+  int64_t blocks, length;
+  const float* gradient;
+  void *weight, *moment, *root;
+  int8_t *weight_exponents, *moment_exponents;  // NULL without blocks
+  const float* root_table;                      // values of the root's codes
+  swalp_role gradient_role, moment_role, root_role, weight_role;
+} swalp_adam_parameter;
+
+// One step of `count` parameters. Returns 1 if a NaN had no code, -1 without memory, else 0.
+int swalp_sgd_step(const swalp_sgd*, const swalp_sgd_parameter*, int64_t count, int threads);
+int swalp_adam_step(const swalp_adam*, const swalp_adam_parameter*, int64_t count, int threads);
+
 // Choose the instruction set: 1 if this machine and build have it, else 0 and nothing changes.
 int swalp_use(const char* name);
 const char* swalp_used(void);
@@ -76,5 +117,7 @@ struct swalp_build {
   decltype(&swalp_quantize) quantize;
   decltype(&swalp_unpack) unpack;
   decltype(&swalp_noise) noise;
+  decltype(&swalp_sgd_step) sgd;
+  decltype(&swalp_adam_step) adam;
 };
 #endif
