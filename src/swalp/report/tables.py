@@ -1,0 +1,117 @@
+"""The table of a finished run, and what it says, in words computed from its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def render(summary: dict[str, Any]) -> str:
+    """The rows of a summary as a table, and the findings below it."""
+    rows = summary["rows"]
+    seeds = len(rows[0]["test_error"])
+    header = ("model", "test error, %", "model, bytes", "weights + momentum", "average")
+    body: list[tuple[str, ...] | None] = []
+    for number, row in enumerate(rows):
+        if number and row["arm"] != rows[number - 1]["arm"]:
+            body.append(None)
+        averaging = f"{row['averaging_bytes']:,}" if row["averaging_bytes"] else ""
+        body.append(
+            (
+                label(row),
+                spread(row["test_error"]),
+                f"{row['model_bytes']:,}",
+                f"{row['training_bytes']:,}",
+                averaging,
+            )
+        )
+    note = (
+        f"{summary['data']}: {summary['train_examples']:,} training and "
+        f"{summary['test_examples']:,} test images; mean ± standard deviation of {count(seeds)}.\n"
+        f"SGD: the iterate where averaging starts, after the whole decay of the rate. Last iterate: "
+        f"after the averaging phase.\nSWA, SWALP: the mean of that phase's iterates, in float."
+    )
+    return "\n".join([aligned(header, body), note, "", *findings(rows)])
+
+
+def label(row: Row) -> str:
+    """What a row is called."""
+    average = "SWA" if row["arm"] == "float" else "SWALP"
+    name = {"sgd": "SGD", "last": "SGD, last iterate", "average": average}[row["model"]]
+    return f"{row['arm']} {name}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation of some errors; one value stands alone."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{mean(values):.2f} ± {stdev(values):.2f}"
+
+
+def count(seeds: int) -> str:
+    """A number of seeds, in words that fit it."""
+    return "1 seed" if seeds == 1 else f"{seeds} seeds"
+
+
+def aligned(header: Sequence[str], body: Sequence[Sequence[str] | None]) -> str:
+    """Text in columns, the first to the left, the others to the right; None is a rule."""
+    cells = [header, *(row for row in body if row is not None)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    rule = "  ".join("-" * width for width in widths)
+    lines = [
+        rule
+        if row is None
+        else "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [header, None, *body, None]
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def findings(rows: Sequence[Row]) -> list[str]:
+    """One sentence per low-precision arm: what the precision costs, and what averaging brings back.
+
+    Differences are taken seed by seed, as both sides share initial weights and order of the data.
+    """
+    errors = {(row["arm"], row["model"]): row["test_error"] for row in rows}
+    arms = dict.fromkeys(row["arm"] for row in rows)
+    if "float" not in arms:
+        return []
+    sentences = []
+    for arm in arms:
+        if arm == "float":
+            continue
+        cost = _differences(errors[arm, "sgd"], errors["float", "sgd"])
+        brought = _differences(errors[arm, "sgd"], errors[arm, "average"])
+        left = _differences(errors[arm, "average"], errors["float", "sgd"])
+        averages = _differences(errors[arm, "average"], errors["float", "average"])
+        sentences.append(
+            f"{arm}: low precision changes SGD's test error by {_signed(cost)} points; averaging "
+            f"takes {_signed(brought)} off, which leaves SWALP {_signed(left)} from float SGD and "
+            f"{_signed(averages)} from float SWA."
+        )
+    if sentences and len(rows[0]["test_error"]) > 1:
+        sentences.append(
+            "(Differences are paired by seed; ± is their standard deviation, and * marks a mean "
+            "beyond two standard errors.)"
+        )
+    elif sentences:
+        sentences.append("(One seed: the differences may be chance.)")
+    return sentences
+
+
+def _differences(left: Sequence[float], right: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(left, right, strict=True)]
+
+
+def _signed(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, with a star where the mean is beyond two standard errors."""
+    if len(values) == 1:
+        return f"{values[0]:+.2f}"
+    clear = abs(mean(values)) > 2 * stdev(values) / len(values) ** 0.5
+    return f"{mean(values):+.2f} ± {stdev(values):.2f}{'*' if clear else ''}"

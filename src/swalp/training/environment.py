@@ -1,0 +1,39 @@
+"""What a run runs on: versions, processor, threads, kernel."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+import torch
+
+PACKAGES = ("swalp", "torch", "numpy", "safetensors", "scikit-learn", "matplotlib", "pydantic")
+
+
+def describe() -> dict[str, str | int]:
+    """Versions of the packages, and the machine, by name."""
+    versions = {name: _version(name) for name in PACKAGES}
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "device": "cpu",
+        "vector instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "quantizer": kernel(),
+    }
+
+
+def kernel() -> str:
+    """Which kernel quantizes on the CPU."""
+    return "reference (slow)"
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
