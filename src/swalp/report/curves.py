@@ -9,6 +9,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _COLOURS = ("#4477aa", "#228833", "#ee6677", "#aa3377", "#ccbb44", "#66ccee")
 
@@ -34,7 +35,14 @@ def png(metrics: Sequence[dict[str, Any]], *, averaging_start: int, title: str) 
             epochs, low, middle, high = _bands(metrics, arm, key)
             if not epochs:
                 continue
-            axes.plot(epochs, middle, color=colour, linewidth=width, label=f"{arm} {name}")
+            axes.plot(
+                epochs,
+                middle,
+                color=colour,
+                linewidth=width,
+                label=f"{arm} {name}",
+                marker="." if len(epochs) == 1 else "",
+            )
             axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.axvline(averaging_start, color="0.5", linewidth=0.8, linestyle=":")
     axes.annotate(
@@ -51,6 +59,7 @@ def png(metrics: Sequence[dict[str, Any]], *, averaging_start: int, title: str) 
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize="x-small")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel("test error, %")
     axes.set_title(title)

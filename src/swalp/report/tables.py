@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
 Row = dict[str, Any]
+
+# The 97.5 % quantile of Student's t with 1, 2, … degrees of freedom; beyond them it is below 2.1.
+_STUDENT = (
+    12.71,
+    4.31,
+    3.19,
+    2.78,
+    2.58,
+    2.45,
+    2.37,
+    2.31,
+    2.27,
+    2.23,
+    2.21,
+    2.18,
+    2.17,
+    2.15,
+    2.14,
+    2.12,
+    2.11,
+    2.11,
+    2.1,
+)
 
 
 def render(summary: dict[str, Any]) -> str:
@@ -31,8 +54,9 @@ def render(summary: dict[str, Any]) -> str:
     note = (
         f"{summary['data']}: {summary['train_examples']:,} training and "
         f"{summary['test_examples']:,} test images; mean ± standard deviation of {count(seeds)}.\n"
-        f"SGD: the iterate where averaging starts, after the whole decay of the rate. Last iterate: "
-        f"after the averaging phase.\nSWA, SWALP: the mean of that phase's iterates, in float."
+        f"SGD: the iterate where averaging starts, after the whole decay of the rate.\n"
+        f"Last iterate: at the end of the averaging phase, so for the same budget as the average.\n"
+        f"SWA, SWALP: the mean of that phase's iterates, kept in float."
     )
     return "\n".join([aligned(header, body), note, "", *findings(rows)])
 
@@ -97,8 +121,8 @@ def findings(rows: Sequence[Row]) -> list[str]:
         )
     if sentences and len(rows[0]["test_error"]) > 1:
         sentences.append(
-            "(Differences are paired by seed; ± is their standard deviation, and * marks a mean "
-            "beyond two standard errors.)"
+            "(Differences are paired by seed; ± is their standard deviation, and * marks a mean that "
+            "differs from 0 at the 5 % level of Student's t.)"
         )
     elif sentences:
         sentences.append("(One seed: the differences may be chance.)")
@@ -110,8 +134,25 @@ def _differences(left: Sequence[float], right: Sequence[float]) -> list[float]:
 
 
 def _signed(values: Sequence[float]) -> str:
-    """Mean ± standard deviation, with a star where the mean is beyond two standard errors."""
+    """Mean ± standard deviation, with a star where Student's t tells the mean from 0."""
     if len(values) == 1:
         return f"{values[0]:+.2f}"
-    clear = abs(mean(values)) > 2 * stdev(values) / len(values) ** 0.5
+    freedom = len(values) - 1
+    bound = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 2.1
+    clear = abs(mean(values)) > bound * stdev(values) / len(values) ** 0.5
     return f"{mean(values):+.2f} ± {stdev(values):.2f}{'*' if clear else ''}"
+
+
+def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """One line for each row whose errors are not the same in both summaries."""
+    return [
+        f"{label(old)}: {old['test_error']} became {new['test_error']}"
+        for old, new in zip(before["rows"], after["rows"], strict=True)
+        if old["test_error"] != new["test_error"]
+    ]
+
+
+def pairs(values: Mapping[str, object]) -> str:
+    """Names and values, one pair to a line."""
+    width = max(map(len, values))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in values.items())

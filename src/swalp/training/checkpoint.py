@@ -122,7 +122,9 @@ def _without_tensors(value: Any, tensors: dict[str, Tensor], name: str = "") -> 
     """`value` for JSON, its tensors moved to `tensors`, named by their place."""
     match value:
         case Tensor():
-            tensors[name] = value.detach() if isinstance(value, PackedTensor) else value.detach().contiguous()
+            tensors[name] = (
+                value.detach() if isinstance(value, PackedTensor) else value.detach().contiguous()
+            )
             return {_TENSOR: name}
         case dict():
             items = [

@@ -25,7 +25,7 @@ class RunConfig(BaseModel):
 
     data: Literal["digits", "mnist", "fashion-mnist"] = Field(description="the data set")
     model: Literal["cnn", "mlp"] = Field(
-        description="the network, with batch norm: two convolutions and a linear layer, or three linear layers"
+        description="the network: two convolutions and a linear layer, or three linear layers"
     )
     width: int = Field(
         ge=1, le=4096, description="channels of the first convolution, or hidden units"
@@ -45,7 +45,7 @@ class RunConfig(BaseModel):
     average_every: int = Field(ge=1, description="steps between two iterates that are averaged")
     learning_rate: float = Field(
         gt=0,
-        description="at first; constant for half of the epochs before averaging, then falling to a hundredth",
+        description="at first: constant for half of averaging_start, then falling to a hundredth",
     )
     averaging_rate: float = Field(gt=0, description="the learning rate while averaging")
     momentum: float = Field(ge=0, lt=1, description="of SGD")
@@ -68,8 +68,8 @@ class RunConfig(BaseModel):
     def _averages_something(self) -> RunConfig:
         if self.averaging_start >= self.epochs:
             raise ValueError(
-                f"averaging_start = {self.averaging_start} must be less than epochs = {self.epochs}, "
-                f"or nothing is averaged"
+                f"averaging_start = {self.averaging_start} must be less than "
+                f"epochs = {self.epochs}, or nothing is averaged"
             )
         return self
 

@@ -166,7 +166,7 @@ def _digits() -> Dataset:
 def _scaled(
     train_x: Tensor, train_y: Tensor, test_x: Tensor, test_y: Tensor, *, origin: str
 ) -> Dataset:
-    """Images (N, height, width) of any dtype to float32 (N, 1, height, width), shifted and scaled."""
+    """Images (N, height, width) to float32 (N, 1, height, width), shifted and scaled."""
     train_x, test_x = train_x.unsqueeze(1).float(), test_x.unsqueeze(1).float()
     scale, mean = torch.std_mean(train_x.double(), correction=0)  # exact enough in any order
     scale, mean = scale.float(), mean.float()

@@ -19,7 +19,7 @@ from swalp.training.data import CLASSES, Dataset, epoch_order
 EVALUATION_BATCH = 1000  # examples; fixed, so that an evaluation gives the same bits again
 
 
-class NonFiniteLoss(ArithmeticError):
+class NonFiniteLossError(ArithmeticError):
     """The loss became NaN or infinite; the text says where."""
 
 
@@ -115,10 +115,14 @@ def train(run: Trajectory, data: Dataset, config: RunConfig) -> Iterator[Step]:
         After each step, when `run.state_dict()` is a state to go on from.
 
     Raises:
-        NonFiniteLoss: the loss of a step is NaN or infinite; the step was not taken.
+        NonFiniteLossError: the loss of a step is NaN or infinite; the step was not taken.
     """
     per_epoch = steps_per_epoch(config, data)
-    start = config.averaging_start * per_epoch
+    rate = swalp.schedules.Published(
+        start=config.averaging_start * per_epoch,
+        learning_rate=config.learning_rate,
+        averaging_rate=config.averaging_rate,
+    )
     order: Tensor | None = None
     while run.step < config.epochs * per_epoch:
         epoch, place = divmod(run.step, per_epoch)
@@ -126,20 +130,14 @@ def train(run: Trajectory, data: Dataset, config: RunConfig) -> Iterator[Step]:
             order = epoch_order(len(data.train_x), run.seed, epoch)
         rows = order[place * config.batch_size : (place + 1) * config.batch_size]
         x, y = data.train_x[rows], data.train_y[rows]
-        rate = swalp.schedules.published(
-            run.step,
-            start=start,
-            learning_rate=config.learning_rate,
-            averaging_rate=config.averaging_rate,
-        )
         for group in run.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate(run.step)
 
         run.model.train()
         loss = nn.functional.cross_entropy(run.model(x), y)
         value = loss.item()
         if not math.isfinite(value):
-            raise NonFiniteLoss(
+            raise NonFiniteLossError(
                 f"the loss is {value} at step {run.step + 1} (epoch {epoch + 1}) of arm "
                 f"{run.arm!r}, seed {run.seed}; {_first_non_finite(run.model, x)}"
             )
@@ -157,7 +155,7 @@ def train(run: Trajectory, data: Dataset, config: RunConfig) -> Iterator[Step]:
                 "seed": run.seed,
                 "epoch": epoch + 1,
                 "step": run.step,
-                "learning_rate": rate,
+                "learning_rate": group["lr"],
                 "train_loss": run.loss_sum / per_epoch,
                 "test_error": error(run.model, data.test_x, data.test_y),
                 "average_error": None,
@@ -172,7 +170,7 @@ def train(run: Trajectory, data: Dataset, config: RunConfig) -> Iterator[Step]:
 
 def averaged_model(average: swalp.WeightAverage, data: Dataset) -> nn.Module:
     """The averaged network in float, its batch-norm statistics those of the training data."""
-    swalp.recompute_batchnorm(average.module, data.train_x.split(EVALUATION_BATCH))
+    swalp.recompute_batchnorm(average.module, _batches(data.train_x))
     return average.module
 
 
@@ -180,9 +178,13 @@ def averaged_model(average: swalp.WeightAverage, data: Dataset) -> nn.Module:
 def error(model: nn.Module, x: Tensor, y: Tensor) -> float:
     """The share of examples that `model` gets wrong, in %."""
     model.eval()
-    batches = zip(x.split(EVALUATION_BATCH), y.split(EVALUATION_BATCH), strict=True)
+    batches = zip(_batches(x), _batches(y), strict=True)
     wrong = sum(int((model(inputs).argmax(1) != labels).sum()) for inputs, labels in batches)
     return 100 * wrong / len(y)
+
+
+def _batches(x: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(x, EVALUATION_BATCH)
 
 
 def sizes(config: RunConfig, data: Dataset, arm: str) -> dict[str, int]:

@@ -30,8 +30,8 @@ _README = """\
 This directory is one training run of swalp (https://arxiv.org/abs/1904.11943 has the method).
 
 config.toml      the settings, complete: `swalp train config.toml` does the same run again
-metrics.jsonl    one line per arm, seed and epoch: training loss, learning rate, test error (%) of the
-                 iterate and of the average so far; a function of the settings, without times
+metrics.jsonl    one line per arm, seed and epoch: training loss, learning rate, test error (%) of
+                 the iterate and of the average so far; a function of the settings, without times
 summary.json     the rows of the final table; it is there when the run is finished
 curves.png       test error against the epoch
 models/ARM/seed-N/
@@ -58,11 +58,6 @@ class RunDirectory:
         """Where `checkpoint.save` puts them."""
         return self.path / "checkpoints"
 
-    @property
-    def curves(self) -> Path:
-        """The picture."""
-        return self.path / "curves.png"
-
     def config(self) -> RunConfig:
         """The settings of the run."""
         path = self.path / "config.toml"
@@ -81,13 +76,18 @@ class RunDirectory:
         """
         if not self.finished:
             raise UserError(
-                f"{self.path}: the run is not finished; go on with: swalp train --resume {self.path}"
+                f"{self.path}: the run is not finished; go on with: "
+                f"swalp train --resume {self.path}"
             )
         return _record(self._summary)
 
     def finish(self, summary: Record) -> None:
         """Write the summary, which marks the run as finished."""
         write_file(self._summary, json.dumps(summary, indent=1).encode() + b"\n")
+
+    def save_curves(self, png: bytes) -> None:
+        """Save the picture."""
+        write_file(self.path / "curves.png", png)
 
     def metrics(self) -> list[Record]:
         """All records so far."""
@@ -195,8 +195,8 @@ def open_run(path: Path) -> RunDirectory:
     version = _record(path / "run.json").get("version")
     if version != VERSION:
         raise UserError(
-            f"{path}: a run directory of version {version}; this swalp reads version {VERSION}: use "
-            f"the swalp that made it"
+            f"{path}: a run directory of version {version}; this swalp reads version {VERSION}: "
+            f"use the swalp that made it"
         )
     return RunDirectory(path)
 

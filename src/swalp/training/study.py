@@ -87,14 +87,14 @@ def train(
     except Stopped:
         outcome = "stopped"
         raise
-    except loop.NonFiniteLoss as error:
+    except loop.NonFiniteLossError as error:
         raise UserError(
             f"{error}; {_last_checkpoint(run)}. Start anew with a smaller learning_rate"
         ) from None
     except OSError as error:
         raise UserError(
-            f"{error.filename or run.path}: {error.strerror or error}; {_last_checkpoint(run)}. Mend "
-            f"that and go on with: swalp train --resume {run.path}"
+            f"{error.filename or run.path}: {error.strerror or error}; {_last_checkpoint(run)}. "
+            f"Mend that and go on with: swalp train --resume {run.path}"
         ) from None
     finally:
         _note(run, session | {"seconds": round(time.monotonic() - started, 1), "outcome": outcome})
@@ -220,7 +220,9 @@ def _summary(run: RunDirectory, config: RunConfig, data: Dataset) -> Record:
                     "arm": arm,
                     "model": model,
                     "test_error": [metrics[arm, seed, epoch][key] for seed in seeds],
-                    "model_bytes": sizes["average_bytes" if model == "average" else "iterate_bytes"],
+                    "model_bytes": sizes[
+                        "average_bytes" if model == "average" else "iterate_bytes"
+                    ],
                     "training_bytes": sizes["training_bytes"],
                     "averaging_bytes": sizes["averaging_bytes"] if model == "average" else 0,
                     "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files],
