@@ -96,14 +96,14 @@ def newest(folder: Path) -> Path | None:
 def _newest_first(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    found = [path for path in folder.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
 def _load(path: Path) -> dict[str, Any]:
     manifest = json.loads((path / "manifest.json").read_bytes())
-    if manifest["version"] != VERSION:
-        raise ValueError(f"its version is {manifest['version']}, this program reads {VERSION}")
+    if not isinstance(manifest, dict) or manifest.get("version") != VERSION:
+        raise ValueError(f"manifest.json is not that of a checkpoint of version {VERSION}")
     parts = {}
     for name in ("tensors.safetensors", "state.json"):
         parts[name] = (path / name).read_bytes()
