@@ -101,7 +101,7 @@ def test_damaged_files(published):
             data.load("mnist", folder)
     path.write_bytes(gzip.compress(b"something else"))
     with pytest.raises(
-        UserError, match="corrupt: unpacked, its SHA-256 is .* not train-labels-idx"
+        UserError, match=r"corrupt: unpacked, its SHA-256 is .* not train-labels-idx"
     ):
         data.load("mnist", folder)
     path.write_bytes((folder / "t10k-labels-idx1-ubyte.gz").read_bytes())
@@ -143,7 +143,7 @@ def test_failed_downloads_are_one_line(tmp_path, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(pooch, "retrieve", retrieve)
-    with pytest.raises(UserError, match="cannot download to .*: (no route|hash differs)$"):
+    with pytest.raises(UserError, match=r"cannot download to .*: (no route|hash differs)$"):
         data.load("fashion-mnist", tmp_path, download=True)
 
 

@@ -2,11 +2,11 @@ import json
 
 import pytest
 import torch
-from tiny_runs import settings
 
 import swalp
 from swalp.training import run_directory
 from swalp.training.mistakes import UserError
+from tiny_runs import settings
 
 
 @pytest.fixture
@@ -104,10 +104,9 @@ def test_the_summary_marks_the_end(run):
 
 
 def test_only_one_process_works_on_a_run(run):
-    with run.locked():
-        with pytest.raises(UserError, match="another process is working on this run"):
-            with run.locked():
-                pass
+    message = "another process is working on this run"
+    with run.locked(), pytest.raises(UserError, match=message), run.locked():
+        pass
     with run.locked():
         pass
 

@@ -4,10 +4,10 @@ import os
 
 import pytest
 import torch
-from tiny_runs import ARMS, finished, settings, train
 
 from swalp.training import checkpoint, data, run_directory, study
 from swalp.training.mistakes import UserError
+from tiny_runs import ARMS, finished, settings, train
 
 STEPS = 2 * 15  # two arms, three epochs of five steps
 

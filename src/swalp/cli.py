@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import signal
 import sys
 import time
@@ -62,7 +61,9 @@ def run(words: list[str]) -> int:
 
 def _version(value: bool) -> None:
     if value:
-        print(f"swalp {importlib.metadata.version('swalp')}")
+        from swalp.training import environment
+
+        print(f"swalp {environment.version('swalp')}")
         raise typer.Exit
 
 

@@ -55,7 +55,8 @@ def png(metrics: Sequence[dict[str, Any]], *, averaging_start: int, title: str) 
         color="0.35",
         fontsize="small",
     )
-    axes.set_yscale("log")
+    if all(record["test_error"] > 0 and record["average_error"] != 0 for record in metrics):
+        axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize="x-small")

@@ -115,14 +115,14 @@ def findings(rows: Sequence[Row]) -> list[str]:
         left = _differences(errors[arm, "average"], errors["float", "sgd"])
         averages = _differences(errors[arm, "average"], errors["float", "average"])
         sentences.append(
-            f"{arm}: low precision changes SGD's test error by {_signed(cost)} points; averaging "
-            f"takes {_signed(brought)} off, which leaves SWALP {_signed(left)} from float SGD and "
-            f"{_signed(averages)} from float SWA."
+            f"{arm}: low precision changes SGD's test error by {difference(cost)} points; "
+            f"averaging takes {difference(brought)} off, which leaves SWALP {difference(left)} "
+            f"from float SGD and {difference(averages)} from float SWA."
         )
     if sentences and len(rows[0]["test_error"]) > 1:
         sentences.append(
-            "(Differences are paired by seed; ± is their standard deviation, and * marks a mean that "
-            "differs from 0 at the 5 % level of Student's t.)"
+            "(Differences are paired by seed; ± is their standard deviation, and * marks a mean "
+            "that differs from 0 at the 5 % level of Student's t.)"
         )
     elif sentences:
         sentences.append("(One seed: the differences may be chance.)")
@@ -133,7 +133,7 @@ def _differences(left: Sequence[float], right: Sequence[float]) -> list[float]:
     return [a - b for a, b in zip(left, right, strict=True)]
 
 
-def _signed(values: Sequence[float]) -> str:
+def difference(values: Sequence[float]) -> str:
     """Mean ± standard deviation, with a star where Student's t tells the mean from 0."""
     if len(values) == 1:
         return f"{values[0]:+.2f}"

@@ -14,7 +14,7 @@ PACKAGES = ("swalp", "torch", "numpy", "safetensors", "scikit-learn", "matplotli
 
 def describe() -> dict[str, str | int]:
     """Versions of the packages, and the machine, by name."""
-    versions = {name: _version(name) for name in PACKAGES}
+    versions = {name: version(name) for name in PACKAGES}
     return {
         **versions,
         "python": platform.python_version(),
@@ -32,7 +32,8 @@ def kernel() -> str:
     return "reference (slow)"
 
 
-def _version(name: str) -> str:
+def version(name: str) -> str:
+    """The installed version of a package."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
