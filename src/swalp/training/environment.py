@@ -9,6 +9,8 @@ import platform
 
 import torch
 
+from swalp.quantize import cpu
+
 PACKAGES = ("swalp", "torch", "numpy", "safetensors", "scikit-learn", "matplotlib", "pydantic")
 
 
@@ -29,7 +31,11 @@ def describe() -> dict[str, str | int]:
 
 def kernel() -> str:
     """Which kernel quantizes on the CPU."""
-    return "reference (slow)"
+    if not cpu.available:
+        return "reference (slow): swalp was installed without a C++ compiler"
+    from swalp import _kernels
+
+    return f"C++ {_kernels.used()}{'' if _kernels.has_threads() else ', without threads'}"
 
 
 def version(name: str) -> str:
