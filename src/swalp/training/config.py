@@ -50,6 +50,9 @@ class RunConfig(BaseModel):
     averaging_rate: float = Field(gt=0, description="the learning rate while averaging")
     momentum: float = Field(ge=0, lt=1, description="of SGD")
     weight_decay: float = Field(ge=0, description="L2 penalty")
+    threads: int = Field(
+        ge=1, le=1024, description="of PyTorch; the last bits of a result may depend on them"
+    )
     checkpoint_seconds: float = Field(
         ge=0, description="seconds between two checkpoints; no result depends on it"
     )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from swalp import to_float
 from swalp.training import checkpoint, environment, loop
@@ -77,13 +80,18 @@ def train(
         raise UserError(
             f"batch_size = {config.batch_size} exceeds the {len(data.train_x)} training examples"
         )
-    session = environment.describe() | {"began": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    session = environment.describe() | {
+        "threads": config.threads,
+        "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
     started = time.monotonic()
     outcome = "failed"
     try:
-        _train(run, config, data, watch, say, stop)
+        with _threads(config.threads):
+            _train(run, config, data, watch, say, stop)
+            summary = _summary(run, config, data)
         outcome = "finished"
-        return _summary(run, config, data)
+        return summary
     except Stopped:
         outcome = "stopped"
         raise
@@ -117,7 +125,8 @@ def evaluate(run: RunDirectory, data: Dataset) -> Record:
                 model = to_float(model)
             path = run.model_path(row["arm"], seed, row["model"])
             model.load_state_dict(run.load_model(path, sha256))
-            errors.append(loop.error(model, data.test_x, data.test_y))
+            with _threads(config.threads):
+                errors.append(loop.error(model, data.test_x, data.test_y))
         rows.append(row | {"test_error": errors})
     return summary | {"rows": rows}
 
@@ -168,6 +177,17 @@ def _train(
             )
             if stopping:
                 raise Stopped
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """PyTorch with that many threads, inside a ``with`` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _trajectories(config: RunConfig) -> list[tuple[str, int]]:
