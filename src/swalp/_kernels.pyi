@@ -30,6 +30,7 @@ class Format:
     overflow_is_nan: int
     largest_code: int
     inf_code: int
+    has_nan: int
     nan_code: int
     sign_code: int
     largest: float
@@ -50,6 +51,7 @@ class SgdParameter:
     ) -> None: ...  # fmt: skip
 
 class AdamParameter:
+    step: int
     def __init__(self, blocks: int, length: int, /) -> None: ...
     def set_role(self, role: str, fmt: Format, rule: int, bits: int, seed: int, /) -> None: ...
     def bind(

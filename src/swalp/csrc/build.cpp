@@ -55,7 +55,11 @@ void decode(const swalp_format& f, const Code* codes, int64_t n, int32_t shared,
     return;
   }
   const Factors scale(gap_of(f, shared));
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(codes[i]) * scale.first * scale.second;
+  const int32_t nan = f.has_nan ? f.nan_code : INT32_MIN;
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = static_cast<float>(codes[i]) * scale.first * scale.second;
+    out[i] = codes[i] == nan ? __builtin_nanf("") : value;
+  }
 }
 
 template <class Code>

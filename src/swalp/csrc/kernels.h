@@ -26,7 +26,8 @@ typedef struct {
   // Minifloat: values of the element format, times 2**shared.
   int32_t mantissa_bits, min_normal, lowest_gap, bias, has_zero, is_signed, saturating, fnuz;
   int32_t overflow_is_nan;   // without saturation: NaN, not infinity
-  int32_t largest_code, inf_code, nan_code, sign_code;  // nan_code -1: there is none
+  int32_t largest_code, inf_code, sign_code;
+  int32_t has_nan, nan_code;  // of any kind: whether a code stands for NaN, and which
   float largest, smallest;   // largest also: the magnitude of a binary format
 } swalp_format;
 
@@ -53,7 +54,8 @@ typedef struct {
 int swalp_quantize(const swalp_format*, const swalp_rounding*, const swalp_layout*, const float* x,
                    void* out, int32_t output, int32_t* exponents, int threads);
 
-// Codes to float32 values. `table`: the 2**8 or 2**16 values of a minifloat's codes, or NULL.
+// Codes to float32 values. `table`: the values of all codes of 1 or 2 bytes, if they are bit patterns, or
+// NULL.
 void swalp_unpack(const swalp_format*, const swalp_layout*, const void* codes, int32_t code_type,
                   const int32_t* exponents, const float* table, float* out, int threads);
 

@@ -52,14 +52,19 @@ template <> struct Stored<float> {
 
 template <> struct Stored<int8_t> {
   static constexpr int output = SWALP_CODE8;
+  const swalp_format& format;
   F first, second;  // their product is 2**gap, and that of each with a code is exact
-  Stored(const swalp_format& f, const int8_t* exponents, int64_t block) {
+  Stored(const swalp_format& f, const int8_t* exponents, int64_t block) : format(f) {
     const int32_t gap = gap_of(f, exponents ? exponents[block] : 0), half = gap / 2;
     first = power_of_two(Lanes::set(half));
     second = power_of_two(Lanes::set(gap - half));
   }
   F operator()(const int8_t* from, int64_t n) const {
-    return Lanes::mul(Lanes::mul(Lanes::convert(load(from, n)), first), second);
+    const I code = load(from, n);
+    const F value = Lanes::mul(Lanes::mul(Lanes::convert(code), first), second);
+    if (!format.has_nan) return value;
+    const M nan = Lanes::equal(code, Lanes::set(format.nan_code));
+    return Lanes::select(nan, Lanes::floats(Lanes::set(0x7fc00000)), value);
   }
 };
 
