@@ -1,26 +1,72 @@
 import itertools
+import math
 
 import pytest
+import torch
+from torch import nn
 
-from swalp.schedules import published
+import swalp
+from swalp.schedules import Cosine, Cyclic, Linear, Published, as_scheduler
 
-
-def rate(epoch):
-    return published(epoch, start=200, learning_rate=0.05, averaging_rate=0.01)
+RATE = Published(start=200, learning_rate=0.05, averaging_rate=0.01)
+ENDS = {"start": 10, "learning_rate": 0.1, "averaging_rate": 0.02}
 
 
 def test_published_vgg16_rates():
-    assert [rate(epoch) for epoch in (0, 99, 100)] == [0.05] * 3
-    assert rate(140) == pytest.approx(0.05 * (1 - 0.99 * 0.5))
-    assert [rate(epoch) for epoch in (180, 190, 199)] == [pytest.approx(0.0005)] * 3
-    assert [rate(epoch) for epoch in (200, 299)] == [0.01] * 2
+    assert [RATE(epoch) for epoch in (0, 99, 100)] == [0.05] * 3
+    assert RATE(140) == pytest.approx(0.05 * (1 - 0.99 * 0.5))
+    assert [RATE(epoch) for epoch in (180, 190, 199)] == [pytest.approx(0.0005)] * 3
+    assert [RATE(epoch) for epoch in (200, 299)] == [0.01] * 2
 
 
-def test_falls_and_is_continuous_before_averaging():
-    rates = [rate(epoch / 10) for epoch in range(2000)]
+def test_published_falls_without_jumps_before_averaging():
+    rates = [RATE(epoch / 10) for epoch in range(2000)]
     assert all(0 <= before - after < 1e-4 for before, after in itertools.pairwise(rates))
 
 
-def test_start_must_be_positive():
-    with pytest.raises(ValueError, match="start=0 must be positive"):
-        published(1, start=0, learning_rate=0.1, averaging_rate=0.1)
+def test_linear_and_cosine_end_in_the_averaging_rate():
+    assert [Linear(**ENDS)(t) for t in (0, 5, 10, 99)] == pytest.approx([0.1, 0.06, 0.02, 0.02])
+    cosine = Cosine(**ENDS)
+    assert [cosine(t) for t in (0, 5, 10, 99)] == pytest.approx([0.1, 0.06, 0.02, 0.02])
+    assert cosine(2.5) == pytest.approx(0.02 + 0.08 * (1 + math.cos(math.pi / 4)) / 2)
+
+
+def test_cyclic_is_low_where_it_is_averaged():
+    rate = Cyclic(before=RATE, start=200, cycle=5, high=0.05, low=0.01)
+    assert rate(199) == RATE(199)
+    expected = [0.05, 0.04, 0.03, 0.02, 0.01] * 2
+    assert [rate(200 + t) for t in range(10)] == pytest.approx(expected)
+    model = nn.Linear(1, 1)
+    average = swalp.WeightAverage(model, start=200, every=5)
+    rates = []
+    for step in range(220):
+        before = average.count
+        average.update_parameters(model)
+        if average.count > before:
+            rates.append(rate(step))
+    assert rates == pytest.approx([0.01] * 4)
+
+
+@pytest.mark.parametrize("schedule", [RATE, Cosine(**ENDS)], ids=repr)
+def test_as_a_pytorch_scheduler(schedule):
+    first, second = nn.Linear(1, 1), nn.Linear(1, 1)
+    groups = [{"params": first.parameters()}, {"params": second.parameters(), "lr": 0.2}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    scheduler = as_scheduler(optimizer, schedule)
+    for step in range(30):
+        own, double = (group["lr"] for group in optimizer.param_groups)
+        assert own == pytest.approx(schedule(step))
+        assert double == pytest.approx(2 * schedule(step))
+        optimizer.step()
+        scheduler.step()
+
+
+def test_mistakes():
+    with pytest.raises(ValueError, match="Published: start=0 must be positive"):
+        Published(start=0, learning_rate=0.1, averaging_rate=0.1)
+    with pytest.raises(ValueError, match=r"Linear: learning_rate=-0\.1 must be 0 or more"):
+        Linear(start=1, learning_rate=-0.1, averaging_rate=0.1)
+    with pytest.raises(ValueError, match="Cyclic: cycle=0 must be positive"):
+        Cyclic(before=RATE, start=1, cycle=0, high=1, low=0)
+    with pytest.raises(ValueError, match="first group has lr=0"):
+        as_scheduler(torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.0), RATE)

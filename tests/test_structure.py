@@ -17,7 +17,7 @@ FLOORS = [
     {"packed", "recipes"},
     {"layers"},
     {"convert"},
-    {"optim", "averaging", "schedules"},
+    {"optim", "averaging", "batchnorm", "schedules"},
     {"training"},
     {"report"},
     {"cli"},

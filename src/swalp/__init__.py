@@ -1,7 +1,8 @@
 """Train PyTorch networks in 8 bits or fewer, and average the iterates (SWALP)."""
 
 from swalp import optim, recipes, schedules
-from swalp.averaging import WeightAverage, recompute_batchnorm
+from swalp.averaging import WeightAverage
+from swalp.batchnorm import recompute_batchnorm
 from swalp.convert import convert, noise_clock, summary, to_float
 from swalp.format_text import parse_format
 from swalp.formats import Binary, BlockFloat, FixedPoint, Microscaling, Minifloat

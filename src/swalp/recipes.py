@@ -6,10 +6,18 @@ import difflib
 import re
 from dataclasses import dataclass, replace
 
-from swalp.formats import BlockFloat, Format
+from swalp.formats import BlockFloat, Format, Minifloat
 from swalp.rounding import Rounding, Stochastic
 
-ROLES = ("weight", "activation", "error", "gradient", "momentum", "accumulator")
+ROLES = (
+    "weight",
+    "activation",
+    "error",
+    "gradient",
+    "momentum",
+    "second_moment",
+    "accumulator",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +56,8 @@ class Recipe:
         activation: Q_A, of what enters a layer's product.
         error: Q_E, of the gradient that leaves a layer toward its input.
         gradient: Q_G, of the parameters' gradients, before weight decay is added.
-        momentum: Q_M, of the momentum as it is kept between steps.
+        momentum: Q_M, of the momentum (Adam: the first moment) as it is kept between steps.
+        second_moment: of the root of Adam's second moment, as it is kept between steps.
         accumulator: of a separate accumulator that takes the updates, the weights being quantized
             from it; None, as in the paper: the weights are the accumulator.
         quantize_input: whether the input of the network (of its first converted layer) is quantized
@@ -63,6 +72,7 @@ class Recipe:
     error: Quantizer | None = None
     gradient: Quantizer | None = None
     momentum: Quantizer | None = None
+    second_moment: Quantizer | None = None
     accumulator: Quantizer | None = None
     quantize_input: bool = False
 
@@ -94,6 +104,12 @@ _SHORT = Stochastic(random_bits=16)
 _LONG = Stochastic(random_bits=32)
 
 
+# Roots of second moments span many orders of magnitude within a tensor, so each has an exponent of
+# its own: 8 bits without a sign, from 2**-29 to 30. Rounding to nearest would never move them, as a
+# step changes them by less than half a gap.
+_ROOT = Minifloat(5, 3, bias=27, specials="finite", signed=False)
+
+
 def _paper(name: str, word_length: int, *, small: bool) -> Recipe:
     parameter = BlockFloat(word_length, axes=(0,) if small else None, symmetric=False)
     signal = BlockFloat(word_length, axes=(0, 1) if small else None, symmetric=False)
@@ -104,6 +120,7 @@ def _paper(name: str, word_length: int, *, small: bool) -> Recipe:
         error=Quantizer(signal, _SHORT),
         gradient=Quantizer(parameter, _SHORT),
         momentum=Quantizer(parameter, _SHORT),
+        second_moment=Quantizer(_ROOT, _SHORT),
     )
 
 

@@ -36,7 +36,10 @@ def holds_nan(fmt: Format) -> bool:
     """Whether a code of `fmt` stands for NaN."""
     element = _element(fmt)
     if isinstance(element, Minifloat):
-        return element.specials != "finite"
+        # IEEE's NaN has mantissa bits; without any, all ones is infinity.
+        return element.specials != "finite" and (
+            element.specials != "ieee" or element.mantissa_bits > 0
+        )
     return not isinstance(element, Binary) and element.symmetric
 
 
@@ -49,8 +52,8 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | N
         rounding: the rule.
 
     Returns:
-        Codes, `code_dtype(fmt)`, the shape of `x`, contiguous; exponents, `exponent_dtype(fmt)`,
-        one per block (see `block_extents`), or None for a format without blocks.
+        Codes, `code_dtype(fmt)`, the shape of `x`; exponents, `exponent_dtype(fmt)`, one per block
+        (see `block_extents`), or None for a format without blocks.
 
     Raises:
         ValueError: `x` has a NaN and `fmt` no code for it.
@@ -59,12 +62,12 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | N
     exponents = None
     if isinstance(fmt, BlockFloat | Microscaling):
         exponents = _exponents(x, fmt)
-        values = values / _scale(exponents, fmt, x.shape)
+        values = reference.scaled(values, -_power(exponents, fmt, x.shape))
     elif isinstance(fmt, FixedPoint):
         values = values / fmt.gap
     missing = values.isnan()
     if not holds_nan(fmt) and bool(missing.any()):
-        raise ValueError(f"pack: the tensor has a NaN, and {fmt} no code for it")
+        raise no_code_for_nan(fmt)
     element = _element(fmt)
     match element:
         case Binary():
@@ -72,8 +75,28 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | N
         case Minifloat():
             codes = _bits(values, element)
         case _:
-            codes = torch.where(missing, -(1 << (element.bits - 1)), values.nan_to_num()).long()
-    return codes.to(code_dtype(fmt)).contiguous(), exponents
+            codes = torch.where(missing, nan_code(fmt), values.nan_to_num()).long()
+    return codes.to(code_dtype(fmt)), exponents
+
+
+def no_code_for_nan(fmt: Format) -> ValueError:
+    """What `pack` raises."""
+    return ValueError(f"pack: the tensor has a NaN, and {fmt} no code for it")
+
+
+def nan_code(fmt: Format) -> int:
+    """The code of NaN, for formats that `holds_nan`."""
+    element = _element(fmt)
+    if not isinstance(element, Minifloat):
+        return -(1 << (element.bits - 1))
+    if element.specials == "fnuz":
+        return 1 << (element.bits - 1)
+    return (1 << (element.exponent_bits + element.mantissa_bits)) - 1
+
+
+def table(fmt: Minifloat | Binary) -> Tensor:
+    """The value of each pattern of `fmt.bits` bits: float32, shape (num_codes,)."""
+    return unpack(torch.arange(fmt.num_codes, dtype=torch.int32), None, fmt)
 
 
 def unpack(codes: Tensor, exponents: Tensor | None, fmt: Format) -> Tensor:
@@ -92,7 +115,7 @@ def unpack(codes: Tensor, exponents: Tensor | None, fmt: Format) -> Tensor:
                 values = values * fmt.gap
     if exponents is not None:
         assert isinstance(fmt, BlockFloat | Microscaling)
-        values = values * _scale(exponents, fmt, codes.shape)
+        values = reference.scaled(values, _power(exponents, fmt, codes.shape))
     return values.to(torch.float32)
 
 
@@ -108,14 +131,14 @@ def _exponents(x: Tensor, fmt: BlockFloat | Microscaling) -> Tensor:
     return reference.shared_exponents(x, fmt).to(exponent_dtype(fmt))
 
 
-def _scale(exponents: Tensor, fmt: BlockFloat | Microscaling, shape: torch.Size) -> Tensor:
-    """2**gap of a `BlockFloat` block, the scale of a `Microscaling` one, at each element."""
+def _power(exponents: Tensor, fmt: BlockFloat | Microscaling, shape: torch.Size) -> Tensor:
+    """log2 of the gap of a `BlockFloat` block, of the scale of a minifloat one, at each element."""
     power = spread(exponents.to(torch.int64), block_extents(fmt, shape))
     if isinstance(fmt, BlockFloat):
-        power = power - fmt.word_length + 2
-    elif isinstance(fmt.element, FixedPoint):
-        power = power - fmt.element.frac_bits
-    return reference.scaled(torch.ones_like(power), power)
+        return power - fmt.word_length + 2
+    if isinstance(fmt.element, FixedPoint):
+        return power - fmt.element.frac_bits
+    return power
 
 
 def _bits(values: Tensor, fmt: Minifloat) -> Tensor:
@@ -132,7 +155,7 @@ def _bits(values: Tensor, fmt: Minifloat) -> Tensor:
     ones = (1 << (fmt.exponent_bits + fmt.mantissa_bits)) - 1
     codes = torch.where(values.isinf(), ones & -hidden, codes)
     codes = codes | (values.signbit().long() * fmt.signed << fmt.exponent_bits + fmt.mantissa_bits)
-    return torch.where(values.isnan(), 1 << fmt.bits - 1 if fmt.specials == "fnuz" else ones, codes)
+    return torch.where(values.isnan(), nan_code(fmt), codes)
 
 
 def _from_bits(codes: Tensor, fmt: Minifloat) -> Tensor:

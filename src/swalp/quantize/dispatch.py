@@ -2,25 +2,58 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
+
 from torch import Tensor
 
 from swalp.formats import Format
 from swalp.quantize import codes as definition
-from swalp.quantize import reference
+from swalp.quantize import cpu, reference
 from swalp.rounding import Rounding
+
+
+class SlowQuantizationWarning(RuntimeWarning):
+    """The fast kernels are missing; results are the same, but take far longer."""
 
 
 def run(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = None) -> Tensor:
     """Quantize `x`, already checked, into `out` or a new tensor, with the fastest exact kernel."""
+    if x.is_cpu and _has_kernels() and cpu.supports(fmt, rounding, x.dtype):
+        return cpu.quantize(x, fmt, rounding, out)
     result = reference.quantize(x, fmt, rounding)
     return result if out is None else out.copy_(result)
 
 
 def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None]:
     """Codes and exponents of `x`, already checked: see `codes.pack`."""
+    if x.is_cpu and _has_kernels() and cpu.supports(fmt, rounding, x.dtype):
+        return cpu.pack(x, fmt, rounding)
     return definition.pack(x, fmt, rounding)
 
 
-def unpack(codes: Tensor, exponents: Tensor | None, fmt: Format) -> Tensor:
-    """The values of codes and exponents: see `codes.unpack`."""
-    return definition.unpack(codes, exponents, fmt)
+def unpack(
+    codes: Tensor, exponents: Tensor | None, fmt: Format, out: Tensor | None = None
+) -> Tensor:
+    """The values of codes and exponents, into `out` or a new tensor: see `codes.unpack`."""
+    if codes.is_cpu and _has_kernels() and cpu.knows(fmt):
+        return cpu.unpack(codes, exponents, fmt, out)
+    result = definition.unpack(codes, exponents, fmt)
+    return result if out is None else out.copy_(result)
+
+
+def _has_kernels() -> bool:
+    if not cpu.available:
+        _warn_once()
+    return cpu.available
+
+
+@cache
+def _warn_once() -> None:
+    warnings.warn(
+        "swalp was installed without its C++ kernels: quantizing is exact, but up to a thousand "
+        "times slower. Install a C++ compiler (g++ or clang++) and reinstall swalp with "
+        "`pip install --force-reinstall --no-deps swalp`; `swalp doctor` tells what is missing.",
+        SlowQuantizationWarning,
+        stacklevel=2,
+    )

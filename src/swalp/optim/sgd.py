@@ -1,20 +1,16 @@
-"""Low-precision SGD: a pure step function, and the optimizer that keeps its state."""
+"""Low-precision stochastic gradient descent with momentum."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 
-from swalp.packed import PackedTensor, pack
-from swalp.quantize import quantize
-from swalp.recipes import Recipe, fit
-from swalp.rounding import Stochastic
-
-Quantize = Callable[[str, Tensor], Tensor]
+from swalp.optim import fused
+from swalp.optim.base import LowPrecisionOptimizer, Quantize, require_not_negative
+from swalp.packed import PackedTensor
+from swalp.recipes import Recipe
 
 
 def sgd_step(
@@ -76,7 +72,7 @@ def sgd_step(
     return weight, momentum_buffer, accumulator
 
 
-class SGD(torch.optim.Optimizer):
+class SGD(LowPrecisionOptimizer):
     """SGD whose gradients, momentum and weights are quantized; `torch.optim.SGD` without a recipe.
 
     Args:
@@ -104,47 +100,20 @@ class SGD(torch.optim.Optimizer):
         recipe: Recipe | None = None,
         seed: int = 0,
     ) -> None:
-        for name, value in (("lr", lr), ("momentum", momentum), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"SGD: {name}={value} must be 0 or more")
+        require_not_negative("SGD", lr=lr, momentum=momentum, weight_decay=weight_decay)
         if nesterov and momentum == 0:
             raise ValueError("SGD: nesterov=True needs momentum > 0")
-        if recipe is not None and not isinstance(recipe, Recipe):
-            raise TypeError(f"SGD: recipe must be a Recipe or None, not {recipe!r}")
-        self.recipe = recipe
-        self.seed = seed
         defaults = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, recipe, seed)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient.
-
-        Args:
-            closure: reevaluates the model and returns the loss, which `step` returns.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for name, parameter, group in self._named():
-            if parameter.grad is not None:
-                self._update(name, parameter, group)
-        return loss
-
-    def _update(self, name: str, parameter: Tensor, group: dict[str, Any]) -> None:
-        assert parameter.grad is not None
+    def _update(
+        self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
+    ) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = 0
@@ -152,7 +121,7 @@ class SGD(torch.optim.Optimizer):
                 state["accumulator"] = parameter.detach().clone()
         weight, momentum_buffer, accumulator = sgd_step(
             parameter,
-            parameter.grad,
+            gradient,
             state.get("momentum_buffer"),
             state.get("accumulator"),
             lr=group["lr"],
@@ -168,49 +137,42 @@ class SGD(torch.optim.Optimizer):
         if accumulator is not None:
             state["accumulator"] = accumulator
 
-    def _quantizer(self, name: str, step: int, packed: bool) -> Quantize:
-        """Q of each role for one parameter at one step; `packed`: what is kept is held as codes."""
+    def _kernel(
+        self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
+    ) -> Any | None:
+        recipe = self.recipe
+        if recipe is None or recipe.accumulator is not None:
+            return None
+        roles = ("gradient", "momentum", "weight") if group["momentum"] else ("gradient", "weight")
+        kernel = self._prepared("SgdParameter", roles, name, parameter, gradient)
+        if kernel is None:
+            return None
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+        kept = state.get("momentum_buffer")
+        if kept is None and group["momentum"]:
+            # momentum * 0 + g is g: the same numbers as without a buffer
+            kept = state["momentum_buffer"] = fused.empty_state(recipe, "momentum", parameter)
+        kernel.bind(
+            state["step"],
+            fused.pointer(gradient),
+            fused.pointer(parameter),
+            fused.exponents(parameter),
+            fused.pointer(kept),
+            fused.exponents(kept),
+        )
+        state["step"] += 1
+        return kernel
 
-        def quantized(role: str, tensor: Tensor) -> Tensor:
-            quantizer = None if self.recipe is None else getattr(self.recipe, role)
-            if quantizer is None:
-                return tensor
-            rounding = quantizer.rounding
-            if isinstance(rounding, Stochastic):
-                rounding = rounding.seeded(self.seed).stream(role, name).at(step)
-            fmt = fit(quantizer.format, tensor.dim())
-            kept = packed and role != "gradient" and fmt.bits <= 16
-            return pack(tensor, fmt, rounding) if kept else quantize(tensor, fmt, rounding)
-
-        return quantized
-
-    def consume_gradients(self) -> list[RemovableHandle]:
-        """Update each parameter as soon as its gradient is complete, and free the gradient.
-
-        From then on `backward()` trains: gradients never all exist at once, and `step()` has
-        nothing left to do. Not for accumulating gradients over several backward passes.
-
-        Returns:
-            The hooks' handles; `remove()` each to go back to `step()`.
-        """
-
-        def hook(parameter: Tensor, name: str, group: dict[str, Any]) -> None:
-            with torch.no_grad():
-                self._update(name, parameter, group)
-            parameter.grad = None
-
-        return [
-            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                lambda parameter, name=name, group=group: hook(parameter, name, group)
-            )
-            for name, parameter, group in self._named()
-        ]
-
-    def _named(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-        """Every parameter with its name, or place, and its group."""
-        for number, group in enumerate(self.param_groups):
-            names = group.get("param_names") or [
-                f"{number}.{index}" for index in range(len(group["params"]))
-            ]
-            for name, parameter in zip(names, group["params"], strict=True):
-                yield name, parameter, group
+    def _run(self, kernels: list[Any], packed: bool, group: dict[str, Any]) -> bool:
+        assert self.recipe is not None
+        return fused.sgd(
+            kernels,
+            group["lr"],
+            group["momentum"],
+            group["weight_decay"],
+            group["nesterov"],
+            packed,
+            self.recipe.gradient is not None,
+        )

@@ -1,0 +1,88 @@
+"""The C++ kernels on raw addresses; `csrc/kernels.h` says what each argument means."""
+
+from collections.abc import Sequence
+
+GRID: int
+MINIFLOAT: int
+BINARY: int
+FLOAT32: int
+CODE8: int
+CODE16: int
+
+class Format:
+    kind: int
+    blocked: int
+    element_exponent: int
+    min_exponent: int
+    max_exponent: int
+    gap_offset: int
+    min_integer: int
+    max_integer: int
+    symmetric_from: int
+    mantissa_bits: int
+    min_normal: int
+    lowest_gap: int
+    bias: int
+    has_zero: int
+    is_signed: int
+    saturating: int
+    fnuz: int
+    overflow_is_nan: int
+    largest_code: int
+    inf_code: int
+    has_nan: int
+    nan_code: int
+    sign_code: int
+    largest: float
+    smallest: float
+    def __init__(self) -> None: ...
+
+class Layout:
+    def __init__(
+        self, sizes: Sequence[int], extents: Sequence[int], positions: int, channels: int, /
+    ) -> None: ...
+
+class SgdParameter:
+    def __init__(self, blocks: int, length: int, /) -> None: ...
+    def set_role(self, role: str, fmt: Format, rule: int, bits: int, seed: int, /) -> None: ...
+    def bind(
+        self, step: int, gradient: int, weight: int, weight_exponents: int,
+        momentum: int, momentum_exponents: int, /,
+    ) -> None: ...  # fmt: skip
+
+class AdamParameter:
+    step: int
+    def __init__(self, blocks: int, length: int, /) -> None: ...
+    def set_role(self, role: str, fmt: Format, rule: int, bits: int, seed: int, /) -> None: ...
+    def bind(
+        self, step: int, gradient: int, weight: int, weight_exponents: int,
+        moment: int, moment_exponents: int, root: int, root_table: int, /,
+    ) -> None: ...  # fmt: skip
+
+def sgd(
+    parameters: list[SgdParameter], lr: float, momentum: float, weight_decay: float,
+    nesterov: bool, packed: bool, has_gradient: bool, threads: int, /,
+) -> bool: ...  # fmt: skip
+def adam(
+    parameters: list[AdamParameter], rate: float, share1: float, beta2: float, share2: float,
+    correction2: float, eps: float, weight_decay: float, decoupled: bool, packed: bool,
+    has_gradient: bool, threads: int, /,
+) -> bool: ...  # fmt: skip
+def quantize(
+    fmt: Format, layout: Layout, x: int, out: int, output: int, exponents: int,
+    rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
+) -> bool: ...  # fmt: skip
+def quantize_flat(
+    fmt: Format, count: int, x: int, out: int,
+    rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def unpack(
+    fmt: Format, layout: Layout, codes: int, code_type: int, exponents: int, table: int,
+    out: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def noise(
+    out: int, start: int, count: int, bits: int, seed: int, step: int, call: int, /
+) -> None: ...
+def use(name: str, /) -> None: ...
+def used() -> str: ...
+def has_threads() -> bool: ...

@@ -1,0 +1,202 @@
+"""Low-precision Adam and AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from swalp.optim import fused
+from swalp.optim.base import LowPrecisionOptimizer, Quantize, require_not_negative
+from swalp.packed import PackedTensor
+from swalp.recipes import Recipe
+
+
+def adam_step(
+    weight: Tensor,
+    gradient: Tensor,
+    first_moment: Tensor,
+    root: Tensor,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    keep_root: bool,
+    quantized: Quantize,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of low-precision Adam.
+
+    With g the gradient, w the weight, m and v the moments::
+
+        g = Q_G(g) + weight_decay * w            decoupled: w = w * (1 - lr * weight_decay) instead
+        m = beta1 * m + (1 - beta1) * g          kept as Q_M(m)
+        v = beta2 * v + (1 - beta2) * g**2       kept as its root, Q_S(sqrt(v))
+        w = Q_W(w - lr / (1 - beta1**step) * m / (sqrt(v / (1 - beta2**step)) + eps))
+
+    in the arithmetic of `torch.optim.Adam`, whose result it is with every role off. The root of v
+    spans half the orders of magnitude that v does, so 8 bits hold it. The moments enter the update
+    before they are rounded.
+
+    Args:
+        weight: float, any shape.
+        gradient: of the same shape and dtype.
+        first_moment: m, as the last step returned it; zeros at first.
+        root: sqrt(v) if `keep_root`, else v; likewise.
+        step: from 1.
+        lr: as in `torch.optim.Adam`.
+        betas: likewise.
+        eps: likewise.
+        weight_decay: likewise.
+        decoupled: AdamW's weight decay.
+        keep_root: whether sqrt(v) is kept; v itself where nothing is rounded.
+        quantized: `quantized(role, tensor)` rounds for the role "gradient", "momentum",
+            "second_moment" or "weight"; the identity for a role that is off.
+
+    Returns:
+        The new weight, first moment and root; no argument is changed.
+
+    Source: Kingma & Ba 2015, Algorithm 1; Loshchilov & Hutter 2019.
+    """
+    gradient = quantized("gradient", gradient)
+    if weight_decay != 0:
+        if decoupled:
+            weight = weight.mul(1 - lr * weight_decay)
+        else:
+            gradient = gradient.add(weight, alpha=weight_decay)
+    moment = first_moment.lerp(gradient, 1 - betas[0])
+    variance = root.square() if keep_root else root
+    variance = variance.mul(betas[1]).addcmul(gradient, gradient, value=1 - betas[1])
+    kept = variance.sqrt() if keep_root else variance
+    denominator = (variance.sqrt() / (1 - betas[1] ** step) ** 0.5).add(eps)
+    weight = weight.addcdiv(moment, denominator, value=-lr / (1 - betas[0] ** step))
+    return (
+        quantized("weight", weight),
+        quantized("momentum", moment),
+        quantized("second_moment", kept),
+    )
+
+
+class Adam(LowPrecisionOptimizer):
+    """Adam, or AdamW, whose gradients, moments and weights are quantized.
+
+    Without a recipe it is `torch.optim.Adam` or, if `decoupled`, `torch.optim.AdamW`.
+
+    Args:
+        params: as for any PyTorch optimizer; pass ``model.named_parameters()``, as for `SGD`.
+        lr: learning rate.
+        betas: of the running averages of the gradient and its square.
+        eps: added to the denominator.
+        weight_decay: L2 penalty, or AdamW's decay if `decoupled`.
+        decoupled: AdamW.
+        recipe: the formats: momentum for the first moment, second_moment for the root of the
+            second; None: float.
+        seed: the run's seed, as given to `convert`.
+
+    Raises:
+        ValueError: a hyperparameter out of range, or a recipe with an accumulator, which Adam has
+            no use for.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        decoupled: bool = False,
+        recipe: Recipe | None = None,
+        seed: int = 0,
+    ) -> None:
+        require_not_negative("Adam", lr=lr, eps=eps, weight_decay=weight_decay)
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"Adam: betas={betas} must lie in [0, 1)")
+        if isinstance(recipe, Recipe) and recipe.accumulator is not None:
+            raise ValueError(
+                f"Adam: recipe {recipe.name!r} has an accumulator, which only SGD keeps; drop it"
+            )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled": decoupled,
+        }
+        super().__init__(params, defaults, recipe, seed)
+
+    def _update(
+        self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
+    ) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = gradient.new_zeros(gradient.shape)
+            state["root"] = gradient.new_zeros(gradient.shape)
+        weight, state["exp_avg"], state["root"] = adam_step(
+            parameter,
+            gradient,
+            state["exp_avg"],
+            state["root"],
+            state["step"] + 1,
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled=group["decoupled"],
+            keep_root=self.recipe is not None and self.recipe.second_moment is not None,
+            quantized=self._quantizer(name, state["step"], isinstance(parameter, PackedTensor)),
+        )
+        parameter.copy_(weight)
+        state["step"] += 1
+
+    def _kernel(
+        self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
+    ) -> Any | None:
+        recipe = self.recipe
+        if recipe is None:
+            return None
+        roles = ("gradient", "momentum", "second_moment", "weight")
+        kernel = self._prepared("AdamParameter", roles, name, parameter, gradient)
+        if kernel is None:
+            return None
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = fused.empty_state(recipe, "momentum", parameter)
+            state["root"] = fused.empty_state(recipe, "second_moment", parameter)
+        kernel.bind(
+            state["step"],
+            fused.pointer(gradient),
+            fused.pointer(parameter),
+            fused.exponents(parameter),
+            fused.pointer(state["exp_avg"]),
+            fused.exponents(state["exp_avg"]),
+            fused.pointer(state["root"]),
+            fused.root_values(state["root"]),
+        )
+        state["step"] += 1
+        kernel.step = state["step"]
+        return kernel
+
+    def _run(self, kernels: list[Any], packed: bool, group: dict[str, Any]) -> bool:
+        assert self.recipe is not None
+        lost = False
+        # The bias corrections depend on the step, and parameters may be at different ones.
+        for step in sorted({kernel.step for kernel in kernels}):
+            lost |= fused.adam(
+                [kernel for kernel in kernels if kernel.step == step],
+                step,
+                group["lr"],
+                group["betas"],
+                group["eps"],
+                group["weight_decay"],
+                group["decoupled"],
+                packed,
+                self.recipe.gradient is not None,
+            )
+        return lost

@@ -1,0 +1,177 @@
+"""What the optimizers share: names, quantizers of a parameter, the loop over parameters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from swalp.optim import fused
+from swalp.packed import PackedTensor, pack
+from swalp.quantize import quantize
+from swalp.recipes import Recipe, fit
+from swalp.rounding import Stochastic
+
+# quantized(role, tensor): the tensor rounded for that role; the tensor itself if the role is off.
+Quantize = Callable[[str, Tensor], Tensor]
+
+
+class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
+    """An optimizer that quantizes by a recipe, one parameter at a time.
+
+    The noise of a parameter is a function of seed, name, role, its step and the element alone.
+    Without names (`model.parameters()`), its place among the parameters serves as its name.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], defaults: dict[str, Any], recipe: Recipe | None, seed: int
+    ) -> None:
+        kind = type(self).__name__
+        if recipe is not None and not isinstance(recipe, Recipe):
+            raise TypeError(f"{kind}: recipe must be a Recipe or None, not {recipe!r}")
+        self.recipe = recipe
+        self.seed = seed
+        self._kernels: dict[Tensor, tuple[Any, Any]] = {}  # derived; never saved
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._kernels = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # PyTorch's keeps these three; what makes the steps reproducible must come along.
+        kept = ("defaults", "state", "param_groups", "recipe", "seed")
+        return {name: getattr(self, name) for name in kept}
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which `step` returns.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group, named in self._groups():
+            ready = [(name, p, p.grad) for name, p in named if p.grad is not None]
+            self._update_group(ready, group)
+        return loss
+
+    def consume_gradients(self) -> list[RemovableHandle]:
+        """Update each parameter as soon as its gradient is complete, and free the gradient.
+
+        From then on `backward()` trains: gradients never all exist at once, and `step()` has
+        nothing left to do. Not for accumulating gradients over several backward passes.
+
+        Returns:
+            The hooks' handles; `remove()` each to go back to `step()`.
+        """
+
+        def hook(parameter: Tensor, name: str, group: dict[str, Any]) -> None:
+            assert parameter.grad is not None
+            with torch.no_grad():
+                self._update_group([(name, parameter, parameter.grad)], group)
+            parameter.grad = None
+
+        return [
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda parameter, name=name, group=group: hook(parameter, name, group)
+            )
+            for group, named in self._groups()
+            for name, parameter in named
+        ]
+
+    def _update_group(
+        self, parameters: list[tuple[str, Tensor, Tensor]], group: dict[str, Any]
+    ) -> None:
+        """Update named parameters with gradients, in one compiled call as far as possible."""
+        kernels = []
+        for name, parameter, gradient in parameters:
+            kernel = self._kernel(name, parameter, gradient, group)
+            if kernel is None:
+                self._update(name, parameter, gradient, group)
+            else:
+                kernels.append((kernel, isinstance(parameter, PackedTensor)))
+        for packed in (False, True):
+            chosen = [kernel for kernel, kept in kernels if kept == packed]
+            if chosen and self._run(chosen, packed, group):
+                raise ValueError(
+                    f"{type(self).__name__}: a parameter or its state became NaN, for which its "
+                    f"format has no code; lower the learning rate, or go back to a checkpoint"
+                )
+
+    @abstractmethod
+    def _update(
+        self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
+    ) -> None:
+        """Update one parameter and its state: by the pure step function."""
+
+    @abstractmethod
+    def _kernel(
+        self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
+    ) -> Any | None:
+        """The compiled step's view of one parameter, its state ready; None if it cannot do it."""
+
+    @abstractmethod
+    def _run(self, kernels: list[Any], packed: bool, group: dict[str, Any]) -> bool:
+        """Step parameters by the compiled step; whether a NaN had no code."""
+
+    def _groups(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, Tensor]]]]:
+        """Every group with its parameters, each with its name or its place."""
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names") or [
+                f"{number}.{index}" for index in range(len(group["params"]))
+            ]
+            yield group, list(zip(names, group["params"], strict=True))
+
+    def _prepared(
+        self, kind: str, roles: tuple[str, ...], name: str, parameter: Tensor, gradient: Tensor
+    ) -> Any | None:
+        """The kernel's object for one parameter, made once; None if the kernel cannot take it."""
+        if self.recipe is None or not fused.reads(gradient):
+            return None
+        memory = fused.resident(parameter)
+        key = (memory.shape, memory.stride(), memory.dtype, roles, self.recipe)
+        made = self._kernels.get(parameter)
+        if made is None or made[0] != key:
+            blocks = fused.fits(self.recipe, roles, parameter)
+            kernel = None
+            if blocks is not None:
+                kernel = fused.prepare(kind, blocks, roles, self.recipe, parameter, name, self.seed)
+            made = self._kernels[parameter] = (key, kernel)
+        return made[1]
+
+    def _quantizer(self, name: str, step: int, packed: bool) -> Quantize:
+        """Q of each role for one parameter at one step; `packed`: what is kept is held as codes."""
+
+        def quantized(role: str, tensor: Tensor) -> Tensor:
+            quantizer = None if self.recipe is None else getattr(self.recipe, role)
+            if quantizer is None:
+                return tensor
+            rounding = quantizer.rounding
+            if isinstance(rounding, Stochastic):
+                rounding = rounding.seeded(self.seed).stream(role, name).at(step)
+            fmt = fit(quantizer.format, tensor.dim())
+            kept = packed and role != "gradient" and fmt.bits <= 16
+            return pack(tensor, fmt, rounding) if kept else quantize(tensor, fmt, rounding)
+
+        return quantized
+
+
+def require_not_negative(kind: str, **values: float) -> None:
+    """Raise ValueError for a hyperparameter below zero (or NaN)."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise ValueError(f"{kind}: {name}={value} must be 0 or more")

@@ -1,0 +1,200 @@
+"""The optimizers' steps compiled: one pass a parameter, equal to the pure functions bit for bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swalp.formats import BlockFloat, FixedPoint, Format, Microscaling, Minifloat
+from swalp.packed import PackedTensor, pack
+from swalp.quantize import cpu, dispatch
+from swalp.quantize.blocks import block_extents
+from swalp.recipes import Quantizer, Recipe, fit
+from swalp.rounding import Stochastic
+
+if cpu.available:
+    from swalp import _kernels
+
+
+def available() -> bool:
+    """Whether the compiled steps compute as PyTorch does on this machine.
+
+    PyTorch's vector units fuse x + alpha * y into one rounding where the processor can, and the
+    steps do the same; without such units its results are others.
+    """
+    return cpu.available and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+def blocks(fmt: Format, shape: Sequence[int]) -> tuple[int, int] | None:
+    """(number, length) of the blocks of a contiguous tensor, each a stretch of memory.
+
+    (1, number of elements) for a format without blocks; None where blocks are no stretches.
+    """
+    elements = math.prod(shape)
+    if not isinstance(fmt, BlockFloat | Microscaling):
+        return 1, elements
+    extents = block_extents(fmt, shape)
+    leading = True
+    for size, extent in zip(shape, extents, strict=True):
+        if extent != size and (not leading or extent != 1):
+            return None
+        leading = leading and extent == 1
+    length = math.prod(extents)
+    return elements // length, length
+
+
+def resident(tensor: Tensor) -> Tensor:
+    """The memory a step works on: codes of a packed tensor, or the tensor itself."""
+    return tensor.codes if isinstance(tensor, PackedTensor) else tensor
+
+
+def pointer(tensor: Tensor | None) -> int:
+    """The address of the memory a step works on; 0 for None."""
+    return 0 if tensor is None else resident(tensor).data_ptr()
+
+
+def exponents(tensor: Tensor | None) -> int:
+    """The address of a packed tensor's exponents; 0 if there are none."""
+    if not isinstance(tensor, PackedTensor) or tensor.exponents is None:
+        return 0
+    return tensor.exponents.data_ptr()
+
+
+def reads(gradient: Tensor) -> bool:
+    """Whether the compiled step can read a gradient as it is."""
+    return gradient.is_cpu and gradient.dtype == torch.float32 and gradient.is_contiguous()
+
+
+def prepare(
+    kind: str,
+    blocks: tuple[int, int],
+    roles: Sequence[str],
+    recipe: Recipe,
+    parameter: Tensor,
+    name: str,
+    seed: int,
+) -> Any:
+    """An `_kernels.SgdParameter` or `AdamParameter` with the roles of one parameter."""
+    kernel = getattr(_kernels, kind)(*blocks)
+    for role in roles:
+        quantizer = getattr(recipe, role)
+        if quantizer is None:
+            continue
+        rounding = quantizer.rounding
+        if isinstance(rounding, Stochastic):
+            rounding = rounding.seeded(seed).stream(role, name)
+        plan = cpu.plan_of(fit(quantizer.format, parameter.dim()))
+        kernel.set_role(role, plan.kernel, *cpu.rule_arguments(rounding)[:3])
+    return kernel
+
+
+def empty_state(recipe: Recipe, role: str, parameter: Tensor) -> Tensor:
+    """Zeros, held as that role is kept beside `parameter`: packed or as floats."""
+    zeros = torch.zeros(parameter.shape)
+    if not isinstance(parameter, PackedTensor):
+        return zeros
+    return pack(zeros, fit(getattr(recipe, role).format, parameter.dim()))
+
+
+def fits(recipe: Recipe, roles: Sequence[str], parameter: Tensor) -> tuple[int, int] | None:
+    """(number, length) of the blocks that all roles share, if the compiled step can do the job.
+
+    It can where what is kept is rounded, to codes of at most 8 bits if the parameter is packed, and
+    blocks are stretches of a contiguous float32 parameter on the CPU.
+    """
+    memory = resident(parameter)
+    if not (available() and memory.is_cpu and memory.is_contiguous() and parameter.numel()):
+        return None
+    if parameter.dtype != torch.float32:
+        return None
+    found: tuple[int, int] | None = None
+    for role in roles:
+        quantizer: Quantizer | None = getattr(recipe, role)
+        if quantizer is None:
+            if role == "gradient":
+                continue
+            return None
+        fmt = fit(quantizer.format, parameter.dim())
+        if not cpu.supports(fmt, quantizer.rounding, torch.float32):
+            return None
+        kept = role != "gradient"
+        if kept and isinstance(parameter, PackedTensor) and not _byte(fmt, role):
+            return None
+        if isinstance(fmt, BlockFloat | Microscaling):
+            own = blocks(fmt, parameter.shape)
+            if own is None or (found is not None and own != found):
+                return None
+            found = own
+    return found or (1, parameter.numel())
+
+
+def _byte(fmt: Format, role: str) -> bool:
+    """Whether codes lie one to a byte, with exponents of one byte, as the step reads them."""
+    if not 4 < fmt.bits <= 8:
+        return False
+    if role == "second_moment":
+        return isinstance(fmt, Minifloat)
+    return isinstance(fmt, FixedPoint) or (isinstance(fmt, BlockFloat) and fmt.exponent_bits <= 8)
+
+
+def sgd(
+    kernels: list[Any],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    packed: bool,
+    has_gradient: bool,
+) -> bool:
+    """`sgd_step` of bound parameters, in place; whether a NaN had no code."""
+    return _kernels.sgd(
+        kernels, lr, momentum, weight_decay, nesterov, packed, has_gradient,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def adam(
+    kernels: list[Any],
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    packed: bool,
+    has_gradient: bool,
+) -> bool:
+    """`adam_step` of bound parameters, in place; whether a NaN had no code."""
+    decoupled = decoupled and weight_decay != 0
+    return _kernels.adam(
+        kernels,
+        lr / (1 - betas[0] ** step),
+        1 - betas[0],
+        betas[1],
+        1 - betas[1],
+        (1 - betas[1] ** step) ** 0.5,
+        eps,
+        1 - lr * weight_decay if decoupled else weight_decay,
+        decoupled,
+        packed,
+        has_gradient,
+        torch.get_num_threads(),
+    )
+
+
+def root_values(root: Tensor) -> int:
+    """The address of the float32 values of all codes of a packed tensor; 0 for floats."""
+    if not isinstance(root, PackedTensor):
+        return 0
+    return code_values(root.format).data_ptr()
+
+
+@cache
+def code_values(fmt: Format) -> Tensor:
+    """The value of each code of a format of 8 bits without blocks: float32, shape (256,)."""
+    return dispatch.unpack(torch.arange(256, dtype=torch.uint8), None, fmt)

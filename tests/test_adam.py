@@ -1,0 +1,79 @@
+import pytest
+import torch
+from torch import nn
+
+import swalp
+from swalp import Minifloat, PackedTensor, Stochastic
+from swalp.recipes import Quantizer, Recipe
+
+SETTINGS = [
+    {"lr": 0.01},
+    {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6},
+    {"lr": 0.01, "weight_decay": 0.1},
+    {"lr": 0.01, "weight_decay": 0.1, "decoupled": True},
+]
+WIDE = Quantizer(Minifloat(8, 23), Stochastic())
+LOSSLESS = Recipe(
+    name="float32 as a minifloat", weight=WIDE, gradient=WIDE, momentum=WIDE
+)  # without the root, as a root squared is not what it was
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 33), nn.ReLU(), nn.Linear(33, 3))
+
+
+def train(model, optimizer, steps=5):
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(16, 7, generator=generator)
+        optimizer.zero_grad()
+        loss = (model(x) - x[:, :3]).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("recipe", [None, LOSSLESS], ids=["off", "lossless"])
+def test_equals_pytorch_bit_for_bit(settings, recipe):
+    ours, theirs = network(), network()
+    train(ours, swalp.optim.Adam(ours.named_parameters(), recipe=recipe, **settings))
+    settings = dict(settings)
+    kind = torch.optim.AdamW if settings.pop("decoupled", False) else torch.optim.Adam
+    settings.setdefault("weight_decay", 0)
+    train(theirs, kind(theirs.parameters(), **settings))
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_packed_training_is_the_same_and_learns(decoupled):
+    recipe = swalp.recipes.get("paper-small-block-8")
+    weights = []
+    for packed in (False, True):
+        model = swalp.convert(network(), recipe, packed=packed)
+        optimizer = swalp.optim.Adam(
+            model.named_parameters(), 0.01, weight_decay=0.01, decoupled=decoupled, recipe=recipe
+        )
+        losses = train(model, optimizer, steps=60)
+        assert losses[-1] < 0.5 * losses[0]
+        weights.append([torch.Tensor.detach(p).to(torch.float64) for p in model.parameters()])
+    assert all(torch.equal(left, right) for left, right in zip(*weights, strict=True))
+    states = optimizer.state.values()
+    assert all(isinstance(state["exp_avg"], PackedTensor) for state in states)
+    assert all(isinstance(state["root"], PackedTensor) for state in states)
+    held = sum(state["exp_avg"].nbytes + state["root"].nbytes for state in states)
+    assert held < 0.26 * 8 * sum(p.numel() for p in model.parameters()) + 40
+
+
+def test_mistakes():
+    parameters = list(network().parameters())
+    with pytest.raises(ValueError, match=r"betas=\(1, 0\.9\) must lie in \[0, 1\)"):
+        swalp.optim.Adam(parameters, betas=(1, 0.9))
+    with pytest.raises(ValueError, match="eps=-1 must be 0 or more"):
+        swalp.optim.Adam(parameters, eps=-1)
+    with pytest.raises(ValueError, match="'a' has an accumulator, which only SGD keeps"):
+        swalp.optim.Adam(parameters, recipe=Recipe(name="a", accumulator=WIDE))

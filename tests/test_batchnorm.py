@@ -1,0 +1,79 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import swalp
+from swalp import recompute_batchnorm
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Dropout(0.5))
+
+
+def test_batchnorm_weighs_samples_not_batches():
+    model = network()
+    x = torch.randn(37, 1, 6, 6) * 3 + 1
+    batches = x.split(10)  # 10, 10, 10, 7
+    recompute_batchnorm(model, batches)
+    outputs = [model[0](batch) for batch in batches]
+    sizes = torch.tensor([float(len(batch)) for batch in batches])
+    for statistic, kept in (
+        ([o.mean((0, 2, 3)) for o in outputs], model[1].running_mean),
+        ([o.var((0, 2, 3)) for o in outputs], model[1].running_var),
+    ):
+        expected = (torch.stack(statistic) * sizes[:, None]).sum(0) / sizes.sum()
+        torch.testing.assert_close(kept, expected)
+    assert model[1].momentum == 0.1
+    assert model.training
+    assert model[3].training
+
+
+def test_batchnorm_in_every_batch_form():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, x):
+            return self.norm(x)
+
+    x = torch.randn(8, 2)
+    means = []
+    for batches in ([x], [(x, torch.zeros(8))], [[x, 1]], [{"x": x}]):
+        model = Keyword()
+        recompute_batchnorm(model, batches)
+        means.append(model.norm.running_mean)
+    assert all(torch.equal(mean, means[0]) for mean in means)
+    torch.testing.assert_close(means[0], x.mean(0))
+
+
+def test_batchnorm_is_restored_when_something_fails():
+    model = network().eval()
+    recompute_batchnorm(model, [torch.randn(4, 1, 5, 5)])
+    before = copy.deepcopy(model.state_dict())
+
+    def batches():
+        yield torch.randn(4, 1, 5, 5)
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        recompute_batchnorm(model, batches())
+    with pytest.raises(ValueError, match="no batch"):
+        recompute_batchnorm(model, [])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not model.training
+    assert model[1].momentum == 0.1
+
+
+def test_batchnorm_uses_the_evaluation_quantizers():
+    recipe = swalp.recipes.get("paper-big-block-3")
+    model = swalp.convert(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)), recipe
+    )
+    x = torch.randn(64, 4)
+    recompute_batchnorm(model, [x])
+    model.eval()
+    torch.testing.assert_close(model[2].running_mean, model[1](model[0](x)).mean(0))
