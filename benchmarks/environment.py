@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def describe(threads: int) -> dict[str, Any]:
-    """Device, versions, commit and settings: all that a figure depends on."""
+    """Device, versions, commit, settings, and how busy the machine was before."""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _commit(),
@@ -25,7 +25,8 @@ def describe(threads: int) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "threads": threads,
-        "system": f"{platform.system()} {platform.release()}",
+        "load": round(os.getloadavg()[0], 2),
+        "system": platform.system(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in ("swalp", "torch", "qtorch", "torchao")},
         "settings": {name: os.environ[name] for name in sorted(os.environ) if _matters(name)},

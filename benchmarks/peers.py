@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-import os
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -142,8 +142,8 @@ def torchao_quantize() -> Quantizer:
     Raises:
         MissingError: it is not installed, or has moved the function, which it calls a prototype.
     """
-    # Its compiled parts are for GPUs; without this it complains of each that does not load.
-    os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
+    # It would list the GPU libraries that it cannot load.
+    logging.getLogger("torchao").setLevel(logging.CRITICAL)
     try:
         int8: Any = importlib.import_module("torchao.prototype.quantized_training.int8")
     except ImportError as error:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 import swalp
-from benchmarks import peers
+from benchmarks import instructions, peers
 from benchmarks.harness import Contender, MissingError, Spread, contender, interleave, ratios
 from benchmarks.plan import Plan
 from benchmarks.records import Goal, Row, at_least, at_most, compared, timed
@@ -23,8 +23,7 @@ SHORT = swalp.Stochastic(1, random_bits=16)
 LONG = swalp.Stochastic(1, random_bits=32)
 COPY = "copy_"
 
-_FAST = "AVX-512"
-_USUAL = "AVX2"
+_FAST, _USUAL = "avx512", "avx2"  # instruction sets, as the kernels call them
 
 
 def against_copy(plan: Plan) -> list[Row]:
@@ -41,22 +40,20 @@ def against_copy(plan: Plan) -> list[Row]:
         ("per tensor, 32 random bits", PER_TENSOR, LONG, _USUAL, None),
     ]
     copy = Contender(COPY, lambda: out.copy_(x))
-    entries = [
-        contender(
-            f"{what}, {isa}",
-            functools.partial(_with_instructions, isa, _quantizing(x, fmt, rounding, out)),
-            functools.partial(_use, isa),
-        )
-        for what, fmt, rounding, isa, _ in cases
-    ]
-    times = interleave([copy, *entries], plan.rounds)
-    _use(None)
+    with instructions.restored():
+        entries = [
+            contender(
+                f"{what}, {isa}",
+                functools.partial(_on, isa, _quantizing(x, fmt, rounding, out)),
+                prepare=functools.partial(instructions.use, isa),
+            )
+            for what, fmt, rounding, isa, _ in cases
+        ]
+        times = interleave([copy, *entries], plan.rounds)
     details = {"elements": plan.elements, "columns": plan.columns}
     rows = []
     for entry, (*_, goal) in zip(entries, cases, strict=True):
-        row = compared(
-            "quantize", entry.name, times, entry, copy, "time ratio", goal, details
-        )  # fmt: skip
+        row = compared("quantize", entry.name, times, entry, copy, "time ratio", goal, details)
         rows.append(replace(row, subject="swalp"))
     return rows
 
@@ -119,51 +116,78 @@ def small_calls(plan: Plan) -> list[Row]:
 def scaling(plan: Plan) -> list[Row]:
     """Time against size and threads, beside the copy's; then how straight and how parallel."""
     works = {"swalp": _quantize_rows, COPY: _copy}
+    times: dict[tuple[str, int, int], list[float]] = {}
     rows = []
-    seconds: dict[tuple[int, int], list[float]] = {}
     for size in plan.curve_sizes:
         x = torch.randn(max(1, round(size / plan.columns)), plan.columns)
-        out = torch.empty_like(x)
+        out = torch.zeros_like(x)
         entries = {
             (name, threads): Contender(
                 f"{name}, {threads}",
                 functools.partial(work, x, out),
-                functools.partial(torch.set_num_threads, threads),
+                prepare=functools.partial(torch.set_num_threads, threads),
             )
             for (name, work), threads in itertools.product(works.items(), (1, 2))
         }
-        times = interleave(list(entries.values()), plan.rounds)
+        measured = interleave(list(entries.values()), plan.rounds)
         for (name, threads), entry in entries.items():
+            times[name, threads, size] = measured[entry.name]
             details = {"elements": x.numel(), "threads": threads}
-            row = timed("scaling", "per row, 16 random bits", times, entry, "ns/element",
+            row = timed("scaling", "per row, 16 random bits", measured, entry, "ns/element",
                         per=x.numel(), curve="throughput", details=details)  # fmt: skip
             rows.append(replace(row, subject=name))
-        for threads in (1, 2):
-            seconds[x.numel(), threads] = times[f"swalp, {threads}"]
     torch.set_num_threads(plan.threads)
-    return [*rows, *_shape_of(seconds, plan)]
+    return [*rows, *_growth(times, plan), *_second_thread(times, plan)]
 
 
-def _shape_of(seconds: dict[tuple[int, int], list[float]], plan: Plan) -> list[Row]:
-    """How time grows with size, as the power of the size, and what a second thread brings."""
-    sizes = sorted({size for size, _ in seconds if size >= 10**5})
-    growth = [
-        _slope(
-            [math.log(size) for size in sizes], [math.log(seconds[size, 2][i]) for size in sizes]
+Curves = Mapping[tuple[str, int, int], Sequence[float]]  # of (name, threads, size)
+
+
+def _growth(times: Curves, plan: Plan) -> list[Row]:
+    """The power of the size that one thread's time grows with, over the three largest sizes."""
+    sizes = plan.curve_sizes[-3:]
+    logs = [math.log(size) for size in sizes]
+    rows = []
+    for name, goal in (("swalp", at_most(1.1)), (COPY, None)):
+        powers = [
+            _slope(logs, [math.log(times[name, 1, size][number]) for size in sizes])
+            for number in range(plan.rounds)
+        ]
+        rows.append(
+            Row(
+                benchmark="scaling",
+                what=f"one thread's time as a power of size, {sizes[0]:,} to {sizes[-1]:,}",
+                subject=name,
+                measure="exponent",
+                value=Spread.of(powers),
+                goal=goal,
+                rounds=plan.rounds,
+            )
         )
-        for i in range(plan.rounds)
-    ]
-    largest = sizes[-1]
-    gain = ratios({"one": seconds[largest, 1], "two": seconds[largest, 2]}, "one", "two")
-    span = {"from": sizes[0], "to": largest}
-    what = f"time as a power of size, {sizes[0]:,} to {largest:,} elements"
-    return [
-        Row(benchmark="scaling", what=what, measure="exponent", value=Spread.of(growth),
-            goal=at_most(1.1), rounds=plan.rounds, details=span),
-        Row(benchmark="scaling", what=f"two threads, {largest:,} elements", peer="one thread",
-            measure="speedup", value=Spread.of(gain), goal=at_least(1.7), rounds=plan.rounds,
-            details=span),
-    ]  # fmt: skip
+    return rows
+
+
+def _second_thread(times: Curves, plan: Plan) -> list[Row]:
+    """What two threads gain over one; at the larger sizes memory bounds both, as the copy shows."""
+    rows = []
+    for size in (10**6, 10**7, 10**8):
+        if size not in plan.curve_sizes:
+            continue
+        for name, goal in (("swalp", at_least(1.7)), (COPY, None)):
+            gain = ratios({"one": times[name, 1, size], "two": times[name, 2, size]}, "one", "two")
+            rows.append(
+                Row(
+                    benchmark="scaling",
+                    what=f"two threads, {size:,} elements",
+                    subject=name,
+                    peer="one thread",
+                    measure="speedup",
+                    value=Spread.of(gain),
+                    goal=goal,
+                    rounds=plan.rounds,
+                )
+            )
+    return rows
 
 
 def _slope(x: list[float], y: list[float]) -> float:
@@ -202,9 +226,7 @@ def _many(tensors: list[Tensor]) -> Callable[[], object]:
     raise MissingError("swalp has no call that quantizes many tensors yet")
 
 
-def _with_instructions(isa: str, run: Callable[[], object]) -> Callable[[], object]:
-    raise MissingError("swalp has no compiled kernels yet")
-
-
-def _use(isa: str | None) -> None:
-    """Let the kernels run on the instruction set of that name; None: the best there is."""
+def _on(isa: str, run: Callable[[], object]) -> Callable[[], object]:
+    """`run`, if the kernels have those instructions."""
+    instructions.use(isa)
+    return run

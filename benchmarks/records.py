@@ -92,9 +92,10 @@ def compared(
         benchmark=benchmark, what=what, subject=subject.name, peer=peer.name, measure=measure,
         goal=goal, details=details or {},
     )  # fmt: skip
-    absent = [f"{entry.name}: {entry.missing}" for entry in (subject, peer) if entry.missing]
-    if absent:
-        return replace(row, missing="; ".join(absent))
+    if subject.missing:
+        return replace(row, missing=subject.missing)
+    if peer.missing:
+        return replace(row, missing=f"{peer.name}: {peer.missing}")
     order = (subject, peer) if measure == "time ratio" else (peer, subject)
     return replace(
         row,
@@ -123,7 +124,7 @@ def timed(
         curve=curve, details=details or {},
     )  # fmt: skip
     if subject.missing:
-        return replace(row, missing=f"{subject.name}: {subject.missing}")
+        return replace(row, missing=subject.missing)
     seconds = times[subject.name]
     return replace(
         row,

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from rich.markup import escape
 from rich.table import Table
 
@@ -52,8 +53,8 @@ def markdown(rows: Sequence[Row], pictures: Iterable[str] = ()) -> str:
         "round; a ratio is taken within each round, and its median and quartiles over the rounds "
         "are shown. Absolute times depend on the machine's load; trust the ratios.\n",
     ]
-    for setting, group in _by_environment(_listed(rows)):
-        parts.append(setting)
+    for group in _by_environment(_listed(rows)):
+        parts.append(_setting(group))
         parts.append("| " + " | ".join(_HEADINGS) + " |")
         parts.append("|" + "---|" * len(_HEADINGS))
         parts += ["| " + " | ".join(cell.replace("|", "\\|") for cell in _cells(row)) + " |"
@@ -88,11 +89,14 @@ def throughput_plot(rows: Iterable[Row]) -> Figure | None:
             sizes, [1 / spread.high for _, spread in line], [1 / spread.low for _, spread in line],
             color=_COLOURS[subject], alpha=0.18, linewidth=0,
         )  # fmt: skip
-    axes.set(xscale="log", xlabel="elements (float32)", ylabel="10⁹ elements per second")
-    axes.set_ylim(bottom=0)
+    axes.set(xscale="log", xlabel="elements (float32)")
+    axes.set(yscale="log", ylabel="10⁹ elements per second")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(True, which="major", alpha=0.3, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=8)
     return figure
 
 
@@ -121,6 +125,7 @@ def peers_plot(rows: Iterable[Row]) -> Figure | None:
         text = f" {spread.median:.2g}" if spread.median < 100 else f" {spread.median:.0f}"
         axes.text(spread.high * 1.04, place, text, va="center", fontsize=8)
     axes.set(xscale="log", xlabel="nanoseconds per element, stochastic BFP8 per tensor")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yticks(range(len(names)), names)
     axes.margins(x=0.15)
     axes.spines[["top", "right"]].set_visible(False)
@@ -161,23 +166,23 @@ def _per_element(seconds: Spread, row: Row) -> Spread:
     return Spread(seconds.low * scale, seconds.median * scale, seconds.high * scale)
 
 
-def _by_environment(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+def _by_environment(rows: Iterable[Row]) -> list[list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(_setting(row), []).append(row)
-    return list(groups.items())
+        groups.setdefault(repr((row.quick, row.environment)), []).append(row)
+    return list(groups.values())
 
 
-def _setting(row: Row) -> str:
-    """One paragraph on where and of what the row was measured."""
-    where = row.environment
+def _setting(rows: Sequence[Row]) -> str:
+    """Heading and paragraph on what these rows, of one environment, were measured with."""
+    where, quick = rows[0].environment, rows[0].quick
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     settings = ", ".join(f"{name}={value}" for name, value in where["settings"].items())
     lines = [
-        f"## Commit {where['commit']}, {where['date']}{', quick' if row.quick else ''}\n",
+        f"## Commit {where['commit']}, {where['date']}{', quick' if quick else ''}\n",
         f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB, "
-        f"{where['threads']} threads; {where['system']}, Python {where['python']}; {versions}. "
-        f"Rounds: see `rows.jsonl`. "
+        f"{where['threads']} threads, load {where['load']:g} before; {where['system']}, Python {where['python']}; {versions}. "
+        f"Up to {max(row.rounds for row in rows)} rounds. "
         f"Instruction sets: {where['cpu_flags']}. Environment: {settings or 'nothing set'}.\n",
     ]
     return "\n".join(lines)
