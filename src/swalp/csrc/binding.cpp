@@ -1,0 +1,119 @@
+// The Python module swalp._kernels: the C interface, on addresses. `swalp/_kernels.pyi` describes it.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+
+namespace {
+
+// Below this a call is over before another Python thread could have started.
+constexpr int64_t kHoldLock = 1 << 16;
+
+int64_t elements(const swalp_layout& l) {
+  int64_t n = 1;
+  for (int axis = 0; axis < l.dims; ++axis) n *= l.size[axis];
+  return n;
+}
+
+swalp_layout layout(const std::vector<int64_t>& sizes, const std::vector<int64_t>& extents,
+                    int64_t positions, int64_t channels) {
+  if (sizes.size() != extents.size() || sizes.empty() || sizes.size() > SWALP_MAX_DIMS)
+    throw nb::value_error("Layout: 1 to 8 sizes, and an extent for each");
+  swalp_layout l = {};
+  l.dims = static_cast<int32_t>(sizes.size());
+  for (size_t axis = 0; axis < sizes.size(); ++axis) {
+    l.size[axis] = sizes[axis];
+    l.extent[axis] = extents[axis];
+  }
+  l.positions = positions;
+  l.channels = channels;
+  return l;
+}
+
+bool quantize(const swalp_format& f, const swalp_layout& l, uintptr_t x, uintptr_t out,
+              int32_t output, uintptr_t exponents, int32_t rule, int32_t bits, uint64_t seed,
+              uint32_t step, uint32_t call, int threads) {
+  const swalp_rounding r = {rule, bits, seed, step, call};
+  const auto run = [&] {
+    return swalp_quantize(&f, &r, &l, reinterpret_cast<const float*>(x),
+                          reinterpret_cast<void*>(out), output,
+                          reinterpret_cast<int32_t*>(exponents), threads);
+  };
+  int lost;
+  if (elements(l) < kHoldLock) {
+    lost = run();
+  } else {
+    nb::gil_scoped_release unlocked;
+    lost = run();
+  }
+  if (lost < 0) throw std::bad_alloc();
+  return lost != 0;
+}
+
+swalp_layout flat(int64_t n) {
+  swalp_layout l;
+  l.dims = 1;
+  l.size[0] = l.extent[0] = n;
+  l.positions = l.channels = 0;
+  return l;
+}
+
+void quantize_flat(const swalp_format& f, int64_t n, uintptr_t x, uintptr_t out, int32_t rule,
+                   int32_t bits, uint64_t seed, uint32_t step, uint32_t call, int threads) {
+  quantize(f, flat(n), x, out, SWALP_FLOAT32, 0, rule, bits, seed, step, call, threads);
+}
+
+void unpack(const swalp_format& f, const swalp_layout& l, uintptr_t codes, int32_t code_type,
+            uintptr_t exponents, uintptr_t table, uintptr_t out, int threads) {
+  nb::gil_scoped_release unlocked;
+  swalp_unpack(&f, &l, reinterpret_cast<const void*>(codes), code_type,
+               reinterpret_cast<const int32_t*>(exponents), reinterpret_cast<const float*>(table),
+               reinterpret_cast<float*>(out), threads);
+}
+
+void noise(uintptr_t out, int64_t start, int64_t count, int32_t bits, uint64_t seed, uint32_t step,
+           uint32_t call) {
+  const swalp_rounding r = {SWALP_STOCHASTIC, bits, seed, step, call};
+  swalp_noise(&r, start, count, reinterpret_cast<uint32_t*>(out));
+}
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+  nb::class_<swalp_format>(m, "Format")
+      .def("__init__", [](swalp_format* f) { *f = swalp_format{}; })
+#define FIELD(name) .def_rw(#name, &swalp_format::name)
+      FIELD(kind) FIELD(blocked) FIELD(element_exponent) FIELD(min_exponent) FIELD(max_exponent)
+      FIELD(gap_offset) FIELD(min_integer) FIELD(max_integer) FIELD(symmetric_from)
+      FIELD(mantissa_bits) FIELD(min_normal) FIELD(lowest_gap) FIELD(bias) FIELD(has_zero)
+      FIELD(is_signed) FIELD(saturating) FIELD(fnuz) FIELD(overflow_is_nan) FIELD(largest_code)
+      FIELD(inf_code) FIELD(nan_code) FIELD(sign_code) FIELD(largest) FIELD(smallest)
+#undef FIELD
+      ;
+  nb::class_<swalp_layout>(m, "Layout")
+      .def("__init__", [](swalp_layout* l, const std::vector<int64_t>& sizes,
+                          const std::vector<int64_t>& extents, int64_t positions,
+                          int64_t channels) { *l = layout(sizes, extents, positions, channels); });
+  m.attr("GRID") = static_cast<int>(SWALP_GRID);
+  m.attr("MINIFLOAT") = static_cast<int>(SWALP_MINIFLOAT);
+  m.attr("BINARY") = static_cast<int>(SWALP_BINARY);
+  m.attr("FLOAT32") = static_cast<int>(SWALP_FLOAT32);
+  m.attr("CODE8") = static_cast<int>(SWALP_CODE8);
+  m.attr("CODE16") = static_cast<int>(SWALP_CODE16);
+  m.def("quantize", &quantize);
+  m.def("quantize_flat", &quantize_flat);
+  m.def("unpack", &unpack);
+  m.def("noise", &noise);
+  m.def("use", [](const std::string& name) {
+    if (!swalp_use(name.c_str()))
+      throw nb::value_error(("this machine or build has no '" + name + "' kernels").c_str());
+  });
+  m.def("used", &swalp_used);
+  m.def("has_threads", [] { return swalp_has_threads() != 0; });
+}

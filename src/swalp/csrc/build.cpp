@@ -1,0 +1,125 @@
+// All kernels for one instruction set: compiled once for each, with SWALP_BUILD its name.
+//
+// Everything here has internal linkage: the linker must never pick one build's code for another.
+#if defined(__AVX512F__)
+#include "lanes_avx512.h"
+#elif defined(__AVX2__)
+#include "lanes_avx2.h"
+#else
+#include "lanes_scalar.h"
+#endif
+
+#include "layout.h"
+
+namespace {
+
+int quantize(const swalp_format* f, const swalp_rounding* r, const swalp_layout* l, const float* x,
+             void* out, int32_t output, int32_t* exponents, int threads) {
+  const int64_t n = elements(*l);
+  if (n == 0) return 0;
+  const Task task(*f, *r, *l, x, out, output, n < kSerial ? 1 : threads);
+  if (!f->blocked || (l->dims == 1 && l->extent[0] == n)) return task.run_block(0, n, exponents);
+  if (l->dims == 1) return task.run_runs(n, l->extent[0], exponents);
+  if (exponents) return run_strips(task, exponents);
+  int32_t* own = static_cast<int32_t*>(malloc(Strips(*l).blocks() * sizeof(int32_t)));
+  if (!own) return -1;
+  const int lost = run_strips(task, own);
+  free(own);
+  return lost;
+}
+
+// 2**gap as two normal factors.
+struct Factors {
+  float first, second;
+  explicit Factors(int32_t gap) {
+    const int32_t half = gap / 2;
+    first = power(half);
+    second = power(gap - half);
+  }
+  static float power(int32_t exponent) {
+    const uint32_t bits = static_cast<uint32_t>(exponent + 127) << 23;
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+  }
+};
+
+template <class Code>
+void decode(const swalp_format& f, const Code* codes, int64_t n, int32_t shared, const float* table,
+            float* out) {
+  if (table) {
+    const Factors scale(f.blocked ? shared : 0);
+    for (int64_t i = 0; i < n; ++i)
+      out[i] = table[sizeof(Code) == 1 ? static_cast<uint8_t>(codes[i]) : static_cast<uint16_t>(codes[i])] *
+               scale.first * scale.second;
+    return;
+  }
+  const Factors scale(gap_of(f, shared));
+  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(codes[i]) * scale.first * scale.second;
+}
+
+template <class Code>
+void unpack_codes(const swalp_format& f, const swalp_layout& l, const Code* codes,
+                  const int32_t* exponents, const float* table, float* out, int threads) {
+  const int64_t n = elements(l);
+  const auto stretch = [&](int64_t at, int64_t count, int32_t shared) {
+    decode(f, codes + at, count, shared, table, out + at);
+    return false;
+  };
+  if (!f.blocked || (l.dims == 1 && l.extent[0] == n)) {
+    const int32_t shared = f.blocked ? exponents[0] : 0;
+    parallel(n, threads, [&](int64_t b, int64_t e) { return stretch(b, e - b, shared); });
+  } else if (l.dims == 1) {
+    const int64_t length = l.extent[0], blocks = n / length;
+    if (length >= kSerial)
+      for (int64_t block = 0; block < blocks; ++block)
+        parallel(length, threads, [&](int64_t b, int64_t e) {
+          return stretch(block * length + b, e - b, exponents[block]);
+        });
+    else
+      parallel(blocks, threads, [&](int64_t b, int64_t e) {
+        for (; b < e; ++b) stretch(b * length, length, exponents[b]);
+        return false;
+      });
+  } else {
+    const Strips strips(l);
+    parallel(strips.grid[strips.owner], threads, [&](int64_t b, int64_t e) {
+      strips.walk(b, e, true, [&](int64_t at, int64_t count, int64_t block) {
+        stretch(at, count, exponents[block]);
+      });
+      return false;
+    });
+  }
+}
+
+void unpack(const swalp_format* f, const swalp_layout* l, const void* codes, int32_t code_type,
+            const int32_t* exponents, const float* table, float* out, int threads) {
+  const int64_t n = elements(*l);
+  if (n == 0) return;
+  if (n < kSerial) threads = 1;
+  if (code_type == SWALP_CODE8)
+    unpack_codes(*f, *l, static_cast<const int8_t*>(codes), exponents, table, out, threads);
+  else
+    unpack_codes(*f, *l, static_cast<const int16_t*>(codes), exponents, table, out, threads);
+}
+
+void noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out) {
+  const Noise stream(*r);
+  alignas(64) uint32_t buffer[kChunk + kPadding];
+  for (int64_t done = 0; done < count; done += kChunk) {
+    const int64_t n = count - done < kChunk ? count - done : kChunk;
+    const void* words = fill(stream, start + done, n, buffer);
+    for (int64_t i = 0; i < n; ++i)
+      out[done + i] = stream.width == 16 ? static_cast<const uint16_t*>(words)[i]
+                                         : static_cast<const uint32_t*>(words)[i];
+  }
+}
+
+}  // namespace
+
+#define SWALP_TEXT_(name) #name
+#define SWALP_TEXT(name) SWALP_TEXT_(name)
+#define SWALP_JOIN_(name) swalp_build_##name
+#define SWALP_JOIN(name) SWALP_JOIN_(name)
+extern const swalp_build SWALP_JOIN(SWALP_BUILD);
+const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, unpack, noise};

@@ -1,0 +1,66 @@
+// Chooses the build of the kernels that this machine runs.
+#include "kernels.h"
+
+#include <string.h>
+
+extern const swalp_build swalp_build_scalar;
+#ifdef SWALP_HAS_AVX2
+extern const swalp_build swalp_build_avx2;
+#endif
+#ifdef SWALP_HAS_AVX512
+extern const swalp_build swalp_build_avx512;
+#endif
+
+namespace {
+
+// Best first. The features are those that CMakeLists.txt compiles each build for.
+const swalp_build* find(const char* name) {
+  const auto wanted = [name](const char* build) { return !name || strcmp(name, build) == 0; };
+#ifdef SWALP_HAS_AVX512
+  if (wanted("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    return &swalp_build_avx512;
+#endif
+#ifdef SWALP_HAS_AVX2
+  if (wanted("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("bmi2"))
+    return &swalp_build_avx2;
+#endif
+  return wanted("scalar") ? &swalp_build_scalar : nullptr;
+}
+
+const swalp_build* active = find(nullptr);
+
+}  // namespace
+
+int swalp_quantize(const swalp_format* f, const swalp_rounding* r, const swalp_layout* l,
+                   const float* x, void* out, int32_t output, int32_t* exponents, int threads) {
+  return active->quantize(f, r, l, x, out, output, exponents, threads);
+}
+
+void swalp_unpack(const swalp_format* f, const swalp_layout* l, const void* codes,
+                  int32_t code_type, const int32_t* exponents, const float* table, float* out,
+                  int threads) {
+  active->unpack(f, l, codes, code_type, exponents, table, out, threads);
+}
+
+void swalp_noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out) {
+  active->noise(r, start, count, out);
+}
+
+int swalp_use(const char* name) {
+  const swalp_build* build = find(name);
+  if (build) active = build;
+  return build != nullptr;
+}
+
+const char* swalp_used(void) { return active->name; }
+
+int swalp_has_threads(void) {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}

@@ -1,0 +1,78 @@
+// The C interface of the kernels: raw pointers, sizes, a thread count. No Python, no PyTorch.
+//
+// Every function equals src/swalp/quantize/reference.py (codes: codes.py) bit for bit, whatever the
+// instruction set, the number of threads and the floating-point modes of the caller.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { SWALP_GRID, SWALP_MINIFLOAT, SWALP_BINARY };                      // kind of a format
+enum { SWALP_NEAREST, SWALP_ZERO, SWALP_POSITIVE, SWALP_NEGATIVE, SWALP_STOCHASTIC };  // rules
+enum { SWALP_FLOAT32, SWALP_CODE8, SWALP_CODE16 };                       // what is written
+enum { SWALP_MAX_DIMS = 8 };
+
+// A format, resolved to numbers. "Gap" is log2 of the distance between neighbours.
+typedef struct {
+  int32_t kind;
+  int32_t blocked;           // 1: a shared exponent for each block
+  int32_t element_exponent;  // shared = clip(floor(log2(max)) - element_exponent, ...)
+  int32_t min_exponent, max_exponent;
+  // Grid: value = integer * 2**(shared + gap_offset), shared = 0 unless blocked.
+  int32_t gap_offset, min_integer, max_integer;
+  int32_t symmetric_from;    // from this gap on the lowest integer is -max_integer
+  // Minifloat: values of the element format, times 2**shared.
+  int32_t mantissa_bits, min_normal, lowest_gap, bias, has_zero, is_signed, saturating, fnuz;
+  int32_t overflow_is_nan;   // without saturation: NaN, not infinity
+  int32_t largest_code, inf_code, nan_code, sign_code;  // nan_code -1: there is none
+  float largest, smallest;   // largest also: the magnitude of a binary format
+} swalp_format;
+
+typedef struct {
+  int32_t rule, bits;
+  uint64_t seed;
+  uint32_t step, call;
+} swalp_rounding;
+
+// Which elements share an exponent, and where they lie. `x` is dense. With `channels` = 0 memory is
+// in row-major order; otherwise row-major order is (outer, channels, positions) and memory order is
+// (outer, positions, channels), and the blocks are contiguous in memory: one dimension.
+typedef struct {
+  int32_t dims;
+  int64_t size[SWALP_MAX_DIMS];    // row-major, axes merged where that changes nothing
+  int64_t extent[SWALP_MAX_DIMS];  // of a block along each axis; divides the size
+  int64_t positions, channels;
+} swalp_layout;
+
+// Quantize `x` to float32 values or integer codes in `out` (which may be `x`).
+//
+// `exponents`: int32, one for each block in row-major order, or NULL. `threads` is an upper bound.
+// Returns 1 if codes were wanted for a NaN that has none (its code is 0), else 0.
+int swalp_quantize(const swalp_format*, const swalp_rounding*, const swalp_layout*, const float* x,
+                   void* out, int32_t output, int32_t* exponents, int threads);
+
+// Codes to float32 values. `table`: the 2**8 or 2**16 values of a minifloat's codes, or NULL.
+void swalp_unpack(const swalp_format*, const swalp_layout*, const void* codes, int32_t code_type,
+                  const int32_t* exponents, const float* table, float* out, int threads);
+
+// `count` elements of noise as the kernels see it, from element `start` on: 16-bit or 32-bit words.
+void swalp_noise(const swalp_rounding*, int64_t start, int64_t count, uint32_t* out);
+
+// Choose the instruction set: 1 if this machine and build have it, else 0 and nothing changes.
+int swalp_use(const char* name);
+const char* swalp_used(void);
+int swalp_has_threads(void);
+
+#ifdef __cplusplus
+}
+
+// One build of the kernels for one instruction set.
+struct swalp_build {
+  const char* name;
+  decltype(&swalp_quantize) quantize;
+  decltype(&swalp_unpack) unpack;
+  decltype(&swalp_noise) noise;
+};
+#endif

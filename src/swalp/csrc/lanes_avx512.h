@@ -1,0 +1,107 @@
+// Sixteen lanes of AVX-512 (F, BW, DQ, VL). `lanes_scalar.h` says what each function means.
+#pragma once
+#include <immintrin.h>
+#include <stdint.h>
+
+namespace {
+
+struct Lanes {
+  static constexpr int N = 16;
+  static constexpr int counters = 8;
+  // Rounding toward +infinity makes ceil_minus exact as long as its result fits an int32.
+  static constexpr float exact_limit = 16384;
+  static constexpr int up = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
+
+  using F = __m512;
+  using I = __m512i;
+  using M = __mmask16;
+  using W = __m512i;
+
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static I load(const int32_t* p) { return _mm512_loadu_si512(p); }
+  static I load(const uint16_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static I load(const uint32_t* p) { return _mm512_loadu_si512(p); }
+  static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static void store(int8_t* p, I v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+  }
+  static void store(int16_t* p, I v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
+  }
+  static F set(float v) { return _mm512_set1_ps(v); }
+  static I set(int32_t v) { return _mm512_set1_epi32(v); }
+  static M all(bool v) { return static_cast<M>(v ? 0xffff : 0); }
+
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static I bits(F v) { return _mm512_castps_si512(v); }
+  static F floats(I v) { return _mm512_castsi512_ps(v); }
+  static F abs(F v) { return floats(_mm512_and_si512(bits(v), set(0x7fffffff))); }
+  static F convert(I v) { return _mm512_cvtepi32_ps(v); }
+  static I truncate(F v) { return _mm512_cvttps_epi32(v); }
+  static I nearest(F v) { return _mm512_cvtps_epi32(v); }
+  // y = a * c - d rounded up to a float32 is >= y and <= ceil(y): an integer is a float32 below 2**24,
+  // and above it a * c is an integer already, that d <= 1/2 does not reach down to the next float32
+  // (d > 1/2 only shifts where "no random number is below that" begins, as in lanes_scalar.h).
+  static I ceil_minus(F a, F c, F d) {
+    return _mm512_cvt_roundps_epi32(_mm512_fmsub_round_ps(a, c, d, up), up);
+  }
+
+  static I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static I and_(I a, I b) { return _mm512_and_si512(a, b); }
+  static I or_(I a, I b) { return _mm512_or_si512(a, b); }
+  static I and_xor(I a, I b, I c) { return _mm512_ternarylogic_epi32(a, b, c, 0x6a); }
+  static I max(I a, I b) { return _mm512_max_epi32(a, b); }
+  static I min(I a, I b) { return _mm512_min_epi32(a, b); }
+  static I max_unsigned(I a, I b) { return _mm512_max_epu32(a, b); }
+  template <int n> static I left(I v) { return _mm512_slli_epi32(v, n); }
+  template <int n> static I right(I v) { return _mm512_srai_epi32(v, n); }
+  template <int n> static I right_unsigned(I v) { return _mm512_srli_epi32(v, n); }
+  static I left_by(I v, int n) { return _mm512_sll_epi32(v, _mm_cvtsi32_si128(n)); }
+  static I right_unsigned_by(I v, int n) { return _mm512_srl_epi32(v, _mm_cvtsi32_si128(n)); }
+  static uint32_t largest_unsigned(I v) { return _mm512_reduce_max_epu32(v); }
+
+  static M less(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+  static M equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+  static M is_nan(F v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
+  static M less(I a, I b) { return _mm512_cmplt_epi32_mask(a, b); }
+  static M equal(I a, I b) { return _mm512_cmpeq_epi32_mask(a, b); }
+  static M less_unsigned(I a, I b) { return _mm512_cmplt_epu32_mask(a, b); }
+  static M sign(F v) { return _mm512_movepi32_mask(bits(v)); }
+  static M both(M a, M b) { return static_cast<M>(a & b); }
+  static M either(M a, M b) { return static_cast<M>(a | b); }
+  static M without(M a, M b) { return static_cast<M>(a & ~b); }
+  static bool any(M m) { return m != 0; }
+  static I select(M m, I a, I b) { return _mm512_mask_mov_epi32(b, m, a); }
+  static F select(M m, F a, F b) { return _mm512_mask_mov_ps(b, m, a); }
+  static I increment(M m, I v) { return _mm512_mask_sub_epi32(v, m, v, set(-1)); }
+  static I negate(M m, I v) { return _mm512_mask_sub_epi32(v, m, _mm512_setzero_si512(), v); }
+  static F keep_nan(F x, F v) { return _mm512_mask_add_ps(v, is_nan(x), x, x); }
+
+  static W wide(uint64_t v) { return _mm512_set1_epi64(static_cast<long long>(v)); }
+  static W wide_counters(uint64_t first) {
+    return wide_add(wide(first), _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7));
+  }
+  static W wide_add(W a, W b) { return _mm512_add_epi64(a, b); }
+  static W wide_mul(W a, W b) { return _mm512_mul_epu32(a, b); }
+  static W wide_high(W v) { return _mm512_srli_epi64(v, 32); }
+  static W wide_xor(W a, W b) { return _mm512_xor_si512(a, b); }
+  static W wide_xor(W a, W b, W c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+  static W zip(W even, W odd) { return _mm512_mask_shuffle_epi32(even, 0xaaaa, odd, _MM_PERM_CCAA); }
+  static W wide_even(uint64_t first, uint64_t stride) {
+    return wide_add(wide(first), _mm512_mullo_epi64(wide(2 * stride),
+                                                    _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)));
+  }
+  static void store_words(uint32_t* p, W c0, W c1, W c2, W c3) {
+    const W a = zip(c0, c1), b = zip(c2, c3);
+    _mm512_storeu_si512(p, _mm512_unpacklo_epi64(a, b));
+    _mm512_storeu_si512(p + 16, _mm512_unpackhi_epi64(a, b));
+  }
+};
+
+}  // namespace

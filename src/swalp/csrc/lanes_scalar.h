@@ -1,0 +1,109 @@
+// One lane in plain C++: any architecture, and what the vector builds are compared with.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+struct Lanes {
+  static constexpr int N = 1;         // elements of a vector
+  static constexpr int counters = 1;  // Philox counters of a vector
+  static constexpr float exact_limit = 128;  // see ceil_minus
+
+  using F = float;
+  using I = int32_t;
+  using M = bool;
+  using W = uint64_t;  // one 32-bit word of a Philox state in each 64-bit lane; its upper half is free
+
+  static F load(const float* p) { return *p; }
+  static I load(const int32_t* p) { return *p; }
+  static I load(const uint16_t* p) { return *p; }
+  static I load(const uint32_t* p) { return static_cast<I>(*p); }
+  static void store(float* p, F v) { *p = v; }
+  static void store(int8_t* p, I v) { *p = static_cast<int8_t>(v); }
+  static void store(int16_t* p, I v) { *p = static_cast<int16_t>(v); }
+  static F set(float v) { return v; }
+  static I set(int32_t v) { return v; }
+  static M all(bool v) { return v; }
+
+  static F mul(F a, F b) { return a * b; }
+  static F sub(F a, F b) { return a - b; }
+  static F min(F a, F b) { return a < b ? a : b; }  // b if either is NaN
+  static F max(F a, F b) { return a > b ? a : b; }
+  static I bits(F v) {
+    I i;
+    memcpy(&i, &v, 4);
+    return i;
+  }
+  static F floats(I v) {
+    F f;
+    memcpy(&f, &v, 4);
+    return f;
+  }
+  static F abs(F v) { return floats(bits(v) & 0x7fffffff); }
+  static F convert(I v) { return static_cast<float>(v); }
+  static I truncate(F v) { return static_cast<I>(v); }
+  static I nearest(F v) {  // ties to even, |v| <= 2**24
+    const I whole = static_cast<I>(v);
+    const F rest = v - static_cast<float>(whole);
+    const I away = v < 0 ? -1 : 1;
+    const F size = rest < 0 ? -rest : rest;
+    return whole + ((size > 0.5f || (size == 0.5f && (whole & 1))) ? away : 0);
+  }
+  // ceil(a * c - d) for a * c in [0, exact_limit * 2**16], c a power of two, d = 2**-1 .. 2**14.
+  // Up to that limit a * c - d is exact in float32 unless it lies in (-d, 0), where a result rounded
+  // to -d makes no difference: both are "no random number is below that".
+  static I ceil_minus(F a, F c, F d) {
+    const F y = a * c - d;
+    const I whole = static_cast<I>(y);
+    return whole + (static_cast<float>(whole) < y);
+  }
+
+  static I add(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
+  static I sub(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b)); }
+  static I and_(I a, I b) { return a & b; }
+  static I or_(I a, I b) { return a | b; }
+  static I and_xor(I a, I b, I c) { return (a & b) ^ c; }
+  static I max(I a, I b) { return a > b ? a : b; }
+  static I min(I a, I b) { return a < b ? a : b; }
+  static I max_unsigned(I a, I b) { return static_cast<uint32_t>(a) > static_cast<uint32_t>(b) ? a : b; }
+  template <int n> static I left(I v) { return static_cast<I>(static_cast<uint32_t>(v) << n); }
+  template <int n> static I right(I v) { return v >> n; }
+  template <int n> static I right_unsigned(I v) { return static_cast<I>(static_cast<uint32_t>(v) >> n); }
+  static I left_by(I v, int n) { return static_cast<I>(static_cast<uint32_t>(v) << n); }
+  static I right_unsigned_by(I v, int n) { return static_cast<I>(static_cast<uint32_t>(v) >> n); }
+  static uint32_t largest_unsigned(I v) { return static_cast<uint32_t>(v); }
+
+  static M less(F a, F b) { return a < b; }
+  static M equal(F a, F b) { return a == b; }
+  static M is_nan(F v) { return v != v; }
+  static M less(I a, I b) { return a < b; }
+  static M equal(I a, I b) { return a == b; }
+  static M less_unsigned(I a, I b) { return static_cast<uint32_t>(a) < static_cast<uint32_t>(b); }
+  static M sign(F v) { return bits(v) < 0; }
+  static M both(M a, M b) { return a && b; }
+  static M either(M a, M b) { return a || b; }
+  static M without(M a, M b) { return a && !b; }
+  static bool any(M m) { return m; }
+  static I select(M m, I a, I b) { return m ? a : b; }
+  static F select(M m, F a, F b) { return m ? a : b; }
+  static I increment(M m, I v) { return v + m; }
+  static I negate(M m, I v) { return m ? -v : v; }
+  static F keep_nan(F x, F v) { return x != x ? x + x : v; }  // x + x makes the NaN a quiet one
+
+  static W wide(uint64_t v) { return v; }
+  static W wide_counters(uint64_t first) { return first; }  // in the order that store_words undoes
+  static W wide_add(W a, W b) { return a + b; }
+  static W wide_mul(W a, W b) { return (a & 0xffffffff) * (b & 0xffffffff); }
+  static W wide_high(W v) { return v >> 32; }
+  static W wide_xor(W a, W b) { return a ^ b; }
+  static W wide_xor(W a, W b, W c) { return a ^ b ^ c; }
+  static void store_words(uint32_t* p, W c0, W c1, W c2, W c3) {
+    p[0] = static_cast<uint32_t>(c0);
+    p[1] = static_cast<uint32_t>(c1);
+    p[2] = static_cast<uint32_t>(c2);
+    p[3] = static_cast<uint32_t>(c3);
+  }
+};
+
+}  // namespace

@@ -1,0 +1,322 @@
+// Which elements, in which order, by which thread.
+#pragma once
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#else
+#include <fenv.h>
+#endif
+#include <stdlib.h>
+
+#include "noise.h"
+#include "spans.h"
+
+namespace {
+
+// Below this many elements a second thread costs more than it saves, and on a busy machine a
+// parallel region can stall for milliseconds.
+constexpr int64_t kSerial = 1 << 16;
+constexpr int64_t kChunk = 1024;      // elements whose noise is made at a time: it stays in L1
+constexpr int64_t kTile = 4096;       // the same of a transposed tile
+constexpr int64_t kRows = 64;         // positions of a transposed tile, at most
+constexpr int64_t kPadding = 4 * (kFillStep + 1);
+
+// The default floating-point mode for as long as this lives: round to nearest, subnormals kept.
+class DefaultMode {
+ public:
+#if defined(__x86_64__)
+  DefaultMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  DefaultMode() {
+    fegetenv(&saved_);
+    fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultMode() { fesetenv(&saved_); }
+
+ private:
+  fenv_t saved_;
+#endif
+};
+
+// work(begin, end) over shares of 0 .. count - 1; returns whether any returned true.
+template <class Work>
+__attribute__((noinline)) bool parallel(int64_t count, int threads, const Work& work) {
+  bool any = false;
+#ifdef _OPENMP
+  if (threads > count) threads = static_cast<int>(count);
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads) reduction(|| : any)
+    {
+      const DefaultMode mode;
+      const int64_t n = omp_get_num_threads(), t = omp_get_thread_num();
+      any = work(count * t / n, count * (t + 1) / n);
+    }
+    return any;
+  }
+#endif
+  const DefaultMode mode;
+  any = work(0, count);
+  return any;
+}
+
+struct Task {
+  const swalp_format& format;
+  const swalp_layout& layout;
+  const Rule rule;
+  const Noise noise;
+  const Kernel kernel;
+  const float* x;
+  char* out;
+  int64_t item;  // bytes of an output element
+  int threads;
+  bool transposed;  // and the order matters
+  int64_t rows, columns;  // of a transposed tile
+
+  Task(const swalp_format& f, const swalp_rounding& r, const swalp_layout& l, const float* from,
+       void* to, int32_t output, int wanted)
+      : format(f), layout(l), rule(r), noise(r), kernel(choose(f, r, output)), x(from),
+        out(static_cast<char*>(to)),
+        item(output == SWALP_FLOAT32 ? 4 : output == SWALP_CODE8 ? 1 : 2), threads(wanted),
+        transposed(noise.used && l.channels > 0), rows(0), columns(0) {
+    if (!transposed) return;
+    columns = l.channels < kTile / 8 ? l.channels : kTile / 8;
+    rows = kChunk / columns / 8 * 8;
+    rows = rows < 8 ? 8 : rows > kRows ? kRows : rows;
+    if (l.positions % noise.per_block != 0) {  // noise by whole channels, or long stretches of them
+      rows = l.positions < kRows ? l.positions : kRows;
+      if (columns > kTile / rows) columns = kTile / rows;
+    }
+  }
+
+  bool span(int64_t at, int64_t n, const void* word, int32_t shared) const {
+    return kernel.span(format, rule, x + at, out + at * item, n, word, shared);
+  }
+
+  // The range [base, base + length) of memory, in pieces of the noise. Transposed: it holds whole
+  // (positions, channels) planes.
+  int64_t pieces(int64_t length) const {
+    if (!transposed) return (length + kChunk - 1) / kChunk;
+    const int64_t plane = layout.positions * layout.channels;
+    return length / plane * ((layout.positions + rows - 1) / rows);
+  }
+
+  bool run_pieces(int64_t base, int64_t length, int64_t begin, int64_t end, int32_t shared) const {
+    alignas(64) uint32_t buffer[kTile + kTile / 4 + kPadding];
+    bool lost = false;
+    // Backwards: the tail of a range that was just searched for its largest is still in the cache.
+    for (int64_t piece = end - 1; piece >= begin; --piece) {
+      if (transposed) {
+        lost |= run_tile(base, piece, shared, buffer);
+        continue;
+      }
+      const int64_t at = base + piece * kChunk;
+      const int64_t left = base + length - at, n = left < kChunk ? left : kChunk;
+      lost |= span(at, n, noise.used ? fill(noise, at, n, buffer) : nullptr, shared);
+    }
+    return lost;
+  }
+
+  bool run_tile(int64_t base, int64_t piece, int32_t shared, uint32_t* buffer) const {
+    const int64_t positions = layout.positions, channels = layout.channels;
+    const int64_t bands = (positions + rows - 1) / rows;
+    const int64_t plane = base + piece / bands * positions * channels;
+    const int64_t p0 = piece % bands * rows;
+    const int64_t height = positions - p0 < rows ? positions - p0 : rows;
+    bool lost = false;
+    for (int64_t c0 = 0; c0 < channels; c0 += columns) {
+      const int64_t width = channels - c0 < columns ? channels - c0 : columns;
+      const int64_t first = plane + c0 * positions + p0;  // row-major index
+      const bool lanes = height % noise.per_block == 0 && width >= Lanes::N / 2;
+      const int64_t row = lanes ? (width + Lanes::N - 1) / Lanes::N * Lanes::N : width;
+      alignas(64) uint32_t scratch[kTile + kTile / 4 + kPadding];
+      if (noise.width == 16)
+        fill_transposed(noise, first, positions, height, width, row,
+                        reinterpret_cast<uint16_t*>(buffer), scratch);
+      else
+        fill_transposed(noise, first, positions, height, width, row, buffer, scratch);
+      const char* words = reinterpret_cast<const char*>(buffer);
+      const int64_t at = plane + p0 * channels + c0;
+      if (width == channels && row == width) {
+        lost |= span(at, height * width, words, shared);
+        continue;
+      }
+      for (int64_t p = 0; p < height; ++p)
+        lost |= span(at + p * channels, width, words + p * row * (noise.width / 8), shared);
+    }
+    return lost;
+  }
+
+  // One exponent, or none, for [base, base + length): all threads work on it.
+  bool run_block(int64_t base, int64_t length, int32_t* exponent) const {
+    int32_t shared = 0;
+    if (format.blocked) {
+      uint32_t most = 0;
+      parallel((length + kChunk - 1) / kChunk, threads, [&](int64_t begin, int64_t end) {
+        const int64_t at = begin * kChunk, left = length - at, n = (end - begin) * kChunk;
+        const uint32_t mine = largest(x + base + at, left < n ? left : n);
+        uint32_t seen = __atomic_load_n(&most, __ATOMIC_RELAXED);
+        while (mine > seen && !__atomic_compare_exchange_n(&most, &seen, mine, true,
+                                                           __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+        }
+        return false;
+      });
+      shared = shared_exponent(format, most);
+      if (exponent) *exponent = shared;
+    }
+    return parallel(pieces(length), threads, [&](int64_t begin, int64_t end) {
+      return run_pieces(base, length, begin, end, shared);
+    });
+  }
+
+  // Blocks of `length` neighbours each.
+  bool run_runs(int64_t total, int64_t length, int32_t* exponents) const {
+    const int64_t blocks = total / length;
+    if (length > kChunk && blocks < 4 * threads) {
+      bool lost = false;
+      for (int64_t b = 0; b < blocks; ++b)
+        lost |= run_block(b * length, length, exponents ? exponents + b : nullptr);
+      return lost;
+    }
+    if (length > kChunk || transposed)
+      return parallel(blocks, threads, [&](int64_t begin, int64_t end) {
+        bool lost = false;
+        for (int64_t b = begin; b < end; ++b) {
+          const int32_t shared = shared_exponent(format, largest(x + b * length, length));
+          if (exponents) exponents[b] = shared;
+          lost |= run_pieces(b * length, length, 0, pieces(length), shared);
+        }
+        return lost;
+      });
+    return parallel(blocks, threads, [&](int64_t begin, int64_t end) {
+      alignas(64) uint32_t buffer[kChunk + kPadding];
+      bool lost = false;
+      const int64_t group = kChunk / length;
+      for (int64_t b = begin; b < end; b += group) {
+        const int64_t count = end - b < group ? end - b : group, at = b * length;
+        const void* word = noise.used ? fill(noise, at, count * length, buffer) : nullptr;
+        lost |= kernel.rows(format, rule, x + at, out + at * item, count, length, word,
+                            exponents ? exponents + b : nullptr);
+      }
+      return lost;
+    });
+  }
+};
+
+// Blocks in general. Threads own whole blocks: shares of the first axis along which there is more
+// than one (axis 0 or 1, as neighbouring axes of one kind are merged). A share is worked off in
+// strips that stay in the cache, each read for its exponents and then quantized.
+struct Strips {
+  const swalp_layout& l;
+  int owner;
+  int64_t grid[SWALP_MAX_DIMS] = {};    // blocks along each axis
+  int64_t stride[SWALP_MAX_DIMS];       // of elements
+  int64_t grid_stride[SWALP_MAX_DIMS];  // of blocks
+  int64_t step;                         // blocks of the owner's axis in a strip
+
+  explicit Strips(const swalp_layout& layout) : l(layout) {
+    int64_t elements = 1, blocks = 1;
+    for (int axis = l.dims - 1; axis >= 0; --axis) {
+      grid[axis] = l.size[axis] / l.extent[axis];
+      stride[axis] = elements;
+      grid_stride[axis] = blocks;
+      elements *= l.size[axis];
+      blocks *= grid[axis];
+    }
+    owner = grid[0] > 1 ? 0 : 1;
+    // Along the last axis a strip should be a few cache lines wide.
+    const bool last = owner == l.dims - 1;
+    step = last ? (256 + l.extent[owner] - 1) / l.extent[owner] : 1;
+  }
+
+  int64_t blocks() const { return grid[0] * grid_stride[0]; }
+
+  // visit(first element, elements, first block) for each stretch of the last axis in the strip of
+  // the owner's blocks [begin, end). With `segments`, stretches are cut where the block changes.
+  template <class Visit>
+  void walk(int64_t begin, int64_t end, bool segments, const Visit& visit) const {
+    const int last = l.dims - 1;
+    int64_t low[SWALP_MAX_DIMS], high[SWALP_MAX_DIMS], at[SWALP_MAX_DIMS];
+    for (int axis = 0; axis < l.dims; ++axis) {
+      low[axis] = axis == owner ? begin * l.extent[axis] : 0;
+      high[axis] = axis == owner ? end * l.extent[axis] : l.size[axis];
+      at[axis] = low[axis];
+    }
+    const int64_t extent = l.extent[last];
+    for (;;) {
+      int64_t element = low[last], block = low[last] / extent;
+      for (int axis = 0; axis < last; ++axis) {
+        element += at[axis] * stride[axis];
+        block += at[axis] / l.extent[axis] * grid_stride[axis];
+      }
+      if (!segments) visit(element, high[last] - low[last], block);
+      else
+        for (int64_t i = low[last]; i < high[last]; i += extent, element += extent, ++block)
+          visit(element, extent, block);
+      int axis = last - 1;
+      while (axis >= 0 && ++at[axis] == high[axis]) {
+        at[axis] = low[axis];
+        --axis;
+      }
+      if (axis < 0) return;
+    }
+  }
+
+  // The same for the blocks themselves: visit(block) for each block of the strip.
+  template <class Visit> void walk_blocks(int64_t begin, int64_t end, const Visit& visit) const {
+    const int64_t outer = owner == 1 ? grid[0] : 1, inner = grid_stride[owner];
+    for (int64_t o = 0; o < outer; ++o)
+      for (int64_t b = begin * inner; b < end * inner; ++b)
+        visit(o * (owner == 1 ? grid_stride[0] : 0) + b);
+  }
+};
+
+bool run_strips(const Task& task, int32_t* exponents) {
+  const Strips strips(task.layout);
+  const int64_t shares = (strips.grid[strips.owner] + strips.step - 1) / strips.step;
+  const bool each = task.layout.extent[task.layout.dims - 1] == 1;
+  return parallel(shares, task.threads, [&](int64_t first, int64_t last) {
+    alignas(64) uint32_t buffer[kChunk + kPadding];
+    bool lost = false;
+    for (int64_t share = first; share < last; ++share) {
+      const int64_t begin = share * strips.step, all = strips.grid[strips.owner];
+      const int64_t end = begin + strips.step < all ? begin + strips.step : all;
+      // The exponents' places hold the largest magnitudes first.
+      uint32_t* most = reinterpret_cast<uint32_t*>(exponents);
+      strips.walk_blocks(begin, end, [&](int64_t block) { most[block] = 0; });
+      strips.walk(begin, end, !each, [&](int64_t at, int64_t n, int64_t block) {
+        if (each) return largest_each(task.x + at, n, most + block);
+        const uint32_t here = largest(task.x + at, n);
+        if (here > most[block]) most[block] = here;
+      });
+      strips.walk_blocks(begin, end, [&](int64_t block) {
+        exponents[block] = shared_exponent(task.format, most[block]);
+      });
+      strips.walk(begin, end, !each, [&](int64_t at, int64_t n, int64_t block) {
+        for (int64_t done = 0; done < n; done += kChunk) {
+          const int64_t here = at + done, count = n - done < kChunk ? n - done : kChunk;
+          const void* word = task.noise.used ? fill(task.noise, here, count, buffer) : nullptr;
+          if (each)
+            lost |= task.kernel.columns(task.format, task.rule, task.x + here,
+                                        task.out + here * task.item, count, word,
+                                        exponents + block + done);
+          else lost |= task.span(here, count, word, exponents[block]);
+        }
+      });
+    }
+    return lost;
+  });
+}
+
+int64_t elements(const swalp_layout& l) {
+  int64_t n = 1;
+  for (int axis = 0; axis < l.dims; ++axis) n *= l.size[axis];
+  return n;
+}
+
+}  // namespace

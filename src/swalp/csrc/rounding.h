@@ -1,0 +1,332 @@
+// One vector of elements onto the values of a format: the heart of every kernel.
+//
+// Stochastic rounding takes |x| / gap = s = w + f up if U + 1/2 < 2**n * f, for n random bits U.
+// With k = ceil(2**n * f - 1/2), an integer, that is k > U.
+#pragma once
+#include "kernels.h"
+
+namespace {
+
+using F = Lanes::F;
+using I = Lanes::I;
+using M = Lanes::M;
+
+// How to round. Fast: stochastic with a 16-bit word and s below Lanes::exact_limit, all in one shift.
+// Split16, Split32: stochastic in general, from a 16- or 32-bit word.
+enum Way { kNearest, kDirected, kFast, kSplit16, kSplit32 };
+
+template <int way> struct WordOf { using type = uint16_t; };
+template <> struct WordOf<kSplit32> { using type = uint32_t; };
+
+F power_of_two(I exponent) {
+  return Lanes::floats(Lanes::left<23>(Lanes::add(exponent, Lanes::set(127))));
+}
+
+// The rounding rule, ready to use.
+struct Rule {
+  bool truncates, up_if_positive, up_if_negative;
+  int bits, shift;     // of Split: U = word >> shift
+  float fraction;      // of Split: 2**(bits - 1)
+  float half;          // of Fast: 2**(15 - bits), half a step of the random number
+  int32_t mask, flip;  // of Fast
+
+  explicit Rule(const swalp_rounding& r) {
+    truncates = r.rule == SWALP_ZERO;
+    up_if_positive = r.rule == SWALP_POSITIVE;
+    up_if_negative = r.rule == SWALP_NEGATIVE;
+    bits = r.bits;
+    shift = (bits > 16 ? 32 : 16) - bits;
+    fraction = static_cast<float>(uint32_t{1} << (bits > 0 ? bits - 1 : 0));
+    half = bits <= 15 ? static_cast<float>(1 << (15 - bits)) : 0.5f;
+    mask = 0xffff & ~((1 << (bits <= 16 ? 16 - bits : 0)) - 1);
+    flip = 0xffff;
+  }
+};
+
+// s >= 0 to an integer, for s <= 2**24. `x`: the number itself, for its sign and because s may have
+// become 0 for an x that is not; `word`: its random bits.
+template <int way>
+inline I round_magnitude(F s, F x, I word, const Rule& rule) {
+  if constexpr (way == kNearest) {
+    return Lanes::nearest(s);
+  } else if constexpr (way == kDirected) {
+    const I whole = Lanes::truncate(s);
+    const M inexact = Lanes::either(
+        Lanes::less(Lanes::convert(whole), s),
+        Lanes::without(Lanes::equal(whole, Lanes::set(0)), Lanes::equal(x, Lanes::set(0.0f))));
+    const M sign = Lanes::sign(x);
+    const M up = Lanes::either(Lanes::both(sign, Lanes::all(rule.up_if_negative)),
+                               Lanes::without(Lanes::all(rule.up_if_positive), sign));
+    return Lanes::increment(Lanes::both(inexact, up), whole);
+  } else {
+    // s - w is exact; y = 2**(n - 1) * f < 2**31 and its fraction r are, too. Then 2**n * f is
+    // 2 * floor(y) + 2 * r with 2 * r < 2, and k = 2 * floor(y) + [2 r > 1/2] + [2 r > 3/2]. As f
+    // has 24 significant bits, f <= 1 - 2**-24 and k < 2**n.
+    const I whole = Lanes::truncate(s);
+    const F y = Lanes::mul(Lanes::sub(s, Lanes::convert(whole)), Lanes::set(rule.fraction));
+    const I floor = Lanes::truncate(y);
+    const F r = Lanes::sub(y, Lanes::convert(floor));
+    I k = Lanes::increment(Lanes::less(Lanes::set(0.25f), r), Lanes::add(floor, floor));
+    k = Lanes::increment(Lanes::less(Lanes::set(0.75f), r), k);
+    const I u = Lanes::right_unsigned_by(word, rule.shift);
+    return Lanes::increment(Lanes::less_unsigned(u, k), whole);
+  }
+}
+
+// Below this gap every nonzero float32 is a multiple of 2**24 gaps: only blocks without a finite
+// nonzero element have it, and of them only infinities are not 0: 2**24 gaps, which underflow.
+constexpr int32_t kLowestGap = -226;
+constexpr int32_t kOrdinaryGap = 100;  // magnitude of the largest gap exponent that is not extreme
+
+// Integers times 2**gap, clamped: fixed point, block floating point.
+//
+// An ordinary gap is applied with one factor each way. An extreme one (below) first moves x to where
+// every factor is a normal float32: exactly, or where the bits lost are too small to matter.
+template <int way, bool extreme> struct Grid {
+  using Word = typename WordOf<way>::type;
+  static constexpr bool stochastic = way >= kFast;
+
+  const Rule rule;
+  F before, after, low, high, scale, gap, half;
+  I mask, flip;
+
+  // `g`: the gap's exponent, of each lane; at least kLowestGap.
+  Grid(const swalp_format& f, const Rule& r, I g) : rule(r) {
+    I moved = g;
+    if constexpr (extreme) {
+      const M inside = Lanes::both(Lanes::less(g, Lanes::set(kOrdinaryGap + 1)),
+                                   Lanes::less(Lanes::set(-kOrdinaryGap - 1), g));
+      const M tiny = Lanes::less(g, Lanes::set(0));
+      const I k = Lanes::select(inside, Lanes::set(0),
+                                Lanes::select(tiny, Lanes::set(126), Lanes::set(-30)));
+      before = power_of_two(k);
+      after = power_of_two(Lanes::sub(Lanes::set(0), k));
+      moved = Lanes::add(g, k);
+    }
+    const F lowest = Lanes::select(Lanes::less(g, Lanes::set(f.symmetric_from)),
+                                   Lanes::set(static_cast<float>(f.min_integer)),
+                                   Lanes::set(static_cast<float>(-f.max_integer)));
+    gap = power_of_two(moved);
+    low = Lanes::mul(lowest, gap);
+    high = Lanes::mul(Lanes::set(static_cast<float>(f.max_integer)), gap);
+    scale = power_of_two(Lanes::sub(Lanes::set(way == kFast ? 16 : 0), moved));
+    half = Lanes::set(rule.half);
+    mask = Lanes::set(rule.mask);
+    flip = Lanes::set(rule.flip);
+  }
+
+  I integers(F x, I word) const {
+    F moved = x;
+    if constexpr (extreme) moved = Lanes::mul(x, before);
+    const F clamped = Lanes::min(Lanes::max(moved, low), high);
+    if constexpr (way == kNearest) return Lanes::nearest(Lanes::mul(clamped, scale));
+    const F size = Lanes::abs(clamped);
+    I steps;
+    if constexpr (way == kFast) {
+      // K = ceil(2**16 * s - half) = 2**16 * w + k and q = (K + 2**16 - 1 - U) >> 16 = w + [k > U],
+      // as 0 <= k + 2**16 - 1 - U < 2**17. With fewer bits, U is the word with its low bits cleared:
+      // a multiple of 2 * half, and k > U means the same.
+      const I k = Lanes::ceil_minus(size, scale, half);
+      steps = Lanes::right<16>(Lanes::add(k, Lanes::and_xor(word, mask, flip)));
+    } else {
+      steps = round_magnitude<way>(Lanes::mul(size, scale), x, word, rule);
+    }
+    return Lanes::negate(Lanes::sign(x), steps);
+  }
+
+  F value(F x, I word) const {
+    F v = Lanes::mul(Lanes::convert(integers(x, word)), gap);
+    if constexpr (extreme) v = Lanes::mul(v, after);
+    return Lanes::keep_nan(x, v);
+  }
+
+  I code(F x, I word, M& lost) const {
+    const M nan = Lanes::is_nan(x);
+    lost = Lanes::either(lost, nan);
+    return Lanes::select(nan, Lanes::set(0), integers(x, word));
+  }
+};
+
+// Values of a minifloat times 2**shared.
+template <int way> struct Mini {
+  using Word = typename WordOf<way>::type;
+  static constexpr bool stochastic = way >= kFast;
+
+  const swalp_format& f;
+  const Rule rule;
+  const I shared;
+
+  Mini(const swalp_format& format, const Rule& r, I e) : f(format), rule(r), shared(e) {}
+
+  struct Rounded {
+    I steps, gap;  // |x| = steps * 2**(gap - 127) before overflow, relative to 2**shared
+  };
+
+  Rounded round(F x, I word) const {
+    const I size = Lanes::and_(Lanes::bits(x), Lanes::set(0x7fffffff));
+    const M subnormal = Lanes::less(size, Lanes::set(0x00800000));
+    // The bits of a float32 with an exponent field wide enough that none is subnormal: the number
+    // size * 2**-149, from the bits of the float32 `size`.
+    I extended = Lanes::select(
+        subnormal, Lanes::sub(Lanes::bits(Lanes::convert(size)), Lanes::set(149 << 23)), size);
+    extended = Lanes::max(extended, Lanes::set(-(100 << 23)));  // of 0: below all, and no overflow
+    const I relative = Lanes::sub(extended, Lanes::left<23>(shared));
+    const I field = Lanes::right<23>(relative);  // floor(log2) + 127
+    const M normal = Lanes::less(Lanes::set(f.min_normal + 126), field);
+    const I gap = Lanes::select(normal, Lanes::sub(field, Lanes::set(f.mantissa_bits)),
+                                Lanes::set(f.lowest_gap + 127));
+    // s = |x| / 2**(gap + shared) by giving the significand its exponent. Below 2**-60 it makes no
+    // difference by how much.
+    const I exponent = Lanes::max(Lanes::sub(field, gap), Lanes::set(-60));
+    F s = Lanes::floats(Lanes::or_(Lanes::and_(relative, Lanes::set(0x007fffff)),
+                                   Lanes::left<23>(Lanes::add(exponent, Lanes::set(127)))));
+    s = Lanes::select(Lanes::equal(size, Lanes::set(0)), Lanes::set(0.0f), s);
+    I steps = round_magnitude<way>(s, x, word, rule);
+    if constexpr (way == kNearest) {
+      if (f.mantissa_bits == 0) {
+        // Neighbours are exponent fields: of 2**e and 2**(e+1) the even one is nearer to 1.5 * 2**e.
+        const I odd = Lanes::and_(Lanes::add(field, Lanes::set(f.bias - 127)), Lanes::set(1));
+        const M tie = Lanes::both(normal, Lanes::equal(s, Lanes::set(1.5f)));
+        steps = Lanes::select(tie, Lanes::add(Lanes::set(1), odd), steps);
+      }
+    }
+    return {steps, gap};
+  }
+
+  // Where rounding stops at the largest value instead of overflowing.
+  M truncates(F x) const {
+    const M sign = Lanes::sign(x);
+    const M positive = Lanes::all(rule.up_if_positive), negative = Lanes::all(rule.up_if_negative);
+    const M directed = Lanes::either(Lanes::both(positive, sign), Lanes::without(negative, sign));
+    return Lanes::either(Lanes::all(way == kDirected && rule.truncates), directed);
+  }
+
+  F value(F x, I word) const {
+    const Rounded r = round(x, word);
+    // In two factors, as 2**gap may be no normal float32. The product is exact, or infinite.
+    const I exponent = Lanes::sub(r.gap, Lanes::set(127));
+    const I half = Lanes::right<1>(exponent);
+    F v = Lanes::mul(Lanes::convert(r.steps), power_of_two(half));
+    v = Lanes::mul(v, power_of_two(Lanes::sub(exponent, half)));
+    const F largest = Lanes::set(f.largest);
+    const M infinite = Lanes::equal(Lanes::abs(x), infinity());
+    const M above = Lanes::less(largest, v);
+    v = Lanes::select(Lanes::either(above, infinite), largest, v);
+    if (!f.saturating) {
+      const F beyond = f.overflow_is_nan ? not_a_number() : infinity();
+      v = Lanes::select(Lanes::either(Lanes::without(above, truncates(x)), infinite), beyond, v);
+    }
+    if (!f.has_zero) v = Lanes::max(Lanes::set(f.smallest), v);
+    if (f.is_signed) {
+      M sign = Lanes::sign(x);
+      if (f.fnuz) sign = Lanes::without(sign, Lanes::equal(v, Lanes::set(0.0f)));
+      v = Lanes::select(sign, Lanes::floats(Lanes::or_(Lanes::bits(v), Lanes::set(INT32_MIN))), v);
+    } else {
+      v = Lanes::select(Lanes::less(x, Lanes::set(0.0f)), not_a_number(), v);
+    }
+    if (f.blocked) v = Lanes::mul(v, scale());
+    return Lanes::keep_nan(x, v);
+  }
+
+  I code(F x, I word, M& lost) const {
+    const Rounded r = round(x, word);
+    // Codes count the values. In the units of the lowest gap a normal value's code is its exponent
+    // above that, and the steps, which bring the hidden bit as one more exponent.
+    const I field = Lanes::sub(r.gap, Lanes::set(f.min_normal - f.mantissa_bits + 127));
+    I code = Lanes::add(Lanes::left_by(field, f.mantissa_bits), r.steps);
+    if (f.lowest_gap == f.min_normal && f.mantissa_bits > 0) {
+      // Without subnormals the gap below the smallest normal value is that value: step 1 is its code.
+      const M below = Lanes::both(Lanes::equal(r.gap, Lanes::set(f.lowest_gap + 127)),
+                                  Lanes::less(r.steps, Lanes::set(2)));
+      code = Lanes::select(below, Lanes::left_by(r.steps, f.mantissa_bits), code);
+    }
+    if (!f.has_zero) code = Lanes::max(Lanes::sub(code, Lanes::set(1)), Lanes::set(0));
+    const I largest = Lanes::set(f.largest_code);
+    const M infinite = Lanes::equal(Lanes::abs(x), infinity());
+    const M above = Lanes::less(largest, code);
+    code = Lanes::select(Lanes::either(above, infinite), largest, code);
+    M nan = Lanes::is_nan(x);
+    if (!f.saturating) {
+      const M beyond = Lanes::either(Lanes::without(above, truncates(x)), infinite);
+      if (f.overflow_is_nan) nan = Lanes::either(nan, beyond);
+      else code = Lanes::select(beyond, Lanes::set(f.inf_code), code);
+    }
+    M sign = Lanes::sign(x);
+    if (!f.is_signed) nan = Lanes::either(nan, Lanes::less(x, Lanes::set(0.0f)));
+    if (f.nan_code < 0) {
+      lost = Lanes::either(lost, nan);
+      code = Lanes::select(nan, Lanes::set(0), code);
+    } else {
+      code = Lanes::select(nan, Lanes::set(f.nan_code), code);
+    }
+    sign = Lanes::without(sign, nan);
+    if (f.fnuz) sign = Lanes::without(sign, Lanes::equal(code, Lanes::set(0)));
+    return Lanes::or_(code, Lanes::select(sign, Lanes::set(f.sign_code), Lanes::set(0)));
+  }
+
+  static F infinity() { return Lanes::floats(Lanes::set(0x7f800000)); }
+  static F not_a_number() { return Lanes::floats(Lanes::set(0x7fc00000)); }
+
+  // 2**shared; -127 is the one exponent of a subnormal float32.
+  F scale() const {
+    const M lowest = Lanes::less(shared, Lanes::set(-126));
+    return Lanes::select(lowest, Lanes::floats(Lanes::set(1 << 22)), power_of_two(shared));
+  }
+};
+
+// The two values ±largest.
+template <int way> struct Sign {
+  using Word = typename WordOf<way>::type;
+  static constexpr bool stochastic = way >= kFast;
+
+  const swalp_format& f;
+  const Rule rule;
+  F before, scale;
+
+  Sign(const swalp_format& format, const Rule& r, I) : f(format), rule(r) {
+    // |x| / largest in two steps, as 1 / largest may be no float32.
+    const int32_t exponent = f.gap_offset;  // of largest
+    before = power_of_two(Lanes::set(-(exponent / 2)));
+    scale = power_of_two(Lanes::set(exponent / 2 - exponent));
+  }
+
+  M negative(F x, I word) const {
+    const M sign = Lanes::less(x, Lanes::set(0.0f));
+    if constexpr (way == kNearest) return sign;
+    const M beyond = Lanes::without(Lanes::all(true), Lanes::less(Lanes::abs(x), Lanes::set(f.largest)));
+    if constexpr (way == kDirected) {
+      const M above = Lanes::both(sign, beyond);
+      const M below = Lanes::either(sign, Lanes::without(Lanes::all(true), beyond));
+      return rule.up_if_positive ? above : below;
+    } else {
+      // The sign flips if U + 1/2 < 2**n * (1 - s) / 2, that is if s < (2 V + 1) * 2**-n with the
+      // integer V = 2**(n - 1) - 1 - U, or floor(2**(n - 1) * s + 1/2) <= V. As s <= 1 - 2**-24,
+      // the left side is below 2**31.
+      F s = Lanes::mul(Lanes::mul(Lanes::abs(x), before), scale);
+      s = Lanes::select(beyond, Lanes::set(0.0f), s);
+      const F y = Lanes::mul(s, Lanes::set(rule.fraction));
+      const I floor = Lanes::truncate(y);
+      const F r = Lanes::sub(y, Lanes::convert(floor));
+      const M below_half = Lanes::less(r, Lanes::set(0.5f));
+      const I left = Lanes::increment(Lanes::without(Lanes::all(true), below_half), floor);
+      const I u = Lanes::right_unsigned_by(word, rule.shift);
+      const I v = Lanes::sub(Lanes::set(static_cast<int32_t>((uint32_t{1} << (rule.bits - 1)) - 1)), u);
+      const M flip = Lanes::without(Lanes::without(Lanes::all(true), Lanes::less(v, left)), beyond);
+      return Lanes::either(Lanes::without(sign, flip), Lanes::without(flip, sign));
+    }
+  }
+
+  F value(F x, I word) const {
+    const F v = Lanes::select(negative(x, word), Lanes::set(-f.largest), Lanes::set(f.largest));
+    return Lanes::keep_nan(x, v);
+  }
+
+  I code(F x, I word, M& lost) const {
+    const M nan = Lanes::is_nan(x);
+    lost = Lanes::either(lost, nan);
+    const I one = Lanes::select(negative(x, word), Lanes::set(-1), Lanes::set(1));
+    return Lanes::select(nan, Lanes::set(0), one);
+  }
+};
+
+}  // namespace

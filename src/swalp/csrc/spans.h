@@ -1,0 +1,157 @@
+// Loops over elements that are neighbours in memory, one function for each format, rule and output.
+#pragma once
+#include "blocks.h"
+#include "kernels.h"
+#include "rounding.h"
+
+namespace {
+
+// Quantizes n elements. Returns whether a NaN was lost.
+template <class Op, class Out>
+inline __attribute__((always_inline)) bool each(const Op& op, const float* x, Out* out, int64_t n,
+                                                const typename Op::Word* word) {
+  constexpr int N = Lanes::N;
+  M lost = Lanes::all(false);
+  const auto one = [&](const float* from, Out* to, const typename Op::Word* w)
+                       __attribute__((always_inline)) {
+    const F v = Lanes::load(from);
+    I random = Lanes::set(0);
+    if constexpr (Op::stochastic) random = Lanes::load(w);
+    if constexpr (sizeof(Out) == 4) Lanes::store(to, op.value(v, random));
+    else Lanes::store(to, op.code(v, random, lost));
+  };
+  int64_t i = 0;
+  for (; i + N <= n; i += N) one(x + i, out + i, word + i);
+  if (i < n) {
+    float from[N] = {};
+    Out to[N];
+    typename Op::Word w[N] = {};
+    for (int k = 0; i + k < n; ++k) {
+      from[k] = x[i + k];
+      if constexpr (Op::stochastic) w[k] = word[i + k];
+    }
+    one(from, to, w);
+    for (int k = 0; i + k < n; ++k) out[i + k] = to[k];
+  }
+  return Lanes::any(lost);
+}
+
+int32_t gap_of(const swalp_format& f, int32_t shared) {
+  const int32_t gap = shared + f.gap_offset;
+  return gap < kLowestGap ? kLowestGap : gap;
+}
+
+bool is_extreme(int32_t gap) { return gap > kOrdinaryGap || gap < -kOrdinaryGap; }
+
+using Span = bool (*)(const swalp_format&, const Rule&, const float* x, void* out, int64_t n,
+                      const void* word, int32_t shared);
+using Rows = bool (*)(const swalp_format&, const Rule&, const float* x, void* out, int64_t rows,
+                      int64_t length, const void* word, int32_t* shared);
+using Columns = bool (*)(const swalp_format&, const Rule&, const float* x, void* out, int64_t n,
+                         const void* word, const int32_t* shared);
+
+// Each of the ops with the shared exponent that it was made for.
+template <template <int> class Op, int way> struct Plain {
+  using Word = typename WordOf<way>::type;
+  template <class Out>
+  static bool run(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
+                  const Word* word, int32_t shared) {
+    return each(Op<way>(f, rule, Lanes::set(shared)), x, out, n, word);
+  }
+  static Op<way> lanes(const swalp_format& f, const Rule& rule, I shared) { return {f, rule, shared}; }
+};
+
+template <int way> struct Gridded {
+  using Word = typename WordOf<way>::type;
+  template <class Out>
+  static bool run(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
+                  const Word* word, int32_t shared) {
+    const int32_t gap = gap_of(f, shared);
+    if (is_extreme(gap)) return each(Grid<way, true>(f, rule, Lanes::set(gap)), x, out, n, word);
+    return each(Grid<way, false>(f, rule, Lanes::set(gap)), x, out, n, word);
+  }
+  static Grid<way, true> lanes(const swalp_format& f, const Rule& rule, I shared) {
+    return {f, rule, Lanes::max(Lanes::add(shared, Lanes::set(f.gap_offset)), Lanes::set(kLowestGap))};
+  }
+};
+
+template <class Family, class Out>
+bool span(const swalp_format& f, const Rule& rule, const float* x, void* out, int64_t n,
+          const void* word, int32_t shared) {
+  using Word = typename Family::Word;
+  return Family::run(f, rule, x, static_cast<Out*>(out), n, static_cast<const Word*>(word), shared);
+}
+
+// Blocks that follow each other in memory.
+template <class Family, class Out>
+bool rows(const swalp_format& f, const Rule& rule, const float* x, void* out, int64_t count,
+          int64_t length, const void* word, int32_t* shared) {
+  using Word = typename Family::Word;
+  bool lost = false;
+  for (int64_t row = 0; row < count; ++row) {
+    const int64_t at = row * length;
+    const int32_t exponent = shared_exponent(f, largest(x + at, length));
+    if (shared) shared[row] = exponent;
+    lost |= Family::run(f, rule, x + at, static_cast<Out*>(out) + at, length,
+                        static_cast<const Word*>(word) + at, exponent);
+  }
+  return lost;
+}
+
+// A shared exponent for each element.
+template <class Family, class Out>
+bool columns(const swalp_format& f, const Rule& rule, const float* x, void* out, int64_t n,
+             const void* word, const int32_t* shared) {
+  using Word = typename Family::Word;
+  constexpr int N = Lanes::N;
+  bool lost = false;
+  for (int64_t i = 0; i < n; i += N) {
+    const int64_t count = n - i < N ? n - i : N;
+    int32_t padded[N] = {};
+    for (int64_t k = 0; k < count; ++k) padded[k] = shared[i + k];
+    lost |= each(Family::lanes(f, rule, Lanes::load(padded)), x + i, static_cast<Out*>(out) + i,
+                 count, static_cast<const Word*>(word) + i);
+  }
+  return lost;
+}
+
+struct Kernel {
+  Span span;
+  Rows rows;
+  Columns columns;
+};
+
+template <class Family, class Out> Kernel kernel() {
+  return {span<Family, Out>, rows<Family, Out>, columns<Family, Out>};
+}
+
+template <template <int> class Family> Kernel choose(int way, int output) {
+  const auto of = [output](auto family) {
+    using Chosen = decltype(family);
+    return output == SWALP_FLOAT32 ? kernel<Chosen, float>()
+           : output == SWALP_CODE8 ? kernel<Chosen, int8_t>()
+                                   : kernel<Chosen, int16_t>();
+  };
+  switch (way) {
+    case kNearest: return of(Family<kNearest>{});
+    case kDirected: return of(Family<kDirected>{});
+    case kFast: return of(Family<kFast>{});
+    case kSplit16: return of(Family<kSplit16>{});
+    default: return of(Family<kSplit32>{});
+  }
+}
+
+template <int way> using PlainMini = Plain<Mini, way>;
+template <int way> using PlainSign = Plain<Sign, way>;
+
+Kernel choose(const swalp_format& f, const swalp_rounding& r, int output) {
+  int way = kNearest;
+  if (r.rule == SWALP_STOCHASTIC) way = r.bits > 16 ? kSplit32 : kSplit16;
+  else if (r.rule != SWALP_NEAREST) way = kDirected;
+  if (f.kind == SWALP_MINIFLOAT) return choose<PlainMini>(way, output);
+  if (f.kind == SWALP_BINARY) return choose<PlainSign>(way, output);
+  if (way == kSplit16 && static_cast<float>(-f.min_integer) <= Lanes::exact_limit) way = kFast;
+  return choose<Gridded>(way, output);
+}
+
+}  // namespace

@@ -1,0 +1,294 @@
+"""The C++ kernels: float32 on the CPU, equal to `reference` and `codes` bit for bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from swalp.formats import Binary, BlockFloat, FixedPoint, Format, Microscaling, Minifloat
+from swalp.noise import fresh_seed
+from swalp.quantize import codes as definition
+from swalp.quantize.layouts import Layout, layout_of
+from swalp.rounding import (
+    Nearest,
+    Rounding,
+    Stochastic,
+    TowardNegative,
+    TowardPositive,
+    TowardZero,
+)
+
+try:  # after torch, whose OpenMP runtime they share
+    from swalp import _kernels
+except ImportError:
+    available = False
+else:
+    available = True
+    if os.environ.get("SWALP_ISA"):
+        _kernels.use(os.environ["SWALP_ISA"])
+
+SERIAL = 1 << 16  # below this the kernels use one thread whatever they are given
+
+_RULE: dict[type, int] = {
+    Nearest: 0,
+    TowardZero: 1,
+    TowardPositive: 2,
+    TowardNegative: 3,
+    Stochastic: 4,
+}
+_CACHED = 4096  # formats, and layouts of each
+
+
+@dataclass(slots=True)
+class Plan:
+    """What the kernels need to know of a format, kept from call to call.
+
+    Attributes:
+        fmt: the format.
+        kernel: its numbers; None if the kernels do not have it.
+        shapeless: whether contiguous tensors of any shape are one long row to it.
+        layouts: where elements lie, by shape and stride.
+        table: values of its bit patterns, for `unpack`.
+    """
+
+    fmt: Format
+    kernel: _kernels.Format | None
+    shapeless: bool
+    layouts: dict[tuple[torch.Size, tuple[int, ...]], tuple[Layout, _kernels.Layout] | None]
+    table: Tensor | None = field(default=None)
+
+
+# By identity: hashing a dataclass costs more than quantizing a thousand numbers. The plan keeps its
+# format alive, so that no other takes the same id.
+_plans: dict[int, Plan] = {}
+
+
+def plan_of(fmt: Format) -> Plan:
+    """The plan of `fmt`, made on first use."""
+    plan = _plans.get(id(fmt))
+    if plan is None:
+        if len(_plans) >= _CACHED:
+            _plans.clear()
+        one_block = isinstance(fmt, BlockFloat) and fmt.axes is None and fmt.tile is None
+        shapeless = one_block or isinstance(fmt, FixedPoint | Minifloat | Binary)
+        kernel = _numbers(fmt) if _fits(fmt) else None
+        plan = _plans[id(fmt)] = Plan(fmt, kernel, shapeless, {})
+    return plan
+
+
+def supports(fmt: Format, rounding: Rounding, dtype: torch.dtype) -> bool:
+    """Whether the kernels quantize `dtype` to `fmt`, which `swalp.quantize` has checked.
+
+    float32 alone; every rounding rule; every format, but `Microscaling` with elements so large or
+    small that their values times the scales leave float32 by far: magnitudes beyond
+    [2**-90, 2**100].
+    """
+    return available and dtype == torch.float32 and plan_of(fmt).kernel is not None
+
+
+def quantize(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = None) -> Tensor:
+    """`reference.quantize`, fast.
+
+    Args:
+        x: float32 on the CPU, any shape and memory layout. Dense layouts whose memory order is
+            row-major, channels-last or that of a transposed matrix are read as they are, if the
+            blocks are contiguous in them; others are copied first.
+        fmt: a format that `supports` accepts.
+        rounding: the rule.
+        out: float32 of the shape of `x` to write to; may be `x`.
+
+    Returns:
+        `out`, or a new tensor in the memory layout of `x`.
+    """
+    plan = plan_of(fmt)
+    if x.numel() == 0:
+        return torch.empty_like(x) if out is None else out
+    found = _layout(plan, x)
+    if found is None or x.is_neg():
+        result = quantize(x.resolve_neg().contiguous(), fmt, rounding)
+        return torch.empty_like(x).copy_(result) if out is None else out.copy_(result)
+    if out is None:
+        out = torch.empty_like(x)
+    elif out.stride() != x.stride() or out.is_neg() or _partly_the_same(x, out):
+        return out.copy_(quantize(x, fmt, rounding))
+    assert plan.kernel is not None  # `supports`
+    _kernels.quantize(
+        plan.kernel, found[1], x.data_ptr(), out.data_ptr(), _kernels.FLOAT32, 0,
+        *rule_arguments(rounding), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None]:
+    """`codes.pack`, fast; codes in the memory layout of `x`.
+
+    Args:
+        x: float32 on the CPU, any shape and memory layout.
+        fmt: a format that `supports` accepts; codes of more than 16 bits come from the definition.
+        rounding: the rule.
+
+    Returns:
+        Codes and shared exponents (None unless `fmt` has blocks), as `codes.pack`.
+
+    Raises:
+        ValueError: a NaN, for which `fmt` has no code.
+    """
+    plan = plan_of(fmt)
+    if fmt.bits > 16 or x.numel() == 0:
+        return definition.pack(x, fmt, rounding)
+    found = _layout(plan, x)
+    if found is None or x.is_neg():
+        codes, exponents = pack(x.resolve_neg().contiguous(), fmt, rounding)
+        return torch.empty_like(x, dtype=codes.dtype).copy_(codes), exponents
+    layout, kernel_layout = found
+    codes = torch.empty_like(x, dtype=definition.code_dtype(fmt))
+    exponents = None
+    if isinstance(fmt, BlockFloat | Microscaling):
+        exponents = torch.empty(layout.grid, dtype=torch.int32)
+    assert plan.kernel is not None  # `supports`
+    lost = _kernels.quantize(
+        plan.kernel, kernel_layout, x.data_ptr(), codes.data_ptr(), _code_type(fmt),
+        0 if exponents is None else exponents.data_ptr(),
+        *rule_arguments(rounding), torch.get_num_threads(),
+    )  # fmt: skip
+    if lost:
+        raise definition.lost_nan(fmt)
+    if isinstance(fmt, BlockFloat | Microscaling) and exponents is not None:
+        exponents = exponents.to(definition.exponent_dtype(fmt))
+    return codes, exponents
+
+
+def unpack(
+    codes: Tensor, exponents: Tensor | None, fmt: Format, out: Tensor | None = None
+) -> Tensor:
+    """`codes.unpack`, fast: float32 in the memory layout of `codes`.
+
+    Args:
+        codes: as `pack` gives them.
+        exponents: as `pack` gives them.
+        fmt: a format that `supports` accepts.
+        out: float32 of the shape of `codes` to write to.
+    """
+    plan = plan_of(fmt)
+    if fmt.bits > 16 or codes.numel() == 0:
+        values = definition.unpack(codes, exponents, fmt)
+        return values if out is None else out.copy_(values)
+    found = _layout(plan, codes)
+    if found is None:
+        values = unpack(codes.contiguous(), exponents, fmt)
+        return values if out is None else out.copy_(values)
+    if out is None:
+        out = torch.empty_like(codes, dtype=torch.float32)
+    elif out.stride() != codes.stride() or out.is_neg():
+        return out.copy_(unpack(codes, exponents, fmt))
+    if exponents is not None:
+        exponents = exponents.to(torch.int32).contiguous()
+    element = definition.minifloat_of(fmt)
+    if element is not None and plan.table is None:
+        plan.table = definition.decode(torch.arange(element.num_codes), element).to(torch.float32)
+    assert plan.kernel is not None  # `supports`
+    _kernels.unpack(
+        plan.kernel, found[1], codes.data_ptr(), _code_type(fmt),
+        0 if exponents is None else exponents.data_ptr(),
+        0 if plan.table is None else plan.table.data_ptr(),
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def rule_arguments(rounding: Rounding) -> tuple[int, int, int, int, int]:
+    """Rule, random bits, seed, step, call: as the kernels take them."""
+    if type(rounding) is Stochastic:
+        seed = fresh_seed() if rounding.seed is None else rounding.seed
+        return 4, rounding.random_bits, seed, rounding.step, rounding.call
+    return _RULE[type(rounding)], 16, 0, 0, 0
+
+
+def _layout(plan: Plan, x: Tensor) -> tuple[Layout, _kernels.Layout] | None:
+    key = (x.shape, x.stride())
+    try:
+        return plan.layouts[key]
+    except KeyError:
+        pass
+    layout = layout_of(plan.fmt, *key)
+    found = None
+    if layout is not None:
+        sizes, extents, positions, channels, _ = layout
+        found = layout, _kernels.Layout(sizes, extents, positions, channels)
+    if len(plan.layouts) >= _CACHED:
+        plan.layouts.clear()
+    plan.layouts[key] = found
+    return found
+
+
+def _partly_the_same(x: Tensor, out: Tensor) -> bool:
+    """Whether two tensors of one dense layout share some memory, but not all of it."""
+    return 0 < abs(x.data_ptr() - out.data_ptr()) < 4 * x.numel()
+
+
+def _code_type(fmt: Format) -> int:
+    return _kernels.CODE8 if fmt.bits <= 8 else _kernels.CODE16
+
+
+def _fits(fmt: Format) -> bool:
+    if not available:
+        return False
+    if isinstance(fmt, Microscaling):
+        return fmt.element.smallest >= 2.0**-90 and fmt.element.largest <= 2.0**100
+    # What float32 cannot carry goes to the reference with a wider carrier.
+    return fmt.significand_bits <= 24
+
+
+def _numbers(fmt: Format) -> _kernels.Format:
+    """The format as the kernels know it: `swalp_format` in csrc/kernels.h."""
+    f = _kernels.Format()
+    f.symmetric_from = 2**31 - 1
+    element: Format = fmt
+    if isinstance(fmt, BlockFloat | Microscaling):
+        f.blocked = 1
+        f.min_exponent, f.max_exponent = fmt.min_exponent, fmt.max_exponent
+    if isinstance(fmt, Microscaling):
+        f.element_exponent = fmt.element_exponent
+        element = fmt.element
+    match element:
+        case FixedPoint():
+            f.kind, f.gap_offset = _kernels.GRID, -element.frac_bits
+            f.min_integer, f.max_integer = element.min_integer, element.max_integer
+        case BlockFloat():
+            f.kind, f.gap_offset = _kernels.GRID, element.gap_exponent(0)
+            f.min_integer, f.max_integer = element.min_integer, element.max_integer
+            # From here on float32 cannot hold -2**(W-1) gaps, 2**(E+1).
+            f.symmetric_from = element.gap_exponent(127)
+        case Minifloat():
+            _fill_minifloat(f, element)
+        case Binary():
+            f.kind, f.gap_offset, f.largest = _kernels.BINARY, -element.frac_bits, element.largest
+        case _:
+            raise AssertionError(element)
+    return f
+
+
+def _fill_minifloat(f: _kernels.Format, fmt: Minifloat) -> None:
+    assert fmt.bias is not None  # resolved at birth
+    f.kind = _kernels.MINIFLOAT
+    f.mantissa_bits, f.min_normal, f.bias = fmt.mantissa_bits, fmt.min_exponent, fmt.bias
+    f.lowest_gap = fmt.min_exponent - (fmt.mantissa_bits if fmt.subnormals else 0)
+    f.has_zero, f.is_signed, f.saturating = fmt.has_zero, fmt.signed, fmt.saturating
+    f.fnuz, f.overflow_is_nan = fmt.specials == "fnuz", fmt.specials != "ieee"
+    f.largest, f.smallest = fmt.largest, fmt.smallest
+    nan = definition.nan_code(fmt)
+    f.nan_code = -1 if nan is None else nan
+    f.sign_code = fmt.num_codes >> 1 if fmt.signed else 0
+    f.inf_code = (1 << fmt.exponent_bits) - 1 << fmt.mantissa_bits
+    f.largest_code = _largest_code(fmt)
+
+
+def _largest_code(fmt: Minifloat) -> int:
+    codes = (1 << (fmt.exponent_bits + fmt.mantissa_bits)) - 1
+    if fmt.specials == "ieee":
+        return codes - (1 << fmt.mantissa_bits)
+    return codes - (fmt.specials == "fn")
