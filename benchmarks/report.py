@@ -181,8 +181,8 @@ def _setting(rows: Sequence[Row]) -> str:
     lines = [
         f"## Commit {where['commit']}, {where['date']}{', quick' if quick else ''}\n",
         f"{where['cpu']}, {where['cores']} cores, {where['memory_gib']} GiB, "
-        f"{where['threads']} threads, load {where['load']:g} before; {where['system']}, Python {where['python']}; {versions}. "
-        f"Up to {max(row.rounds for row in rows)} rounds. "
+        f"{where['threads']} threads, load {where['load']:g} before; {where['system']}, "
+        f"Python {where['python']}; {versions}. Up to {max(row.rounds for row in rows)} rounds. "
         f"Instruction sets: {where['cpu_flags']}. Environment: {settings or 'nothing set'}.\n",
     ]
     return "\n".join(lines)
