@@ -21,11 +21,13 @@ from swalp import (
 from swalp.packed import from_plain, storage_bytes, to_plain
 
 NO_NAN = [
-    *("fixed8.4", "fixed8.4s", "fixed12.6", "fixed4.2", "ternary", "bfp8", "bfp8t", "bfp4"),
-    *("bfp3[0]", "bfp8[0]", "bfp8t[0,1]", "bfp8/8", "bfp6/2x4", "bfp12e5[1]", "bfp16e10"),
-    *("e2m1", "e3m0", "e2m3", "mxfp4_e2m1/8", "mxint8/8", "binary"),
+    *("fixed8.4", "fixed12.6", "fixed4.2", "bfp8t", "bfp8t[0,1]"),
+    *("e2m1", "e3m0", "e2m3", "mxfp4_e2m1/8", "binary"),
 ]
-HAVE_NAN = ["e4m3fn", "e5m2", "e4m3fnuz", "e8m0", "fp16", "bf16", "mxfp8_e4m3/8"]
+HAVE_NAN = [
+    *("fixed8.4s", "ternary", "bfp8", "bfp4", "bfp3[0]", "bfp8/8", "bfp6/2x4", "bfp12e5[1]"),
+    *("bfp16e10", "e4m3fn", "e5m2", "e4m3fnuz", "e8m0", "fp16", "bf16", "mxfp8_e4m3/8", "mxint8/8"),
+]
 FORMATS = [parse_format(text) for text in NO_NAN + HAVE_NAN]
 RULES = [Nearest(), Stochastic(5, random_bits=16)]
 BYTE = BlockFloat(8, axes=(0,))
@@ -62,7 +64,7 @@ def test_nan_has_a_code_or_is_refused():
         fmt = parse_format(text)
         assert same(pack(x, fmt).dequantize(), quantize(x, fmt))
     for text in NO_NAN:
-        with pytest.raises(ValueError, match="NaN"):
+        with pytest.raises(ValueError, match=r"the tensor has a NaN, and .* no code for it"):
             pack(x, parse_format(text))
 
 

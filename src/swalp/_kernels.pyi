@@ -30,6 +30,7 @@ class Format:
     overflow_is_nan: int
     largest_code: int
     inf_code: int
+    has_nan: int
     nan_code: int
     sign_code: int
     largest: float
@@ -41,6 +42,31 @@ class Layout:
         self, sizes: Sequence[int], extents: Sequence[int], positions: int, channels: int, /
     ) -> None: ...
 
+class SgdParameter:
+    def __init__(self, blocks: int, length: int, /) -> None: ...
+    def set_role(self, role: str, fmt: Format, rule: int, bits: int, seed: int, /) -> None: ...
+    def bind(
+        self, step: int, gradient: int, weight: int, weight_exponents: int,
+        momentum: int, momentum_exponents: int, /,
+    ) -> None: ...  # fmt: skip
+
+class AdamParameter:
+    def __init__(self, blocks: int, length: int, /) -> None: ...
+    def set_role(self, role: str, fmt: Format, rule: int, bits: int, seed: int, /) -> None: ...
+    def bind(
+        self, step: int, gradient: int, weight: int, weight_exponents: int,
+        moment: int, moment_exponents: int, root: int, root_table: int, /,
+    ) -> None: ...  # fmt: skip
+
+def sgd(
+    parameters: list[SgdParameter], lr: float, momentum: float, weight_decay: float,
+    nesterov: bool, packed: bool, has_gradient: bool, threads: int, /,
+) -> bool: ...  # fmt: skip
+def adam(
+    parameters: list[AdamParameter], rate: float, share1: float, beta2: float, share2: float,
+    correction2: float, eps: float, weight_decay: float, decoupled: bool, packed: bool,
+    has_gradient: bool, threads: int, /,
+) -> bool: ...  # fmt: skip
 def quantize(
     fmt: Format, layout: Layout, x: int, out: int, output: int, exponents: int,
     rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,

@@ -83,9 +83,92 @@ void noise(uintptr_t out, int64_t start, int64_t count, int32_t bits, uint64_t s
   swalp_noise(&r, start, count, reinterpret_cast<uint32_t*>(out));
 }
 
+void set(swalp_role& role, const swalp_format& f, int32_t rule, int32_t bits, uint64_t seed) {
+  role.format = f;
+  role.rounding = {rule, bits, seed, 0, 0};
+}
+
+template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+void bind_sgd(swalp_sgd_parameter& p, uint32_t step, uintptr_t gradient, uintptr_t weight,
+              uintptr_t weight_exponents, uintptr_t momentum, uintptr_t momentum_exponents) {
+  p.gradient = at<float>(gradient);
+  p.weight = at<void>(weight);
+  p.weight_exponents = at<int8_t>(weight_exponents);
+  p.momentum = at<void>(momentum);
+  p.momentum_exponents = at<int8_t>(momentum_exponents);
+  for (swalp_role* role : {&p.gradient_role, &p.momentum_role, &p.weight_role})
+    role->rounding.step = step;
+}
+
+void bind_adam(swalp_adam_parameter& p, uint32_t step, uintptr_t gradient, uintptr_t weight,
+               uintptr_t weight_exponents, uintptr_t moment, uintptr_t moment_exponents,
+               uintptr_t root, uintptr_t root_table) {
+  p.gradient = at<float>(gradient);
+  p.weight = at<void>(weight);
+  p.weight_exponents = at<int8_t>(weight_exponents);
+  p.moment = at<void>(moment);
+  p.moment_exponents = at<int8_t>(moment_exponents);
+  p.root = at<void>(root);
+  p.root_table = at<float>(root_table);
+  for (swalp_role* role : {&p.gradient_role, &p.moment_role, &p.root_role, &p.weight_role})
+    role->rounding.step = step;
+}
+
+// One step of all parameters, without the interpreter's lock. Returns whether a NaN was lost.
+template <class Hyper, class Parameter>
+bool optimize(int (*step)(const Hyper*, const Parameter*, int64_t, int), const Hyper& hyper,
+              const std::vector<Parameter*>& parameters, int threads) {
+  std::vector<Parameter> all;
+  for (const Parameter* p : parameters) all.push_back(*p);
+  nb::gil_scoped_release unlocked;
+  const int lost = step(&hyper, all.data(), static_cast<int64_t>(all.size()), threads);
+  if (lost < 0) throw std::bad_alloc();
+  return lost != 0;
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
+  nb::class_<swalp_sgd_parameter>(m, "SgdParameter")
+      .def("__init__", [](swalp_sgd_parameter* p, int64_t blocks, int64_t length) {
+        *p = swalp_sgd_parameter{};
+        p->blocks = blocks;
+        p->length = length;
+      })
+      .def("set_role", [](swalp_sgd_parameter& p, const std::string& role, const swalp_format& f,
+                          int32_t rule, int32_t bits, uint64_t seed) {
+        set(role == "gradient" ? p.gradient_role : role == "momentum" ? p.momentum_role : p.weight_role,
+            f, rule, bits, seed);
+      })
+      .def("bind", &bind_sgd);
+  nb::class_<swalp_adam_parameter>(m, "AdamParameter")
+      .def("__init__", [](swalp_adam_parameter* p, int64_t blocks, int64_t length) {
+        *p = swalp_adam_parameter{};
+        p->blocks = blocks;
+        p->length = length;
+      })
+      .def("set_role", [](swalp_adam_parameter& p, const std::string& role, const swalp_format& f,
+                          int32_t rule, int32_t bits, uint64_t seed) {
+        set(role == "gradient"        ? p.gradient_role
+            : role == "momentum"      ? p.moment_role
+            : role == "second_moment" ? p.root_role
+                                      : p.weight_role,
+            f, rule, bits, seed);
+      })
+      .def("bind", &bind_adam);
+  m.def("sgd", [](const std::vector<swalp_sgd_parameter*>& parameters, float lr, float momentum,
+                  float weight_decay, bool nesterov, bool packed, bool has_gradient, int threads) {
+    const swalp_sgd hyper = {lr, momentum, weight_decay, nesterov, packed, has_gradient, momentum != 0};
+    return optimize(&swalp_sgd_step, hyper, parameters, threads);
+  });
+  m.def("adam", [](const std::vector<swalp_adam_parameter*>& parameters, float rate, float share1,
+                   float beta2, float share2, float correction2, float eps, float weight_decay,
+                   bool decoupled, bool packed, bool has_gradient, int threads) {
+    const swalp_adam hyper = {rate, share1, beta2, share2, correction2, eps, weight_decay,
+                              decoupled, packed, has_gradient};
+    return optimize(&swalp_adam_step, hyper, parameters, threads);
+  });
   nb::class_<swalp_format>(m, "Format")
       .def("__init__", [](swalp_format* f) { *f = swalp_format{}; })
 #define FIELD(name) .def_rw(#name, &swalp_format::name)
@@ -93,7 +176,7 @@ NB_MODULE(_kernels, m) {
       FIELD(gap_offset) FIELD(min_integer) FIELD(max_integer) FIELD(symmetric_from)
       FIELD(mantissa_bits) FIELD(min_normal) FIELD(lowest_gap) FIELD(bias) FIELD(has_zero)
       FIELD(is_signed) FIELD(saturating) FIELD(fnuz) FIELD(overflow_is_nan) FIELD(largest_code)
-      FIELD(inf_code) FIELD(nan_code) FIELD(sign_code) FIELD(largest) FIELD(smallest)
+      FIELD(inf_code) FIELD(has_nan) FIELD(nan_code) FIELD(sign_code) FIELD(largest) FIELD(smallest)
 #undef FIELD
       ;
   nb::class_<swalp_layout>(m, "Layout")

@@ -9,7 +9,7 @@
 #include "lanes_scalar.h"
 #endif
 
-#include "layout.h"
+#include "optim.h"
 
 namespace {
 
@@ -55,7 +55,11 @@ void decode(const swalp_format& f, const Code* codes, int64_t n, int32_t shared,
     return;
   }
   const Factors scale(gap_of(f, shared));
-  for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(codes[i]) * scale.first * scale.second;
+  const int32_t nan = f.has_nan ? f.nan_code : INT32_MIN;
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = static_cast<float>(codes[i]) * scale.first * scale.second;
+    out[i] = codes[i] == nan ? __builtin_nanf("") : value;
+  }
 }
 
 template <class Code>
@@ -122,4 +126,5 @@ void noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out)
 #define SWALP_JOIN_(name) swalp_build_##name
 #define SWALP_JOIN(name) SWALP_JOIN_(name)
 extern const swalp_build SWALP_JOIN(SWALP_BUILD);
-const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, unpack, noise};
+const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, unpack, noise,
+                                             sgd, adam};

@@ -49,6 +49,16 @@ void swalp_noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t
   active->noise(r, start, count, out);
 }
 
+int swalp_sgd_step(const swalp_sgd* hyper, const swalp_sgd_parameter* parameters, int64_t count,
+                   int threads) {
+  return active->sgd(hyper, parameters, count, threads);
+}
+
+int swalp_adam_step(const swalp_adam* hyper, const swalp_adam_parameter* parameters, int64_t count,
+                    int threads) {
+  return active->adam(hyper, parameters, count, threads);
+}
+
 int swalp_use(const char* name) {
   const swalp_build* build = find(name);
   if (build) active = build;

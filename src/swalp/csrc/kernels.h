@@ -26,7 +26,8 @@ typedef struct {
   // Minifloat: values of the element format, times 2**shared.
   int32_t mantissa_bits, min_normal, lowest_gap, bias, has_zero, is_signed, saturating, fnuz;
   int32_t overflow_is_nan;   // without saturation: NaN, not infinity
-  int32_t largest_code, inf_code, nan_code, sign_code;  // nan_code -1: there is none
+  int32_t largest_code, inf_code, sign_code;
+  int32_t has_nan, nan_code;  // of any kind: whether a code stands for NaN, and which
   float largest, smallest;   // largest also: the magnitude of a binary format
 } swalp_format;
 
@@ -53,12 +54,54 @@ typedef struct {
 int swalp_quantize(const swalp_format*, const swalp_rounding*, const swalp_layout*, const float* x,
                    void* out, int32_t output, int32_t* exponents, int threads);
 
-// Codes to float32 values. `table`: the 2**8 or 2**16 values of a minifloat's codes, or NULL.
+// Codes to float32 values. `table`: the values of all codes of 1 or 2 bytes, if they are bit patterns, or
+// NULL.
 void swalp_unpack(const swalp_format*, const swalp_layout*, const void* codes, int32_t code_type,
                   const int32_t* exponents, const float* table, float* out, int threads);
 
 // `count` elements of noise as the kernels see it, from element `start` on: 16-bit or 32-bit words.
 void swalp_noise(const swalp_rounding*, int64_t start, int64_t count, uint32_t* out);
+
+// Optimizer steps. Each role of a parameter: how what it keeps, or its gradient, is rounded.
+typedef struct {
+  swalp_format format;
+  swalp_rounding rounding;
+} swalp_role;
+
+// What is kept lies in `packed` codes of 8 bits with exponents, or in floats on their grid without.
+// A parameter has `blocks` blocks of `length` elements, one after the other.
+typedef struct {
+  float lr, momentum, weight_decay;
+  int32_t nesterov, packed, has_gradient, has_momentum;
+} swalp_sgd;
+
+typedef struct {
+  int64_t blocks, length;
+  const float* gradient;
+  void *weight, *momentum;
+  int8_t *weight_exponents, *momentum_exponents;  // NULL without blocks
+  swalp_role gradient_role, momentum_role, weight_role;
+} swalp_sgd_parameter;
+
+// share1 = 1 - beta1, share2 = 1 - beta2, correction2 = sqrt(1 - beta2**t), rate = lr / (1 - beta1**t);
+// decoupled: weight_decay holds the factor 1 - lr * weight_decay.
+typedef struct {
+  float rate, share1, beta2, share2, correction2, eps, weight_decay;
+  int32_t decoupled, packed, has_gradient;
+} swalp_adam;
+
+typedef struct {
+  int64_t blocks, length;
+  const float* gradient;
+  void *weight, *moment, *root;
+  int8_t *weight_exponents, *moment_exponents;  // NULL without blocks
+  const float* root_table;                      // values of the root's codes
+  swalp_role gradient_role, moment_role, root_role, weight_role;
+} swalp_adam_parameter;
+
+// One step of `count` parameters. Returns 1 if a NaN had no code, -1 without memory, else 0.
+int swalp_sgd_step(const swalp_sgd*, const swalp_sgd_parameter*, int64_t count, int threads);
+int swalp_adam_step(const swalp_adam*, const swalp_adam_parameter*, int64_t count, int threads);
 
 // Choose the instruction set: 1 if this machine and build have it, else 0 and nothing changes.
 int swalp_use(const char* name);
@@ -74,5 +117,7 @@ struct swalp_build {
   decltype(&swalp_quantize) quantize;
   decltype(&swalp_unpack) unpack;
   decltype(&swalp_noise) noise;
+  decltype(&swalp_sgd_step) sgd;
+  decltype(&swalp_adam_step) adam;
 };
 #endif

@@ -17,6 +17,9 @@ struct Lanes {
 
   static I raw(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
+  static I load(const int8_t* p) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  }
   static I load(const int32_t* p) { return raw(p); }
   static I load(const uint16_t* p) {
     return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -44,6 +47,10 @@ struct Lanes {
   static M all(bool v) { return _mm256_set1_epi32(v ? -1 : 0); }
 
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static F sqrt(F v) { return _mm256_sqrt_ps(v); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }

@@ -17,6 +17,7 @@ struct Lanes {
 
   static F load(const float* p) { return *p; }
   static I load(const int32_t* p) { return *p; }
+  static I load(const int8_t* p) { return *p; }
   static I load(const uint16_t* p) { return *p; }
   static I load(const uint32_t* p) { return static_cast<I>(*p); }
   static void store(float* p, F v) { *p = v; }
@@ -27,6 +28,10 @@ struct Lanes {
   static M all(bool v) { return v; }
 
   static F mul(F a, F b) { return a * b; }
+  static F add(F a, F b) { return a + b; }
+  static F div(F a, F b) { return a / b; }
+  static F sqrt(F v) { return __builtin_sqrtf(v); }
+  static F fma(F a, F b, F c) { return __builtin_fmaf(a, b, c); }  // a * b + c, rounded once
   static F sub(F a, F b) { return a - b; }
   static F min(F a, F b) { return a < b ? a : b; }  // b if either is NaN
   static F max(F a, F b) { return a > b ? a : b; }

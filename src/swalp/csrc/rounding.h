@@ -22,6 +22,12 @@ F power_of_two(I exponent) {
   return Lanes::floats(Lanes::left<23>(Lanes::add(exponent, Lanes::set(127))));
 }
 
+// The code of NaN where x is one; `lost` if the format has none.
+I or_nan(const swalp_format& f, M nan, I code, M& lost) {
+  if (!f.has_nan) lost = Lanes::either(lost, nan);
+  return Lanes::select(nan, Lanes::set(f.nan_code), code);
+}
+
 // The rounding rule, ready to use.
 struct Rule {
   bool truncates, up_if_positive, up_if_negative;
@@ -86,12 +92,14 @@ template <int way, bool extreme> struct Grid {
   using Word = typename WordOf<way>::type;
   static constexpr bool stochastic = way >= kFast;
 
+  const swalp_format& format;
   const Rule rule;
   F before, after, low, high, scale, gap, half;
   I mask, flip;
+  M vanishing;
 
   // `g`: the gap's exponent, of each lane; at least kLowestGap.
-  Grid(const swalp_format& f, const Rule& r, I g) : rule(r) {
+  Grid(const swalp_format& f, const Rule& r, I g) : format(f), rule(r) {
     I moved = g;
     if constexpr (extreme) {
       const M inside = Lanes::both(Lanes::less(g, Lanes::set(kOrdinaryGap + 1)),
@@ -102,6 +110,7 @@ template <int way, bool extreme> struct Grid {
       before = power_of_two(k);
       after = power_of_two(Lanes::sub(Lanes::set(0), k));
       moved = Lanes::add(g, k);
+      vanishing = Lanes::less(g, Lanes::set(kLowestGap + 1));
     }
     const F lowest = Lanes::select(Lanes::less(g, Lanes::set(f.symmetric_from)),
                                    Lanes::set(static_cast<float>(f.min_integer)),
@@ -141,9 +150,10 @@ template <int way, bool extreme> struct Grid {
   }
 
   I code(F x, I word, M& lost) const {
-    const M nan = Lanes::is_nan(x);
-    lost = Lanes::either(lost, nan);
-    return Lanes::select(nan, Lanes::set(0), integers(x, word));
+    I q = integers(x, word);
+    // Only infinities are not 0 there, and their values vanish in float32.
+    if constexpr (extreme) q = Lanes::select(vanishing, Lanes::set(0), q);
+    return or_nan(format, Lanes::is_nan(x), q, lost);
   }
 };
 
@@ -253,15 +263,9 @@ template <int way> struct Mini {
     }
     M sign = Lanes::sign(x);
     if (!f.is_signed) nan = Lanes::either(nan, Lanes::less(x, Lanes::set(0.0f)));
-    if (f.nan_code < 0) {
-      lost = Lanes::either(lost, nan);
-      code = Lanes::select(nan, Lanes::set(0), code);
-    } else {
-      code = Lanes::select(nan, Lanes::set(f.nan_code), code);
-    }
-    sign = Lanes::without(sign, nan);
     if (f.fnuz) sign = Lanes::without(sign, Lanes::equal(code, Lanes::set(0)));
-    return Lanes::or_(code, Lanes::select(sign, Lanes::set(f.sign_code), Lanes::set(0)));
+    code = Lanes::or_(code, Lanes::select(sign, Lanes::set(f.sign_code), Lanes::set(0)));
+    return or_nan(f, nan, code, lost);
   }
 
   static F infinity() { return Lanes::floats(Lanes::set(0x7f800000)); }
@@ -322,10 +326,8 @@ template <int way> struct Sign {
   }
 
   I code(F x, I word, M& lost) const {
-    const M nan = Lanes::is_nan(x);
-    lost = Lanes::either(lost, nan);
-    const I one = Lanes::select(negative(x, word), Lanes::set(-1), Lanes::set(1));
-    return Lanes::select(nan, Lanes::set(0), one);
+    const I code = Lanes::select(negative(x, word), Lanes::set(0), Lanes::set(1));
+    return or_nan(f, Lanes::is_nan(x), code, lost);
   }
 };
 

@@ -1,17 +1,14 @@
-"""The definition of a format's codes: integers that stand for its values, and back.
+"""The definition of codes: the integers that stand for values of a format.
 
-* `FixedPoint`, `BlockFloat`, `Microscaling` of fixed-point elements: the value is code * 2**gap
-  exponent, the code signed. `Binary`: -1 or +1, times 2**-frac_bits.
-* `Minifloat` and `Microscaling` of them: the bit pattern, sign | exponent | mantissa. NaN has the
-  sign bit 0 and, with "ieee", the top mantissa bit alone.
+* `FixedPoint`, `BlockFloat`, `Microscaling` of fixed point: value = code * 2**gap, in two's
+  complement. NaN is the lowest code, -2**(W-1), which a symmetric format leaves unused.
+* `Minifloat`, `Microscaling` of one: the bits sign, exponent field, mantissa, from the top.
+* `Binary`: 1 for the positive value, 0 for the negative one.
 
-Codes come in the narrowest of int8, int16, int32, int64 (bit patterns: uint8, int16, int32, int64)
-that holds `fmt.bits` bits; shared exponents in int8, or int16 if their field has more than 8 bits.
+Exponents are those of `reference.shared_exponents`.
 """
 
 from __future__ import annotations
-
-from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -23,154 +20,160 @@ from swalp.rounding import Rounding
 
 
 def code_dtype(fmt: Format) -> torch.dtype:
-    """The dtype of the codes of `fmt`."""
-    if fmt.bits <= 8:
-        return torch.uint8 if minifloat_of(fmt) else torch.int8
-    return torch.int16 if fmt.bits <= 16 else torch.int32 if fmt.bits <= 32 else torch.int64
+    """Of an element's code: int8, uint8 or int16."""
+    if fmt.bits > 8:
+        return torch.int16
+    bit_pattern = isinstance(_element(fmt), Minifloat | Binary)
+    return torch.uint8 if bit_pattern else torch.int8
 
 
 def exponent_dtype(fmt: BlockFloat | Microscaling) -> torch.dtype:
-    """The dtype of the shared exponents of `fmt`."""
-    wide = isinstance(fmt, BlockFloat) and fmt.exponent_bits > 8
-    return torch.int16 if wide else torch.int8
+    """Of a block's exponent: int8 where the field has 8 bits or fewer, else int16."""
+    return torch.int8 if fmt.min_exponent >= -128 and fmt.max_exponent <= 127 else torch.int16
 
 
-def minifloat_of(fmt: Format) -> Minifloat | None:
-    """The minifloat whose bit patterns are the codes of `fmt`, if they are."""
-    element = fmt.element if isinstance(fmt, Microscaling) else fmt
-    return element if isinstance(element, Minifloat) else None
+def holds_nan(fmt: Format) -> bool:
+    """Whether a code of `fmt` stands for NaN."""
+    element = _element(fmt)
+    if isinstance(element, Minifloat):
+        # IEEE's NaN has mantissa bits; without any, all ones is infinity.
+        return element.specials != "finite" and (
+            element.specials != "ieee" or element.mantissa_bits > 0
+        )
+    return not isinstance(element, Binary) and element.symmetric
 
 
 def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None]:
-    """Quantize `x` and give the codes instead of the values.
+    """Codes and exponents of ``quantize(x, fmt, rounding)``.
 
     Args:
-        x: float32, float64, bfloat16 or float16, checked as for `quantize`.
-        fmt: the format.
+        x: float32, any shape.
+        fmt: of at most 16 bits.
         rounding: the rule.
 
     Returns:
-        The codes, in the shape of `x`, and for block formats the shared exponents, one for each
-        block: shape ``x.shape[i] // block_extents[i]``, as in `reference.shared_exponents`.
+        Codes, `code_dtype(fmt)`, the shape of `x`; exponents, `exponent_dtype(fmt)`, one per block
+        (see `block_extents`), or None for a format without blocks.
 
     Raises:
-        ValueError: a NaN, for which `fmt` has no code.
+        ValueError: `x` has a NaN and `fmt` no code for it.
     """
     values = reference.quantize(x, fmt, rounding).to(torch.float64)
     exponents = None
     if isinstance(fmt, BlockFloat | Microscaling):
-        if x.numel() == 0:
-            grid = [n // b for n, b in zip(x.shape, block_extents(fmt, x.shape), strict=True)]
-            exponents = torch.empty(grid, dtype=exponent_dtype(fmt), device=x.device)
-        else:
-            exponents = reference.shared_exponents(x, fmt).to(exponent_dtype(fmt))
-    element = minifloat_of(fmt)
-    if element is not None:
-        if isinstance(fmt, Microscaling) and exponents is not None:
-            values = reference.scaled(
-                values, -spread(exponents.long(), block_extents(fmt, x.shape))
-            )
-        codes = _bit_patterns(values, element)
-    else:
-        if bool(values.isnan().any()):
-            raise lost_nan(fmt)
-        codes = reference.scaled(values, -_gap(fmt, exponents, x.shape, x.device))
+        exponents = _exponents(x, fmt)
+        values = reference.scaled(values, -_power(exponents, fmt, x.shape))
+    elif isinstance(fmt, FixedPoint):
+        values = values / fmt.gap
+    missing = values.isnan()
+    if not holds_nan(fmt) and bool(missing.any()):
+        raise no_code_for_nan(fmt)
+    element = _element(fmt)
+    match element:
+        case Binary():
+            codes = (values > 0).to(torch.int64)
+        case Minifloat():
+            codes = _bits(values, element)
+        case _:
+            codes = torch.where(missing, nan_code(fmt), values.nan_to_num()).long()
     return codes.to(code_dtype(fmt)), exponents
 
 
+def no_code_for_nan(fmt: Format) -> ValueError:
+    """What `pack` raises."""
+    return ValueError(f"pack: the tensor has a NaN, and {fmt} no code for it")
+
+
+def nan_code(fmt: Format) -> int:
+    """The code of NaN, for formats that `holds_nan`."""
+    element = _element(fmt)
+    if not isinstance(element, Minifloat):
+        return -(1 << (element.bits - 1))
+    if element.specials == "fnuz":
+        return 1 << (element.bits - 1)
+    return (1 << (element.exponent_bits + element.mantissa_bits)) - 1
+
+
+def table(fmt: Minifloat | Binary) -> Tensor:
+    """The value of each pattern of `fmt.bits` bits: float32, shape (num_codes,)."""
+    return unpack(torch.arange(fmt.num_codes, dtype=torch.int32), None, fmt)
+
+
 def unpack(codes: Tensor, exponents: Tensor | None, fmt: Format) -> Tensor:
-    """The values of codes: float32, or float64 where `fmt` needs it; inverse of `pack`."""
-    dtype = torch.float32 if fmt.significand_bits <= 24 else torch.float64
-    element = minifloat_of(fmt)
-    if element is not None:
-        values = decode(codes, element)
-        if isinstance(fmt, Microscaling) and exponents is not None:
-            gap = spread(exponents.long(), block_extents(fmt, codes.shape))
-            values = reference.scaled(values, gap)
-    else:
-        values = reference.scaled(codes, _gap(fmt, exponents, codes.shape, codes.device))
-    return values.to(dtype)
+    """The float32 values of codes and exponents that `pack` made."""
+    element = _element(fmt)
+    match element:
+        case Binary():
+            values = torch.where(codes > 0, element.largest, -element.largest).double()
+        case Minifloat():
+            values = _from_bits(codes.to(torch.int64) & (element.num_codes - 1), element)
+        case _:
+            values = codes.to(torch.float64)
+            if element.symmetric:
+                values = torch.where(values < element.min_integer, torch.nan, values)
+            if isinstance(fmt, FixedPoint):
+                values = values * fmt.gap
+    if exponents is not None:
+        assert isinstance(fmt, BlockFloat | Microscaling)
+        values = reference.scaled(values, _power(exponents, fmt, codes.shape))
+    return values.to(torch.float32)
 
 
-def decode(codes: Tensor, fmt: Minifloat) -> Tensor:
-    """The values of bit patterns of `fmt`: float64, the shape of `codes`."""
-    ones = (1 << (fmt.exponent_bits + fmt.mantissa_bits)) - 1
-    magnitude = codes.to(torch.int64) & ones
-    field, mantissa = magnitude >> fmt.mantissa_bits, magnitude & ((1 << fmt.mantissa_bits) - 1)
-    normal = field > 0 if fmt.has_zero else torch.ones_like(field, dtype=torch.bool)
-    exponent = (field - int(fmt.has_zero)).clamp(min=0) + fmt.min_exponent
+def _element(fmt: Format) -> FixedPoint | BlockFloat | Minifloat | Binary:
+    return fmt.element if isinstance(fmt, Microscaling) else fmt
+
+
+def _exponents(x: Tensor, fmt: BlockFloat | Microscaling) -> Tensor:
+    if x.numel() == 0:
+        extents = block_extents(fmt, x.shape)
+        shape = [n // max(extent, 1) for n, extent in zip(x.shape, extents, strict=True)]
+        return torch.empty(shape, dtype=exponent_dtype(fmt), device=x.device)
+    return reference.shared_exponents(x, fmt).to(exponent_dtype(fmt))
+
+
+def _power(exponents: Tensor, fmt: BlockFloat | Microscaling, shape: torch.Size) -> Tensor:
+    """log2 of the gap of a `BlockFloat` block, of the scale of a minifloat one, at each element."""
+    power = spread(exponents.to(torch.int64), block_extents(fmt, shape))
+    if isinstance(fmt, BlockFloat):
+        return power - fmt.word_length + 2
+    if isinstance(fmt.element, FixedPoint):
+        return power - fmt.element.frac_bits
+    return power
+
+
+def _bits(values: Tensor, fmt: Minifloat) -> Tensor:
+    """The bit pattern of values of `fmt`; of NaN the one of all ones (fnuz: of -0)."""
+    assert fmt.bias is not None  # resolved at birth
+    magnitude = torch.where(values.isfinite(), values, 0.0).abs()
+    floor_log2 = torch.frexp(magnitude)[1].to(torch.int64) - 1
+    normal = magnitude >= 2.0**fmt.min_exponent
+    exponent = torch.where(normal, floor_log2, fmt.min_exponent)
+    steps = reference.scaled(magnitude, fmt.mantissa_bits - exponent).to(torch.int64)
     hidden = 1 << fmt.mantissa_bits
-    integer = torch.where(normal, mantissa + hidden, mantissa if fmt.subnormals else 0)
-    values = reference.scaled(integer, exponent - fmt.mantissa_bits)
-    values = torch.where(values > fmt.largest, torch.nan, values)
-    if fmt.specials == "ieee":
-        infinite = magnitude == (1 << fmt.exponent_bits) - 1 << fmt.mantissa_bits
-        values = torch.where(infinite, torch.inf, values)
-    if not fmt.signed:
-        return values
-    negative = (codes.to(torch.int64) >> (fmt.bits - 1)) & 1 == 1
-    negated = -values if fmt.specials != "fnuz" else torch.where(values == 0, torch.nan, -values)
-    return torch.where(negative, negated, values)
-
-
-def nan_code(fmt: Minifloat) -> int | None:
-    """The bit pattern that `pack` gives NaN; None if the format has none."""
+    field = torch.where(normal, exponent + fmt.bias, 0)
+    codes = (field << fmt.mantissa_bits) + torch.where(normal, steps - hidden, steps)
     ones = (1 << (fmt.exponent_bits + fmt.mantissa_bits)) - 1
-    match fmt.specials:
-        case "ieee":
-            half = (1 << fmt.mantissa_bits) >> 1
-            return ones - (1 << fmt.mantissa_bits) + 1 + half if half else None
-        case "fn":
-            return ones
-        case "fnuz":
-            return 1 << (fmt.bits - 1)
-        case "finite":
-            return None
-        case _:
-            assert_never(fmt.specials)
+    codes = torch.where(values.isinf(), ones & -hidden, codes)
+    codes = codes | (values.signbit().long() * fmt.signed << fmt.exponent_bits + fmt.mantissa_bits)
+    return torch.where(values.isnan(), nan_code(fmt), codes)
 
 
-def lost_nan(fmt: Format) -> ValueError:
-    """The error for a NaN without a code."""
-    return ValueError(
-        f"pack: x has NaN, which {fmt} has no code for; look for its cause, or use swalp.quantize, "
-        f"which keeps it"
-    )
-
-
-def _gap(fmt: Format, exponents: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor:
-    """log2 of the gap of each element: int64."""
-    match fmt:
-        case FixedPoint() | Binary():
-            return torch.full(shape, -fmt.frac_bits, dtype=torch.int64, device=device)
-        case BlockFloat():
-            offset = 2 - fmt.word_length
-        case Microscaling(element=FixedPoint(frac_bits=frac_bits)):
-            offset = -frac_bits
-        case _:
-            raise AssertionError(fmt)
-    assert exponents is not None
-    return spread(exponents.long(), block_extents(fmt, shape)) + offset
-
-
-def _bit_patterns(values: Tensor, fmt: Minifloat) -> Tensor:
-    """The code of each value of `fmt`: int64."""
-    size = torch.where(values.isfinite(), values.abs(), 0.0)
-    exponent = torch.frexp(size)[1].to(torch.int64) - 1
-    exponent = torch.where(size == 0, fmt.min_exponent, exponent).clamp(min=fmt.min_exponent)
-    steps = reference.scaled(size, fmt.mantissa_bits - exponent).to(torch.int64)
-    first = 0 if fmt.has_zero else -1  # field of the lowest exponent, less one for the hidden bit
-    codes = (exponent - fmt.min_exponent + first << fmt.mantissa_bits) + steps
+def _from_bits(codes: Tensor, fmt: Minifloat) -> Tensor:
+    assert fmt.bias is not None  # resolved at birth
+    magnitude_bits = fmt.exponent_bits + fmt.mantissa_bits
+    hidden = 1 << fmt.mantissa_bits
+    field = (codes >> fmt.mantissa_bits) & ((1 << fmt.exponent_bits) - 1)
+    steps = codes & (hidden - 1)
+    normal = (field > 0) | (not fmt.has_zero)
+    exponent = torch.where(normal, field - fmt.bias, fmt.min_exponent) - fmt.mantissa_bits
+    values = reference.scaled(steps + normal * hidden, exponent)
+    ones = (1 << magnitude_bits) - 1
+    magnitude = codes & ones
     if fmt.specials == "ieee":
-        codes = torch.where(
-            values.isinf(), (1 << fmt.exponent_bits) - 1 << fmt.mantissa_bits, codes
-        )
-    if fmt.signed:
-        codes = codes | (values.signbit().to(torch.int64) << (fmt.bits - 1))
-    nan = values.isnan()
-    code = nan_code(fmt)
-    if code is None:
-        if bool(nan.any()):
-            raise lost_nan(fmt)
-        return codes
-    return torch.where(nan, code, codes)
+        values = torch.where(magnitude == (ones & -hidden), torch.inf, values)
+        values = torch.where(magnitude > (ones & -hidden), torch.nan, values)
+    elif fmt.specials == "fn":
+        values = torch.where(magnitude == ones, torch.nan, values)
+    elif fmt.specials == "fnuz":
+        values = torch.where(codes == 1 << magnitude_bits, torch.nan, values)
+    return torch.where(codes > ones, -values, values)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,7 +51,7 @@ class Plan:
         kernel: its numbers; None if the kernels do not have it.
         shapeless: whether contiguous tensors of any shape are one long row to it.
         layouts: where elements lie, by shape and stride.
-        table: values of its bit patterns, for `unpack`.
+        table: values of its bit patterns, if codes are such: 256 or 65536, for any 1 or 2 bytes.
     """
 
     fmt: Format
@@ -87,7 +86,12 @@ def supports(fmt: Format, rounding: Rounding, dtype: torch.dtype) -> bool:
     small that their values times the scales leave float32 by far: magnitudes beyond
     [2**-90, 2**100].
     """
-    return available and dtype == torch.float32 and plan_of(fmt).kernel is not None
+    return dtype == torch.float32 and knows(fmt)
+
+
+def knows(fmt: Format) -> bool:
+    """Whether the kernels have that format."""
+    return plan_of(fmt).kernel is not None
 
 
 def quantize(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = None) -> Tensor:
@@ -128,7 +132,7 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | N
 
     Args:
         x: float32 on the CPU, any shape and memory layout.
-        fmt: a format that `supports` accepts; codes of more than 16 bits come from the definition.
+        fmt: a format of at most 16 bits that `supports` accepts.
         rounding: the rule.
 
     Returns:
@@ -138,7 +142,7 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | N
         ValueError: a NaN, for which `fmt` has no code.
     """
     plan = plan_of(fmt)
-    if fmt.bits > 16 or x.numel() == 0:
+    if x.numel() == 0:
         return definition.pack(x, fmt, rounding)
     found = _layout(plan, x)
     if found is None or x.is_neg():
@@ -156,7 +160,7 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | N
         *rule_arguments(rounding), torch.get_num_threads(),
     )  # fmt: skip
     if lost:
-        raise definition.lost_nan(fmt)
+        raise definition.no_code_for_nan(fmt)
     if isinstance(fmt, BlockFloat | Microscaling) and exponents is not None:
         exponents = exponents.to(definition.exponent_dtype(fmt))
     return codes, exponents
@@ -174,7 +178,7 @@ def unpack(
         out: float32 of the shape of `codes` to write to.
     """
     plan = plan_of(fmt)
-    if fmt.bits > 16 or codes.numel() == 0:
+    if codes.numel() == 0:
         values = definition.unpack(codes, exponents, fmt)
         return values if out is None else out.copy_(values)
     found = _layout(plan, codes)
@@ -187,14 +191,13 @@ def unpack(
         return out.copy_(unpack(codes, exponents, fmt))
     if exponents is not None:
         exponents = exponents.to(torch.int32).contiguous()
-    element = definition.minifloat_of(fmt)
-    if element is not None and plan.table is None:
-        plan.table = definition.decode(torch.arange(element.num_codes), element).to(torch.float32)
+    if plan.table is None:
+        plan.table = _table(fmt)
     assert plan.kernel is not None  # `supports`
     _kernels.unpack(
         plan.kernel, found[1], codes.data_ptr(), _code_type(fmt),
         0 if exponents is None else exponents.data_ptr(),
-        0 if plan.table is None else plan.table.data_ptr(),
+        0 if plan.table is None else plan.table.data_ptr(),  # 0 as well if it is empty
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -234,6 +237,14 @@ def _code_type(fmt: Format) -> int:
     return _kernels.CODE8 if fmt.bits <= 8 else _kernels.CODE16
 
 
+def _table(fmt: Format) -> Tensor:
+    element = fmt.element if isinstance(fmt, Microscaling) else fmt
+    if not isinstance(element, Minifloat | Binary):
+        return torch.empty(0)
+    values = definition.table(element)
+    return values.repeat((1 << (8 if fmt.bits <= 8 else 16)) // values.numel())
+
+
 def _fits(fmt: Format) -> bool:
     if not available:
         return False
@@ -247,6 +258,8 @@ def _numbers(fmt: Format) -> _kernels.Format:
     """The format as the kernels know it: `swalp_format` in csrc/kernels.h."""
     f = _kernels.Format()
     f.symmetric_from = 2**31 - 1
+    f.has_nan = fmt.bits <= 16 and definition.holds_nan(fmt)
+    f.nan_code = definition.nan_code(fmt) if f.has_nan else 0
     element: Format = fmt
     if isinstance(fmt, BlockFloat | Microscaling):
         f.blocked = 1
@@ -280,15 +293,9 @@ def _fill_minifloat(f: _kernels.Format, fmt: Minifloat) -> None:
     f.has_zero, f.is_signed, f.saturating = fmt.has_zero, fmt.signed, fmt.saturating
     f.fnuz, f.overflow_is_nan = fmt.specials == "fnuz", fmt.specials != "ieee"
     f.largest, f.smallest = fmt.largest, fmt.smallest
-    nan = definition.nan_code(fmt)
-    f.nan_code = -1 if nan is None else nan
-    f.sign_code = fmt.num_codes >> 1 if fmt.signed else 0
-    f.inf_code = (1 << fmt.exponent_bits) - 1 << fmt.mantissa_bits
-    f.largest_code = _largest_code(fmt)
-
-
-def _largest_code(fmt: Minifloat) -> int:
-    codes = (1 << (fmt.exponent_bits + fmt.mantissa_bits)) - 1
-    if fmt.specials == "ieee":
-        return codes - (1 << fmt.mantissa_bits)
-    return codes - (fmt.specials == "fn")
+    if fmt.bits > 16:
+        return  # no codes
+    ones = (1 << (fmt.exponent_bits + fmt.mantissa_bits)) - 1
+    f.inf_code = ones - (1 << fmt.mantissa_bits) + 1
+    f.largest_code = {"ieee": f.inf_code - 1, "fn": ones - 1}.get(fmt.specials, ones)
+    f.sign_code = ones + 1 if fmt.signed else 0

@@ -1,4 +1,4 @@
-"""Which kernel quantizes a tensor."""
+"""Which kernel quantizes, packs and unpacks a tensor."""
 
 from __future__ import annotations
 
@@ -8,45 +8,44 @@ from functools import cache
 from torch import Tensor
 
 from swalp.formats import Format
-from swalp.quantize import codes, cpu, reference
+from swalp.quantize import codes as definition
+from swalp.quantize import cpu, reference
 from swalp.rounding import Rounding
 
 
 class SlowQuantizationWarning(RuntimeWarning):
-    """The fast kernels are not there; results are the same, but take far longer."""
+    """The fast kernels are missing; results are the same, but take far longer."""
 
 
 def run(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = None) -> Tensor:
     """Quantize `x`, already checked, into `out` or a new tensor, with the fastest exact kernel."""
-    if _on_cpu(x, fmt, rounding):
+    if x.is_cpu and _has_kernels() and cpu.supports(fmt, rounding, x.dtype):
         return cpu.quantize(x, fmt, rounding, out)
     result = reference.quantize(x, fmt, rounding)
     return result if out is None else out.copy_(result)
 
 
 def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None]:
-    """`codes.pack` of `x`, already checked, with the fastest exact kernel."""
-    if _on_cpu(x, fmt, rounding):
+    """Codes and exponents of `x`, already checked: see `codes.pack`."""
+    if x.is_cpu and _has_kernels() and cpu.supports(fmt, rounding, x.dtype):
         return cpu.pack(x, fmt, rounding)
-    return codes.pack(x, fmt, rounding)
+    return definition.pack(x, fmt, rounding)
 
 
 def unpack(
-    packed: Tensor, exponents: Tensor | None, fmt: Format, out: Tensor | None = None
+    codes: Tensor, exponents: Tensor | None, fmt: Format, out: Tensor | None = None
 ) -> Tensor:
-    """`codes.unpack` into `out` or a new tensor, with the fastest exact kernel."""
-    if packed.is_cpu and cpu.available and cpu.plan_of(fmt).kernel is not None:
-        return cpu.unpack(packed, exponents, fmt, out)
-    result = codes.unpack(packed, exponents, fmt)
+    """The values of codes and exponents, into `out` or a new tensor: see `codes.unpack`."""
+    if codes.is_cpu and _has_kernels() and cpu.knows(fmt):
+        return cpu.unpack(codes, exponents, fmt, out)
+    result = definition.unpack(codes, exponents, fmt)
     return result if out is None else out.copy_(result)
 
 
-def _on_cpu(x: Tensor, fmt: Format, rounding: Rounding) -> bool:
-    if not x.is_cpu:
-        return False
+def _has_kernels() -> bool:
     if not cpu.available:
         _warn_once()
-    return cpu.supports(fmt, rounding, x.dtype)
+    return cpu.available
 
 
 @cache
