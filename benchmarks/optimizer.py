@@ -33,7 +33,7 @@ def step(plan: Plan) -> list[Row]:
     goals = [at_least(200), None, None, at_least(4), at_least(0.6)]
     times = interleave([ours, *others], plan.rounds)
     count = plan.optimizer_tensors * plan.optimizer_width**2
-    what = f"SGD with momentum, {count / 1e6:.1f} M parameters in {plan.optimizer_tensors} tensors"
+    what = f"SGD step, {count / 1e6:.1f} M parameters in {plan.optimizer_tensors} tensors"
     return [
         compared("optimizer", what, times, ours, other, "speedup", goal,
                  {"parameters": count, "tensors": plan.optimizer_tensors})
@@ -50,7 +50,7 @@ def memory(plan: Plan) -> list[Row]:
     return [
         Row(
             benchmark="memory",
-            what="weights and momentum of SGD",
+            what="weights and momentum",
             peer="float32",
             measure="bytes ratio",
             value=Spread.of([ours / theirs]),

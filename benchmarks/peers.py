@@ -76,7 +76,7 @@ def qpytorch() -> ModuleType:
         importlib.import_module("qtorch.optim")
         return importlib.import_module("qtorch.quant.quant_function")
     except ImportError as error:
-        raise MissingError("not installed: pip install qtorch --no-deps") from error
+        raise MissingError("not installed: pip install qtorch") from error
     except (RuntimeError, OSError) as error:  # no compiler, no ninja, or a failed build
         raise MissingError(f"its extension did not compile: {_first_line(error)}") from error
 

@@ -102,14 +102,14 @@ def small_calls(plan: Plan) -> list[Row]:
     many = contender("swalp, many", lambda: _many(tensors))
     times = interleave([single, many, add], plan.rounds)
     return [
-        timed("calls", "one call on 1,000 elements, allocation included", times, single, "us",
+        timed("calls", "one call on 1,000 elements, allocating", times, single, "us",
               goal=at_most(2.5)),
         replace(
-            timed("calls", f"{count} tensors of 1,000 elements in one call, per tensor", times,
+            timed("calls", f"{count} x 1,000 elements in one call, per tensor", times,
                   many, "us", per=count, goal=at_most(1.0)),
             subject="swalp",
         ),
-        timed("calls", "for scale: x + 1 on 1,000 elements", times, add, "us"),
+        timed("calls", "for scale, x + 1 on 1,000 elements", times, add, "us"),
     ]  # fmt: skip
 
 
