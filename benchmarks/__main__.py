@@ -12,7 +12,16 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarks import environment, optimizer, quantizers, records, report, startup, training
+from benchmarks import (
+    environment,
+    memory,
+    optimizer,
+    quantizers,
+    records,
+    report,
+    startup,
+    training,
+)
 from benchmarks.plan import FULL, QUICK, Plan
 from benchmarks.records import Row
 
@@ -22,7 +31,7 @@ BENCHMARKS: dict[str, Callable[[Plan], list[Row]]] = {
     "calls": quantizers.small_calls,
     "scaling": quantizers.scaling,
     "optimizer": optimizer.step,
-    "memory": optimizer.memory,
+    "memory": memory.held,
     "training-mlp": training.mlp,
     "training-vgg16": training.vgg16,
     "import": startup.import_time,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import swalp
-from benchmarks import environment, optimizer, peers, report, training
+from benchmarks import environment, memory, optimizer, peers, report, training
 from benchmarks.harness import Contender, MissingError, Spread, contender, interleave, ratios
 from benchmarks.records import Row, at_least, at_most, compared, load, merged, save, timed
 
@@ -181,16 +181,16 @@ def test_the_eager_peer_rounds_to_a_neighbour_on_its_grid(per_row):
         assert bool(((rounded - row).abs() < gap)[inside].all())
 
 
-def test_held_bytes_counts_codes_exponents_and_momentum_once():
+def test_tensor_bytes_counts_codes_exponents_and_momentum_once():
     layer = swalp.convert(
         nn.Sequential(nn.Linear(16, 4, bias=False)), optimizer.RECIPE, packed=True
     )
     sgd = swalp.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, recipe=optimizer.RECIPE)
     layer[0].weight.grad = torch.ones(4, 16)
     sgd.step()
-    assert optimizer.held_bytes(sgd) == 2 * (64 + 4)
+    assert memory.tensor_bytes(sgd) == 2 * (64 + 4)
     plain = torch.optim.SGD([nn.Parameter(torch.zeros(4, 16))], lr=0.1, momentum=0.9)
-    assert optimizer.held_bytes(plain) == 4 * 64
+    assert memory.tensor_bytes(plain) == 4 * 64
 
 
 def test_vgg16_is_vgg16():
