@@ -39,7 +39,6 @@ _RULE: dict[type, int] = {
     TowardNegative: 3,
     Stochastic: 4,
 }
-_FLOAT32_BEYOND = 128  # 2**128 is the first power of two that float32 cannot hold
 _CACHED = 4096  # formats, and layouts of each
 
 
@@ -258,7 +257,6 @@ def _fits(fmt: Format) -> bool:
 def _numbers(fmt: Format) -> _kernels.Format:
     """The format as the kernels know it: `swalp_format` in csrc/kernels.h."""
     f = _kernels.Format()
-    # The gap from which on float32 cannot hold -2**(W-1) gaps.
     f.symmetric_from = 2**31 - 1
     f.has_nan = fmt.bits <= 16 and definition.holds_nan(fmt)
     f.nan_code = definition.nan_code(fmt) if f.has_nan else 0
@@ -273,11 +271,12 @@ def _numbers(fmt: Format) -> _kernels.Format:
         case FixedPoint():
             f.kind, f.gap_offset = _kernels.GRID, -element.frac_bits
             f.min_integer, f.max_integer = element.min_integer, element.max_integer
-            f.symmetric_from = _FLOAT32_BEYOND - (element.word_length - 1)
+            f.symmetric_from = 129 - element.word_length
         case BlockFloat():
             f.kind, f.gap_offset = _kernels.GRID, element.gap_exponent(0)
             f.min_integer, f.max_integer = element.min_integer, element.max_integer
-            f.symmetric_from = _FLOAT32_BEYOND - (element.word_length - 1)
+            # From this gap on float32 cannot hold -2**(W-1) gaps.
+            f.symmetric_from = 129 - element.word_length
         case Minifloat():
             _fill_minifloat(f, element)
         case Binary():
