@@ -7,6 +7,7 @@ from torch import nn
 import swalp
 from swalp import BlockFloat, Minifloat, Nearest, Stochastic, quantize
 from swalp.noise import stream_seed
+from swalp.optim import fused
 from swalp.recipes import Quantizer, Recipe
 
 SETTINGS = [
@@ -172,3 +173,118 @@ def test_bad_arguments():
         swalp.optim.SGD(parameters, 0.1, nesterov=True)
     with pytest.raises(TypeError, match="recipe must be a Recipe"):
         swalp.optim.SGD(parameters, 0.1, recipe="paper-big-block-8")
+
+
+FUSED = [
+    "paper-small-block-8",
+    "paper-big-block-8",
+    "paper-small-block-6",
+    "paper-big-block-4",  # packed: two codes to a byte, which the compiled step leaves alone
+]
+
+
+def odd_network():
+    """Shapes around vector widths, long blocks, a scalar, a row of zeros, a tiny block."""
+    torch.manual_seed(0)
+    model = nn.ParameterDict(
+        {
+            "long": nn.Parameter(torch.randn(70_001)),
+            "rows": nn.Parameter(torch.randn(37, 53)),
+            "conv": nn.Parameter(torch.randn(5, 3, 3, 3)),
+            "wide": nn.Parameter(torch.randn(2, 70_003)),
+            "scalar": nn.Parameter(torch.randn(())),
+            "tiny": nn.Parameter(torch.randn(4, 17) * 1e-36),
+        }
+    )
+    with torch.no_grad():
+        model["rows"][3] = 0
+    return model
+
+
+def steps_of(recipe, packed, make, gradient_of, monkeypatch, compiled):
+    model = odd_network()
+    for name, parameter in list(model.items()):
+        grid = swalp.recipes.fit(recipe.weight.format, parameter.dim())
+        value = swalp.pack(parameter, grid) if packed else quantize(parameter.detach(), grid)
+        model[name] = nn.Parameter(value)
+    with monkeypatch.context() as patch:
+        if not compiled:
+            patch.setattr(fused, "available", lambda: False)
+        optimizer = make(model.named_parameters(), recipe)
+        for step in range(4):
+            for name, parameter in model.items():
+                parameter.grad = gradient_of(name, parameter.shape, step)
+            optimizer.step()
+    used = [kernel is not None for _, kernel in optimizer._kernels.values()]
+    nibbles = packed and recipe.weight.format.bits <= 4
+    assert all(used) == (compiled and fused.available() and not nibbles)
+    kept = {}
+    for name, parameter in model.items():
+        state = optimizer.state[parameter]
+        for key, value in [("weight", parameter), *state.items()]:
+            if isinstance(value, torch.Tensor):
+                kept[name, key] = torch.Tensor.detach(value).to(torch.float64)
+    return kept
+
+
+def gradient_of(name, shape, step):
+    generator = torch.Generator().manual_seed(step)
+    gradient = torch.randn(shape, generator=generator)
+    if name == "rows":
+        gradient[7] = 0
+        gradient[:, 0] = 0
+    if name == "wide" and step == 2:
+        gradient[0, 5] = torch.inf
+    return gradient * (1e-37 if name == "tiny" else 1)
+
+
+def makers():
+    for settings in SETTINGS:
+        yield lambda p, r, s=settings: swalp.optim.SGD(p, recipe=r, seed=5, **s)
+    for extra in ({}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled": True},
+                  {"betas": (0.3, 0.99)}):  # fmt: skip
+        yield lambda p, r, s=extra: swalp.optim.Adam(p, 0.01, recipe=r, seed=5, **s)
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_step_is_the_pure_step(name, packed, monkeypatch):
+    recipe = swalp.recipes.get(name)
+    for number, make in enumerate(makers()):
+        arguments = (recipe, packed, make, gradient_of, monkeypatch)
+        pure, compiled = (steps_of(*arguments, compiled) for compiled in (False, True))
+        assert pure.keys() == compiled.keys()
+        for key, value in pure.items():
+            assert torch.equal(value, compiled[key]), (number, key)
+
+
+def test_compiled_step_does_not_depend_on_threads_or_instructions(monkeypatch):
+    recipe = swalp.recipes.get("paper-big-block-8")
+    make = next(makers())
+    results = []
+    before, threads = fused._kernels.used(), torch.get_num_threads()
+    try:
+        for isa, count in ((before, 1), (before, 2), ("avx2", 2), ("scalar", 2)):
+            fused._kernels.use(isa)
+            torch.set_num_threads(count)
+            results.append(steps_of(recipe, True, make, gradient_of, monkeypatch, True))
+    finally:
+        fused._kernels.use(before)
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(value, other[key]) for key, value in results[0].items())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_nan_is_said(packed):
+    recipe = swalp.recipes.get("paper-big-block-8")
+    model = swalp.convert(network(), recipe, packed=packed)
+    optimizer = swalp.optim.SGD(model.named_parameters(), 0.1, recipe=recipe)
+    for parameter in model.parameters():
+        parameter.grad = torch.full(parameter.shape, torch.nan)
+    if packed:
+        with pytest.raises(ValueError, match="NaN"):
+            optimizer.step()
+    else:
+        optimizer.step()
+        assert all(parameter.isnan().all() for parameter in model.parameters())

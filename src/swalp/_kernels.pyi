@@ -51,6 +51,7 @@ class SgdParameter:
     ) -> None: ...  # fmt: skip
 
 class AdamParameter:
+    step: int
     def __init__(self, blocks: int, length: int, /) -> None: ...
     def set_role(self, role: str, fmt: Format, rule: int, bits: int, seed: int, /) -> None: ...
     def bind(

@@ -151,6 +151,7 @@ bool optimize(int (*step)(const Hyper*, const Parameter*, int64_t, int), const H
 }  // namespace
 
 NB_MODULE(_kernels, m) {
+  nb::set_leak_warnings(false);  // optimizers that live to the interpreter's end are no leak
   nb::class_<swalp_sgd_parameter>(m, "SgdParameter")
       .def("__init__", [](swalp_sgd_parameter* p, int64_t blocks, int64_t length) {
         *p = swalp_sgd_parameter{};
@@ -163,7 +164,7 @@ NB_MODULE(_kernels, m) {
             f, rule, bits, seed);
       })
       .def("bind", &bind_sgd);
-  nb::class_<swalp_adam_parameter>(m, "AdamParameter")
+  nb::class_<swalp_adam_parameter>(m, "AdamParameter", nb::dynamic_attr())
       .def("__init__", [](swalp_adam_parameter* p, int64_t blocks, int64_t length) {
         *p = swalp_adam_parameter{};
         p->blocks = blocks;

@@ -58,6 +58,9 @@ struct Lanes {
     return whole + (static_cast<float>(whole) < y);
   }
 
+  static constexpr bool has_unsigned = false;
+  static I ceil_minus_half(F, F);
+
   static I add(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
   static I sub(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b)); }
   static I and_(I a, I b) { return a & b; }

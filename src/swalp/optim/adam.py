@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from swalp.optim import fused
 from swalp.optim.base import LowPrecisionOptimizer, Quantize, require_not_negative
 from swalp.packed import PackedTensor
 from swalp.recipes import Recipe
@@ -152,3 +153,50 @@ class Adam(LowPrecisionOptimizer):
         )
         parameter.copy_(weight)
         state["step"] += 1
+
+    def _kernel(
+        self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
+    ) -> Any | None:
+        recipe = self.recipe
+        if recipe is None:
+            return None
+        roles = ("gradient", "momentum", "second_moment", "weight")
+        kernel = self._prepared("AdamParameter", roles, name, parameter, gradient)
+        if kernel is None:
+            return None
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["exp_avg"] = fused.empty_state(recipe, "momentum", parameter)
+            state["root"] = fused.empty_state(recipe, "second_moment", parameter)
+        kernel.bind(
+            state["step"],
+            fused.pointer(gradient),
+            fused.pointer(parameter),
+            fused.exponents(parameter),
+            fused.pointer(state["exp_avg"]),
+            fused.exponents(state["exp_avg"]),
+            fused.pointer(state["root"]),
+            fused.root_values(state["root"]),
+        )
+        state["step"] += 1
+        kernel.step = state["step"]
+        return kernel
+
+    def _run(self, kernels: list[Any], packed: bool, group: dict[str, Any]) -> bool:
+        assert self.recipe is not None
+        lost = False
+        # The bias corrections depend on the step, and parameters may be at different ones.
+        for step in sorted({kernel.step for kernel in kernels}):
+            lost |= fused.adam(
+                [kernel for kernel in kernels if kernel.step == step],
+                step,
+                group["lr"],
+                group["betas"],
+                group["eps"],
+                group["weight_decay"],
+                group["decoupled"],
+                packed,
+                self.recipe.gradient is not None,
+            )
+        return lost

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from swalp.packed import pack
+from swalp.optim import fused
+from swalp.packed import PackedTensor, pack
 from swalp.quantize import quantize
 from swalp.recipes import Recipe, fit
 from swalp.rounding import Stochastic
@@ -34,7 +35,17 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             raise TypeError(f"{kind}: recipe must be a Recipe or None, not {recipe!r}")
         self.recipe = recipe
         self.seed = seed
+        self._kernels: dict[Tensor, tuple[Any, Any]] = {}  # derived; never saved
         super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._kernels = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # PyTorch's keeps these three; what makes the steps reproducible must come along.
+        kept = ("defaults", "state", "param_groups", "recipe", "seed")
+        return {name: getattr(self, name) for name in kept}
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -53,9 +64,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for name, parameter, group in self._named():
-            if parameter.grad is not None:
-                self._update(name, parameter, parameter.grad, group)
+        for group, named in self._groups():
+            ready = [(name, p, p.grad) for name, p in named if p.grad is not None]
+            self._update_group(ready, group)
         return loss
 
     def consume_gradients(self) -> list[RemovableHandle]:
@@ -71,30 +82,76 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         def hook(parameter: Tensor, name: str, group: dict[str, Any]) -> None:
             assert parameter.grad is not None
             with torch.no_grad():
-                self._update(name, parameter, parameter.grad, group)
+                self._update_group([(name, parameter, parameter.grad)], group)
             parameter.grad = None
 
         return [
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                 lambda parameter, name=name, group=group: hook(parameter, name, group)
             )
-            for name, parameter, group in self._named()
+            for group, named in self._groups()
+            for name, parameter in named
         ]
+
+    def _update_group(
+        self, parameters: list[tuple[str, Tensor, Tensor]], group: dict[str, Any]
+    ) -> None:
+        """Update named parameters with gradients, in one compiled call as far as possible."""
+        kernels = []
+        for name, parameter, gradient in parameters:
+            kernel = self._kernel(name, parameter, gradient, group)
+            if kernel is None:
+                self._update(name, parameter, gradient, group)
+            else:
+                kernels.append((kernel, isinstance(parameter, PackedTensor)))
+        for packed in (False, True):
+            chosen = [kernel for kernel, kept in kernels if kept == packed]
+            if chosen and self._run(chosen, packed, group):
+                raise ValueError(
+                    f"{type(self).__name__}: a parameter or its state became NaN, for which its "
+                    f"format has no code; lower the learning rate, or go back to a checkpoint"
+                )
 
     @abstractmethod
     def _update(
         self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
     ) -> None:
-        """Update one parameter and its state."""
+        """Update one parameter and its state: by the pure step function."""
 
-    def _named(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
-        """Every parameter with its name, or place, and its group."""
+    @abstractmethod
+    def _kernel(
+        self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
+    ) -> Any | None:
+        """The compiled step's view of one parameter, its state ready; None if it cannot do it."""
+
+    @abstractmethod
+    def _run(self, kernels: list[Any], packed: bool, group: dict[str, Any]) -> bool:
+        """Step parameters by the compiled step; whether a NaN had no code."""
+
+    def _groups(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, Tensor]]]]:
+        """Every group with its parameters, each with its name or its place."""
         for number, group in enumerate(self.param_groups):
             names = group.get("param_names") or [
                 f"{number}.{index}" for index in range(len(group["params"]))
             ]
-            for name, parameter in zip(names, group["params"], strict=True):
-                yield name, parameter, group
+            yield group, list(zip(names, group["params"], strict=True))
+
+    def _prepared(
+        self, kind: str, roles: tuple[str, ...], name: str, parameter: Tensor, gradient: Tensor
+    ) -> Any | None:
+        """The kernel's object for one parameter, made once; None if the kernel cannot take it."""
+        if self.recipe is None or not fused.reads(gradient):
+            return None
+        memory = fused.resident(parameter)
+        key = (memory.shape, memory.stride(), memory.dtype, roles, self.recipe)
+        made = self._kernels.get(parameter)
+        if made is None or made[0] != key:
+            blocks = fused.fits(self.recipe, roles, parameter)
+            kernel = None
+            if blocks is not None:
+                kernel = fused.prepare(kind, blocks, roles, self.recipe, parameter, name, self.seed)
+            made = self._kernels[parameter] = (key, kernel)
+        return made[1]
 
     def _quantizer(self, name: str, step: int, packed: bool) -> Quantize:
         """Q of each role for one parameter at one step; `packed`: what is kept is held as codes."""

@@ -1,17 +1,18 @@
-"""The optimizers' steps in one compiled pass a parameter, equal to the pure functions bit for bit."""
+"""The optimizers' steps compiled: one pass a parameter, equal to the pure functions bit for bit."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from swalp.formats import BlockFloat, FixedPoint, Format, Microscaling, Minifloat
-from swalp.packed import PackedTensor
-from swalp.quantize import cpu
+from swalp.packed import PackedTensor, pack
+from swalp.quantize import cpu, dispatch
 from swalp.quantize.blocks import block_extents
 from swalp.recipes import Quantizer, Recipe, fit
 from swalp.rounding import Stochastic
@@ -52,10 +53,34 @@ def resident(tensor: Tensor) -> Tensor:
     return tensor.codes if isinstance(tensor, PackedTensor) else tensor
 
 
+def pointer(tensor: Tensor | None) -> int:
+    """The address of the memory a step works on; 0 for None."""
+    return 0 if tensor is None else resident(tensor).data_ptr()
+
+
+def exponents(tensor: Tensor | None) -> int:
+    """The address of a packed tensor's exponents; 0 if there are none."""
+    if not isinstance(tensor, PackedTensor) or tensor.exponents is None:
+        return 0
+    return tensor.exponents.data_ptr()
+
+
+def reads(gradient: Tensor) -> bool:
+    """Whether the compiled step can read a gradient as it is."""
+    return gradient.is_cpu and gradient.dtype == torch.float32 and gradient.is_contiguous()
+
+
 def prepare(
-    kernel: Any, roles: Sequence[str], recipe: Recipe, parameter: Tensor, name: str, seed: int
+    kind: str,
+    blocks: tuple[int, int],
+    roles: Sequence[str],
+    recipe: Recipe,
+    parameter: Tensor,
+    name: str,
+    seed: int,
 ) -> Any:
-    """`kernel`, an `_kernels.SgdParameter` or `AdamParameter`, with the roles of one parameter."""
+    """An `_kernels.SgdParameter` or `AdamParameter` with the roles of one parameter."""
+    kernel = getattr(_kernels, kind)(*blocks)
     for role in roles:
         quantizer = getattr(recipe, role)
         if quantizer is None:
@@ -66,6 +91,14 @@ def prepare(
         plan = cpu.plan_of(fit(quantizer.format, parameter.dim()))
         kernel.set_role(role, plan.kernel, *cpu.rule_arguments(rounding)[:3])
     return kernel
+
+
+def empty_state(recipe: Recipe, role: str, parameter: Tensor) -> Tensor:
+    """Zeros, held as that role is kept beside `parameter`: packed or as floats."""
+    zeros = torch.zeros(parameter.shape)
+    if not isinstance(parameter, PackedTensor):
+        return zeros
+    return pack(zeros, fit(getattr(recipe, role).format, parameter.dim()))
 
 
 def fits(recipe: Recipe, roles: Sequence[str], parameter: Tensor) -> tuple[int, int] | None:
@@ -101,9 +134,67 @@ def fits(recipe: Recipe, roles: Sequence[str], parameter: Tensor) -> tuple[int, 
 
 
 def _byte(fmt: Format, role: str) -> bool:
-    """Whether codes of `fmt` lie one to a byte, with exponents of one byte, as the step reads them."""
+    """Whether codes lie one to a byte, with exponents of one byte, as the step reads them."""
     if not 4 < fmt.bits <= 8:
         return False
     if role == "second_moment":
         return isinstance(fmt, Minifloat)
     return isinstance(fmt, FixedPoint) or (isinstance(fmt, BlockFloat) and fmt.exponent_bits <= 8)
+
+
+def sgd(
+    kernels: list[Any],
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    nesterov: bool,
+    packed: bool,
+    has_gradient: bool,
+) -> bool:
+    """`sgd_step` of bound parameters, in place; whether a NaN had no code."""
+    return _kernels.sgd(
+        kernels, lr, momentum, weight_decay, nesterov, packed, has_gradient,
+        torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def adam(
+    kernels: list[Any],
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    packed: bool,
+    has_gradient: bool,
+) -> bool:
+    """`adam_step` of bound parameters, in place; whether a NaN had no code."""
+    decoupled = decoupled and weight_decay != 0
+    return _kernels.adam(
+        kernels,
+        lr / (1 - betas[0] ** step),
+        1 - betas[0],
+        betas[1],
+        1 - betas[1],
+        (1 - betas[1] ** step) ** 0.5,
+        eps,
+        1 - lr * weight_decay if decoupled else weight_decay,
+        decoupled,
+        packed,
+        has_gradient,
+        torch.get_num_threads(),
+    )
+
+
+def root_values(root: Tensor) -> int:
+    """The address of the float32 values of all codes of a packed tensor; 0 for floats."""
+    if not isinstance(root, PackedTensor):
+        return 0
+    return code_values(root.format).data_ptr()
+
+
+@cache
+def code_values(fmt: Format) -> Tensor:
+    """The value of each code of a format of 8 bits without blocks: float32, shape (256,)."""
+    return dispatch.unpack(torch.arange(256, dtype=torch.uint8), None, fmt)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from swalp.optim import fused
 from swalp.optim.base import LowPrecisionOptimizer, Quantize, require_not_negative
 from swalp.packed import PackedTensor
 from swalp.recipes import Recipe
@@ -135,3 +136,43 @@ class SGD(LowPrecisionOptimizer):
             state["momentum_buffer"] = momentum_buffer
         if accumulator is not None:
             state["accumulator"] = accumulator
+
+    def _kernel(
+        self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
+    ) -> Any | None:
+        recipe = self.recipe
+        if recipe is None or recipe.accumulator is not None:
+            return None
+        roles = ("gradient", "momentum", "weight") if group["momentum"] else ("gradient", "weight")
+        kernel = self._prepared("SgdParameter", roles, name, parameter, gradient)
+        if kernel is None:
+            return None
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+        kept = state.get("momentum_buffer")
+        if kept is None and group["momentum"]:
+            # momentum * 0 + g is g: the same numbers as without a buffer
+            kept = state["momentum_buffer"] = fused.empty_state(recipe, "momentum", parameter)
+        kernel.bind(
+            state["step"],
+            fused.pointer(gradient),
+            fused.pointer(parameter),
+            fused.exponents(parameter),
+            fused.pointer(kept),
+            fused.exponents(kept),
+        )
+        state["step"] += 1
+        return kernel
+
+    def _run(self, kernels: list[Any], packed: bool, group: dict[str, Any]) -> bool:
+        assert self.recipe is not None
+        return fused.sgd(
+            kernels,
+            group["lr"],
+            group["momentum"],
+            group["weight_decay"],
+            group["nesterov"],
+            packed,
+            self.recipe.gradient is not None,
+        )

@@ -384,11 +384,12 @@ def _numbers(fmt: Format) -> _kernels.Format:
         case FixedPoint():
             f.kind, f.gap_offset = _kernels.GRID, -element.frac_bits
             f.min_integer, f.max_integer = element.min_integer, element.max_integer
+            f.symmetric_from = 129 - element.word_length
         case BlockFloat():
             f.kind, f.gap_offset = _kernels.GRID, element.gap_exponent(0)
             f.min_integer, f.max_integer = element.min_integer, element.max_integer
-            # From here on float32 cannot hold -2**(W-1) gaps, 2**(E+1).
-            f.symmetric_from = element.gap_exponent(127)
+            # From this gap on float32 cannot hold -2**(W-1) gaps.
+            f.symmetric_from = 129 - element.word_length
         case Minifloat():
             _fill_minifloat(f, element)
         case Binary():

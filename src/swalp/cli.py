@@ -1,0 +1,202 @@
+"""The command line: words become a `RunConfig` and calls, nothing else."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from swalp.training.mistakes import UserError
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+_MISTAKE = 2
+_DIFFERENT = 1
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Train networks in 8 bits or fewer, and average the iterates (SWALP).",
+)
+
+DataDir = Annotated[
+    Path | None,
+    typer.Option(help="Where the data files are; default: a cache directory, see `swalp doctor`."),
+]
+Download = Annotated[
+    bool, typer.Option("--download", help="Fetch missing data files from their public mirror.")
+]
+
+
+def main() -> None:
+    """Run the command line: exit status 0, 2 on a mistake, 130 when interrupted."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(words: list[str]) -> int:
+    """The exit status of ``swalp`` with those words."""
+    try:
+        return app(words, prog_name="swalp", standalone_mode=False) or 0
+    except UserError as error:
+        return _fail(str(error))
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
+    except (KeyboardInterrupt, typer.Abort):
+        print("swalp: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    except Exception as error:
+        # Typer's usage errors; the module of their class differs from version to version.
+        if hasattr(error, "format_message"):
+            return _fail(f"{' '.join(error.format_message().split())} (see swalp --help)")
+        raise
+
+
+def _version(value: bool) -> None:
+    if value:
+        from swalp.training import environment
+
+        print(f"swalp {environment.version('swalp')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[PRESET|CONFIG.toml]",
+            help="digits (default), mnist, fashion-mnist, or a file.",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated."),
+    ] = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run's directory, new or empty; default: runs/SOURCE-TIME."),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped.")
+    ] = None,
+) -> int:
+    """Train in float and in low precision side by side, and compare SGD with its average."""
+    from swalp.report import curves, tables
+    from swalp.report.progress import Display
+    from swalp.training import config, data, run_directory, study
+
+    if resume is not None:
+        if source is not None or set_ or out is not None:
+            raise UserError(
+                f"--resume {resume} takes the settings of that run: leave out the preset or file, "
+                f"--set and --out"
+            )
+        directory = run_directory.open_run(resume)
+        settings = directory.config()
+        examples = data.load(settings.data, data_dir, download=download)
+    else:
+        source = source or "digits"
+        settings = config.load(source, set_ or [])
+        examples = data.load(settings.data, data_dir, download=download)
+        name = f"{Path(source).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+        directory = run_directory.create(out or Path("runs") / name, settings)
+    with directory.locked(), Display() as display, _signals() as asked:
+        if directory.finished:
+            raise UserError(
+                f"{directory.path}: this run is finished; see it again with: "
+                f"swalp evaluate {directory.path}"
+            )
+        try:
+            summary = study.train(
+                directory, examples, watch=display, say=display.say, stop=lambda: bool(asked)
+            )
+        except study.Stopped:
+            display.say(f"stopped; go on with: swalp train --resume {directory.path}")
+            return 128 + asked[0]
+        directory.save_curves(
+            curves.png(
+                directory.metrics(),
+                averaging_start=settings.averaging_start,
+                title=f"{settings.data}, {settings.model} of width {settings.width}",
+            )
+        )
+        directory.finish(summary)
+    print(tables.render(summary))
+    print(f"\nSaved in {directory.path}; README.txt there says what is what.")
+    return 0
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="The directory of a finished run.")],
+    data_dir: DataDir = None,
+    download: Download = False,
+) -> int:
+    """Compute every error of a run's table again, from its saved models."""
+    from swalp.report import tables
+    from swalp.training import data, run_directory, study
+
+    directory = run_directory.open_run(run)
+    examples = data.load(directory.config().data, data_dir, download=download)
+    summary = study.evaluate(directory, examples)
+    print(tables.render(summary))
+    changed = tables.differing(directory.summary(), summary)
+    for line in changed:
+        print(f"swalp: differs from {run}: {line}", file=sys.stderr)
+    if not changed:
+        print(f"\nEvery error equals the one in {run}.")
+    return _DIFFERENT if changed else 0
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, processor, threads, the kernel in use, and where data is looked for."""
+    from swalp.report.tables import pairs
+    from swalp.training import data, environment
+
+    found = environment.describe() | {"data without --data-dir": str(data.cache_dir())}
+    print(pairs(found))
+
+
+def _fail(message: str) -> int:
+    print(f"swalp: {message}", file=sys.stderr)
+    return _MISTAKE
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in a list; a second one acts at once."""
+    asked: list[int] = []
+    names = (signal.SIGINT, signal.SIGTERM)
+
+    def handle(number: int, frame: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = [signal.signal(name, handle) for name in names]
+    try:
+        yield asked
+    finally:
+        for name, old in zip(names, before, strict=True):
+            signal.signal(name, old)

@@ -1,0 +1,158 @@
+"""The table of a finished run, and what it says, in words computed from its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+Row = dict[str, Any]
+
+# The 97.5 % quantile of Student's t with 1, 2, … degrees of freedom; beyond them it is below 2.1.
+_STUDENT = (
+    12.71,
+    4.31,
+    3.19,
+    2.78,
+    2.58,
+    2.45,
+    2.37,
+    2.31,
+    2.27,
+    2.23,
+    2.21,
+    2.18,
+    2.17,
+    2.15,
+    2.14,
+    2.12,
+    2.11,
+    2.11,
+    2.1,
+)
+
+
+def render(summary: dict[str, Any]) -> str:
+    """The rows of a summary as a table, and the findings below it."""
+    rows = summary["rows"]
+    seeds = len(rows[0]["test_error"])
+    header = ("model", "test error, %", "model, bytes", "weights + momentum", "average")
+    body: list[tuple[str, ...] | None] = []
+    for number, row in enumerate(rows):
+        if number and row["arm"] != rows[number - 1]["arm"]:
+            body.append(None)
+        averaging = f"{row['averaging_bytes']:,}" if row["averaging_bytes"] else ""
+        body.append(
+            (
+                label(row),
+                spread(row["test_error"]),
+                f"{row['model_bytes']:,}",
+                f"{row['training_bytes']:,}",
+                averaging,
+            )
+        )
+    note = (
+        f"{summary['data']}: {summary['train_examples']:,} training and "
+        f"{summary['test_examples']:,} test images; mean ± standard deviation of {count(seeds)}.\n"
+        f"SGD: the iterate where averaging starts, after the whole decay of the rate.\n"
+        f"Last iterate: at the end of the averaging phase, so for the same budget as the average.\n"
+        f"SWA, SWALP: the mean of that phase's iterates, kept in float."
+    )
+    return "\n".join([aligned(header, body), note, "", *findings(rows)])
+
+
+def label(row: Row) -> str:
+    """What a row is called."""
+    average = "SWA" if row["arm"] == "float" else "SWALP"
+    name = {"sgd": "SGD", "last": "SGD, last iterate", "average": average}[row["model"]]
+    return f"{row['arm']} {name}"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation of some errors; one value stands alone."""
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
+    return f"{mean(values):.2f} ± {stdev(values):.2f}"
+
+
+def count(seeds: int) -> str:
+    """A number of seeds, in words that fit it."""
+    return "1 seed" if seeds == 1 else f"{seeds} seeds"
+
+
+def aligned(header: Sequence[str], body: Sequence[Sequence[str] | None]) -> str:
+    """Text in columns, the first to the left, the others to the right; None is a rule."""
+    cells = [header, *(row for row in body if row is not None)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    rule = "  ".join("-" * width for width in widths)
+    lines = [
+        rule
+        if row is None
+        else "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [header, None, *body, None]
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def findings(rows: Sequence[Row]) -> list[str]:
+    """One sentence per low-precision arm: what the precision costs, and what averaging brings back.
+
+    Differences are taken seed by seed, as both sides share initial weights and order of the data.
+    """
+    errors = {(row["arm"], row["model"]): row["test_error"] for row in rows}
+    arms = dict.fromkeys(row["arm"] for row in rows)
+    if "float" not in arms:
+        return []
+    sentences = []
+    for arm in arms:
+        if arm == "float":
+            continue
+        cost = _differences(errors[arm, "sgd"], errors["float", "sgd"])
+        brought = _differences(errors[arm, "sgd"], errors[arm, "average"])
+        left = _differences(errors[arm, "average"], errors["float", "sgd"])
+        averages = _differences(errors[arm, "average"], errors["float", "average"])
+        sentences.append(
+            f"{arm}: low precision changes SGD's test error by {difference(cost)} points; "
+            f"averaging takes {difference(brought)} off, which leaves SWALP {difference(left)} "
+            f"from float SGD and {difference(averages)} from float SWA."
+        )
+    if sentences and len(rows[0]["test_error"]) > 1:
+        sentences.append(
+            "(Differences are paired by seed; ± is their standard deviation, and * marks a mean "
+            "that differs from 0 at the 5 % level of Student's t.)"
+        )
+    elif sentences:
+        sentences.append("(One seed: the differences may be chance.)")
+    return sentences
+
+
+def _differences(left: Sequence[float], right: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(left, right, strict=True)]
+
+
+def difference(values: Sequence[float]) -> str:
+    """Mean ± standard deviation, with a star where Student's t tells the mean from 0."""
+    if len(values) == 1:
+        return f"{values[0]:+.2f}"
+    freedom = len(values) - 1
+    bound = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 2.1
+    clear = abs(mean(values)) > bound * stdev(values) / len(values) ** 0.5
+    return f"{mean(values):+.2f} ± {stdev(values):.2f}{'*' if clear else ''}"
+
+
+def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """One line for each row whose errors are not the same in both summaries."""
+    return [
+        f"{label(old)}: {old['test_error']} became {new['test_error']}"
+        for old, new in zip(before["rows"], after["rows"], strict=True)
+        if old["test_error"] != new["test_error"]
+    ]
+
+
+def pairs(values: Mapping[str, object]) -> str:
+    """Names and values, one pair to a line."""
+    width = max(map(len, values))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in values.items())

@@ -1,0 +1,1 @@
+"""Training runs: settings, data, networks, the loop, and what a run leaves on disk."""

@@ -1,0 +1,208 @@
+"""The settings of a run: a frozen value, checked at birth, from presets, files and words."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from swalp import recipes
+from swalp.training.mistakes import UserError
+
+FLOAT = "float"  # the arm without a recipe
+
+
+class RunConfig(BaseModel):
+    """One run: every arm trained from every seed, with the same settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    data: Literal["digits", "mnist", "fashion-mnist"] = Field(description="the data set")
+    model: Literal["cnn", "mlp"] = Field(
+        description="the network: two convolutions and a linear layer, or three linear layers"
+    )
+    width: int = Field(
+        ge=1, le=4096, description="channels of the first convolution, or hidden units"
+    )
+    arms: tuple[str, ...] = Field(
+        strict=False,
+        min_length=1,
+        description='precisions to train in, side by side: "float", or the name of a recipe',
+    )
+    seeds: int = Field(ge=1, le=1000, description="how many seeds each arm is trained from")
+    first_seed: int = Field(ge=0, lt=2**32, description="the first seed; the others follow it")
+    batch_size: int = Field(ge=2, description="examples in a step")
+    epochs: int = Field(ge=2, description="passes over the training data")
+    averaging_start: int = Field(
+        ge=1, description="epochs before averaging starts; less than epochs"
+    )
+    average_every: int = Field(ge=1, description="steps between two iterates that are averaged")
+    learning_rate: float = Field(
+        gt=0,
+        description="at first: constant for half of averaging_start, then falling to a hundredth",
+    )
+    averaging_rate: float = Field(gt=0, description="the learning rate while averaging")
+    momentum: float = Field(ge=0, lt=1, description="of SGD")
+    weight_decay: float = Field(ge=0, description="L2 penalty")
+    threads: int = Field(
+        ge=1, le=1024, description="of PyTorch; the last bits of a result may depend on them"
+    )
+    checkpoint_seconds: float = Field(
+        ge=0, description="seconds between two checkpoints; no result depends on it"
+    )
+
+    @field_validator("arms")
+    @classmethod
+    def _known_arms(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+        for arm in arms:
+            if arm != FLOAT:
+                recipes.get(arm)
+        if len(set(arms)) < len(arms):
+            raise ValueError("each arm may be named once")
+        return arms
+
+    @model_validator(mode="after")
+    def _averages_something(self) -> RunConfig:
+        if self.averaging_start >= self.epochs:
+            raise ValueError(
+                f"averaging_start = {self.averaging_start} must be less than "
+                f"epochs = {self.epochs}, or nothing is averaged"
+            )
+        return self
+
+
+def preset_names() -> list[str]:
+    """The names of the presets."""
+    names = (entry.name for entry in _presets().iterdir())
+    return sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml"))
+
+
+def load(source: str, changes: Sequence[str] = ()) -> RunConfig:
+    """The settings that a preset or a file describes, after some changes.
+
+    Args:
+        source: a preset's name, or the path of a TOML file. A file has all keys of `RunConfig`, or
+            those that differ from a preset that it names: ``preset = "digits"``.
+        changes: each ``key=value``, the value as in TOML; text needs no quotes.
+
+    Raises:
+        UserError: no such preset, file or key, malformed TOML, or a value out of range.
+    """
+    if source.endswith(".toml") or "/" in source or "\\" in source:
+        path = Path(source)
+        try:
+            settings = parse(path.read_bytes(), source)
+        except OSError as error:
+            raise UserError(f"{source}: cannot read the settings: {error.strerror}") from None
+        base = settings.pop("preset", None)
+        if base is not None:
+            settings = _preset(str(base), source) | settings
+    else:
+        settings = _preset(source, None)
+    for change in changes:
+        key, value = _split(change)
+        settings[key] = value
+    return validated(settings, source)
+
+
+def parse(content: bytes, source: str) -> dict[str, Any]:
+    """The TOML in `content`; `source` says in errors where it came from."""
+    try:
+        return tomllib.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: not UTF-8 text (byte {error.start})") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{source}: malformed TOML: {_one_line(str(error))}") from None
+
+
+def validated(settings: Mapping[str, Any], source: str) -> RunConfig:
+    """`settings` as a `RunConfig`; `source` says in errors where they came from."""
+    try:
+        return RunConfig(**settings)
+    except ValidationError as error:
+        first, *others = error.errors()
+        more = f" (and {len(others)} more)" if others else ""
+        raise UserError(f"{source}: {_explained(first)}{more}") from None
+
+
+def to_toml(config: RunConfig) -> str:
+    """The settings as TOML, each with its description: what `load` reads back equal."""
+    lines = []
+    for key, field in RunConfig.model_fields.items():
+        # JSON writes text, lists, integers and finite floats the way TOML reads them.
+        value = json.dumps(getattr(config, key), ensure_ascii=False)
+        lines += [f"# {field.description}", f"{key} = {value}"]
+    return "\n".join(lines) + "\n"
+
+
+def _presets() -> Any:
+    return files("swalp.training") / "presets"
+
+
+def _preset(name: str, source: str | None) -> dict[str, Any]:
+    names = preset_names()
+    if name not in names:
+        where = f"{source}: " if source else ""
+        raise UserError(
+            f"{where}unknown preset {name!r}; {_nearest(name, names)}presets: {', '.join(names)}; "
+            f"the path of a file ends in .toml"
+        )
+    return parse((_presets() / f"{name}.toml").read_bytes(), f"preset {name}")
+
+
+def _split(change: str) -> tuple[str, Any]:
+    key, equals, text = change.partition("=")
+    key, text = key.strip(), text.strip()
+    if not equals or not key:
+        raise UserError(f"--set {change!r}: give key=value, such as --set epochs=20")
+    _require_key(key, "--set")
+    try:
+        return key, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, text
+
+
+def _require_key(key: str, source: str) -> None:
+    keys = list(RunConfig.model_fields)
+    if key not in keys:
+        raise UserError(
+            f"{source}: unknown key {key!r}; {_nearest(key, keys)}keys: {', '.join(keys)}"
+        )
+
+
+def _nearest(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def _explained(error: Any) -> str:
+    """One line for one of pydantic's errors: the key, what was given, what is allowed."""
+    key = str(error["loc"][0]) if error["loc"] else ""
+    if error["type"] == "extra_forbidden":
+        keys = list(RunConfig.model_fields)
+        return f"unknown key {key!r}; {_nearest(key, keys)}keys: {', '.join(keys)}"
+    if error["type"] == "missing":
+        return (
+            f"the key {key!r} is missing; name a preset to take it from, preset = "
+            f'"{preset_names()[0]}", or copy the config.toml of a run'
+        )
+    message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    if not key:
+        return message
+    description = RunConfig.model_fields[key].description
+    return f"{key} = {_shown(error['input'])}: {_one_line(message)} ({description})"
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,58 @@
+"""Files that are either whole or absent, whenever the machine stops."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write `content` beside `path`, flush it to the disk, and rename it into place."""
+    beside = path.with_name(f".{path.name}.unfinished")
+    try:
+        _write_and_sync(beside, content)
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
+    """Write a directory of `files` beside `path`, flush it, and rename it into place.
+
+    A directory that is there already is replaced; should the machine stop in between, neither may
+    be there.
+    """
+    beside = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
+    try:
+        beside.mkdir(parents=True)
+        for name, content in files.items():
+            _write_and_sync(beside / name, content)
+        sync_directory(beside)
+        if path.exists():
+            shutil.rmtree(path)
+        beside.rename(path)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Flush the names in a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_and_sync(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,237 @@
+"""The training loop of Algorithm 2: one arm, one seed, from any step to the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import swalp
+from swalp.optim import SGD
+from swalp.training import models
+from swalp.training.config import FLOAT, RunConfig
+from swalp.training.data import CLASSES, Dataset, epoch_order
+
+EVALUATION_BATCH = 1000  # examples; fixed, so that an evaluation gives the same bits again
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became NaN or infinite; the text says where."""
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """Everything that one training run has at one moment.
+
+    Attributes:
+        arm: "float" or the name of a recipe.
+        seed: of the initial weights, the order of the data and the noise.
+        model: the iterate.
+        optimizer: with its momentum.
+        average: of the iterates since averaging started.
+        step: steps taken.
+        loss_sum: of the steps taken in this epoch.
+    """
+
+    arm: str
+    seed: int
+    model: nn.Module
+    optimizer: SGD
+    average: swalp.WeightAverage
+    step: int = 0
+    loss_sum: float = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on, bit for bit."""
+        return {
+            "arm": self.arm,
+            "seed": self.seed,
+            "step": self.step,
+            "loss_sum": self.loss_sum,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state_dict(),
+            "noise": None if self.arm == FLOAT else swalp.noise_clock(self.model).state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state of the same arm and seed."""
+        assert (self.arm, self.seed) == (state["arm"], state["seed"])
+        self.step, self.loss_sum = state["step"], state["loss_sum"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.load_state_dict(state["average"])
+        if state["noise"] is not None:
+            swalp.noise_clock(self.model).load_state_dict(state["noise"])
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step reports; `record` is a line of metrics at the end of an epoch, else None."""
+
+    loss: float
+    record: dict[str, Any] | None
+
+
+def network(config: RunConfig, data: Dataset, arm: str, seed: int) -> nn.Module:
+    """The untrained network of an arm, its weights in real low-precision storage."""
+    model = models.build(
+        config.model, size=data.train_x.shape[-1], width=config.width, classes=CLASSES, seed=seed
+    )
+    if arm == FLOAT:
+        return model
+    return swalp.convert(model, swalp.recipes.get(arm), seed=seed, packed=True)
+
+
+def begin(config: RunConfig, data: Dataset, arm: str, seed: int) -> Trajectory:
+    """A trajectory at step 0."""
+    model = network(config, data, arm, seed)
+    optimizer = SGD(
+        model.named_parameters(),
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        recipe=None if arm == FLOAT else swalp.recipes.get(arm),
+        seed=seed,
+    )
+    start = config.averaging_start * steps_per_epoch(config, data)
+    average = swalp.WeightAverage(model, start=start, every=config.average_every)
+    return Trajectory(arm, seed, model, optimizer, average)
+
+
+def steps_per_epoch(config: RunConfig, data: Dataset) -> int:
+    """Full batches in an epoch; the examples left over, others in each epoch, wait for the next."""
+    return len(data.train_x) // config.batch_size
+
+
+def train(run: Trajectory, data: Dataset, config: RunConfig) -> Iterator[Step]:
+    """Train `run` from where it stands to the last epoch.
+
+    Yields:
+        After each step, when `run.state_dict()` is a state to go on from.
+
+    Raises:
+        NonFiniteLossError: the loss of a step is NaN or infinite; the step was not taken.
+    """
+    per_epoch = steps_per_epoch(config, data)
+    rate = swalp.schedules.Published(
+        start=config.averaging_start * per_epoch,
+        learning_rate=config.learning_rate,
+        averaging_rate=config.averaging_rate,
+    )
+    order: Tensor | None = None
+    while run.step < config.epochs * per_epoch:
+        epoch, place = divmod(run.step, per_epoch)
+        if order is None or place == 0:
+            order = epoch_order(len(data.train_x), run.seed, epoch)
+        rows = order[place * config.batch_size : (place + 1) * config.batch_size]
+        x, y = data.train_x[rows], data.train_y[rows]
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate(run.step)
+
+        run.model.train()
+        loss = nn.functional.cross_entropy(run.model(x), y)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise NonFiniteLossError(
+                f"the loss is {value} at step {run.step + 1} (epoch {epoch + 1}) of arm "
+                f"{run.arm!r}, seed {run.seed}; {_first_non_finite(run.model, x)}"
+            )
+        run.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]  # PyTorch ships no type
+        run.optimizer.step()
+        run.average.update_parameters(run.model)
+        run.step += 1
+        run.loss_sum += value
+
+        record = None
+        if run.step % per_epoch == 0:
+            record = {
+                "arm": run.arm,
+                "seed": run.seed,
+                "epoch": epoch + 1,
+                "step": run.step,
+                "learning_rate": group["lr"],
+                "train_loss": run.loss_sum / per_epoch,
+                "test_error": error(run.model, data.test_x, data.test_y),
+                "average_error": None,
+                "averaged": run.average.count,
+            }
+            if run.average.count > 0:
+                average = averaged_model(run.average, data)
+                record["average_error"] = error(average, data.test_x, data.test_y)
+            run.loss_sum = 0.0
+        yield Step(value, record)
+
+
+def averaged_model(average: swalp.WeightAverage, data: Dataset) -> nn.Module:
+    """The averaged network in float, its batch-norm statistics those of the training data."""
+    swalp.recompute_batchnorm(average.module, _batches(data.train_x))
+    return average.module
+
+
+@torch.no_grad()
+def error(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """The share of examples that `model` gets wrong, in %."""
+    model.eval()
+    batches = zip(_batches(x), _batches(y), strict=True)
+    wrong = sum(int((model(inputs).argmax(1) != labels).sum()) for inputs, labels in batches)
+    return 100 * wrong / len(y)
+
+
+def _batches(x: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(x, EVALUATION_BATCH)
+
+
+def sizes(config: RunConfig, data: Dataset, arm: str) -> dict[str, int]:
+    """Bytes really held by an arm, measured after a step.
+
+    Returns:
+        "iterate_bytes" and "average_bytes", of the model's parameters and buffers;
+        "training_bytes", of parameters and what the optimizer keeps; "averaging_bytes", of what
+        averaging keeps beside them.
+    """
+    run = begin(config, data, arm, config.first_seed)
+    next(train(run, data, config))
+    kept = [value for state in run.optimizer.state.values() for value in state.values()]
+    average = run.average.state_dict()["average"]
+    return {
+        "iterate_bytes": _bytes(run.model.state_dict().values()),
+        "average_bytes": _bytes(swalp.to_float(run.model).state_dict().values()),
+        "training_bytes": _bytes(run.model.parameters()) + _bytes(kept),
+        "averaging_bytes": sum(_bytes(state.values()) for state in average.values()),
+    }
+
+
+def _bytes(values: Iterable[object]) -> int:
+    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+
+
+def _first_non_finite(model: nn.Module, x: Tensor) -> str:
+    """Which layer's output, or which parameter, is the first that is not finite."""
+    for name, parameter in model.named_parameters():
+        if not bool(parameter.detach().isfinite().all()):
+            return f"parameter {name!r} is not finite"
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            if not found and not bool(output.isfinite().all()):
+                found.append(name)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(look(name))
+        for name, module in model.named_modules()
+        if next(module.children(), None) is None
+    ]
+    with torch.no_grad():
+        model(x)
+    for handle in handles:
+        handle.remove()
+    return f"layer {found[0]!r} is the first whose output is not finite" if found else "in the loss"

@@ -1,0 +1,223 @@
+"""What a run leaves on disk: one directory that explains itself."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from swalp.packed import from_plain, to_plain
+from swalp.training import config as settings
+from swalp.training.config import RunConfig
+from swalp.training.durable import write_file
+from swalp.training.mistakes import UserError
+
+VERSION = 1
+
+Record = dict[str, Any]
+
+_README = """\
+This directory is one training run of swalp (https://arxiv.org/abs/1904.11943 has the method).
+
+config.toml      the settings, complete: `swalp train config.toml` does the same run again
+metrics.jsonl    one line per arm, seed and epoch: training loss, learning rate, test error (%) of
+                 the iterate and of the average so far; a function of the settings, without times
+summary.json     the rows of the final table; it is there when the run is finished
+curves.png       test error against the epoch
+models/ARM/seed-N/
+    sgd.safetensors      the iterate where averaging starts
+    last.safetensors     the last iterate
+    average.safetensors  the average (SWA, or SWALP): float32, batch-norm statistics recomputed
+sessions.jsonl   one line per process that worked here: times, versions, machine
+checkpoints/     the last two states, from which `swalp train --resume` goes on
+run.json         the version of this layout
+
+Low-precision models are stored as integer codes and shared exponents; swalp.packed.from_plain reads
+them. `swalp evaluate` with this directory computes every error of the table again.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """The files of one run, by name."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where `checkpoint.save` puts them."""
+        return self.path / "checkpoints"
+
+    def config(self) -> RunConfig:
+        """The settings of the run."""
+        path = self.path / "config.toml"
+        return settings.validated(settings.parse(_read(path), str(path)), str(path))
+
+    @property
+    def finished(self) -> bool:
+        """Whether the summary is written."""
+        return self._summary.exists()
+
+    def summary(self) -> Record:
+        """The rows of the table.
+
+        Raises:
+            UserError: the run is not finished, or the file is damaged.
+        """
+        if not self.finished:
+            raise UserError(
+                f"{self.path}: the run is not finished; go on with: "
+                f"swalp train --resume {self.path}"
+            )
+        return _record(self._summary)
+
+    def finish(self, summary: Record) -> None:
+        """Write the summary, which marks the run as finished."""
+        write_file(self._summary, json.dumps(summary, indent=1).encode() + b"\n")
+
+    def save_curves(self, png: bytes) -> None:
+        """Save the picture."""
+        write_file(self.path / "curves.png", png)
+
+    def metrics(self) -> list[Record]:
+        """All records so far."""
+        return [json.loads(line) for line in _read(self._metrics).splitlines()]
+
+    def append_metrics(self, record: Record) -> None:
+        """Add a record."""
+        _append(self._metrics, record)
+
+    def metrics_size(self) -> int:
+        """Bytes of all records so far, which are on the disk when this returns."""
+        with self._metrics.open("ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def truncate_metrics(self, size: int) -> None:
+        """Forget the records beyond `size` bytes: those after a checkpoint."""
+        with self._metrics.open("ab") as file:
+            file.truncate(size)
+
+    def append_session(self, record: Record) -> None:
+        """Note what a process did."""
+        _append(self.path / "sessions.jsonl", record)
+
+    def model_path(self, arm: str, seed: int, model: str) -> Path:
+        """Where one model is saved: `model` is "sgd", "last" or "average"."""
+        return self.path / "models" / arm / f"seed-{seed}" / f"{model}.safetensors"
+
+    def save_model(self, path: Path, state: dict[str, Tensor]) -> None:
+        """Save a state dict, packed tensors as codes and exponents."""
+        plain, packed = to_plain(state)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # One entry: safetensors writes several in no fixed order.
+        content = safetensors.torch.save(plain, {"packed": json.dumps(packed)})
+        write_file(path, content)
+
+    def load_model(self, path: Path, sha256: str) -> dict[str, Tensor]:
+        """The state dict in a file.
+
+        Raises:
+            UserError: it is missing, or not the file that was saved.
+        """
+        content = _read(path)
+        if hashlib.sha256(content).hexdigest() != sha256:
+            raise UserError(f"{path}: damaged: it does not match the SHA-256 in {self._summary}")
+        with safetensors.safe_open(path, framework="pt") as file:
+            packed = json.loads(file.metadata()["packed"])
+        plain = safetensors.torch.load(content)
+        return from_plain({name: value.clone() for name, value in plain.items()}, packed)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside a ``with`` block no other process can work here.
+
+        Raises:
+            UserError: another one does.
+        """
+        with (self.path / "run.json").open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{self.path}: another process is working on this run") from None
+            yield
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def _summary(self) -> Path:
+        return self.path / "summary.json"
+
+
+def create(path: Path, config: RunConfig) -> RunDirectory:
+    """A new run in `path`, which must not be there yet, or be empty.
+
+    Raises:
+        UserError: it cannot be written, or something is there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise UserError(
+                f"{path}: the directory is not empty; choose another with --out, or go on with a "
+                f"run that is there: --resume {path}"
+            )
+        (path / "checkpoints").mkdir()
+        write_file(path / "README.txt", _README.encode())
+        write_file(path / "config.toml", settings.to_toml(config).encode())
+        write_file(path / "metrics.jsonl", b"")
+        write_file(path / "run.json", json.dumps({"version": VERSION}).encode() + b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot make the run directory: {error.strerror}") from None
+    return RunDirectory(path)
+
+
+def open_run(path: Path) -> RunDirectory:
+    """The run in `path`.
+
+    Raises:
+        UserError: there is none, or of another version.
+    """
+    if not (path / "run.json").is_file():
+        raise UserError(f"{path}: not a run directory (it has no run.json)")
+    version = _record(path / "run.json").get("version")
+    if version != VERSION:
+        raise UserError(
+            f"{path}: a run directory of version {version}; this swalp reads version {VERSION}: "
+            f"use the swalp that made it"
+        )
+    return RunDirectory(path)
+
+
+def _append(path: Path, record: Record) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror}") from None
+
+
+def _record(path: Path) -> Record:
+    try:
+        record = json.loads(_read(path))
+    except ValueError as error:
+        raise UserError(f"{path}: damaged: {error}") from None
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: damaged: not a JSON object")
+    return record

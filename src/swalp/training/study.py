@@ -1,0 +1,268 @@
+"""A run: every arm from every seed, saved so that it can stop and go on anywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from swalp import to_float
+from swalp.training import checkpoint, environment, loop
+from swalp.training.config import RunConfig
+from swalp.training.data import Dataset
+from swalp.training.loop import Trajectory
+from swalp.training.mistakes import UserError
+from swalp.training.run_directory import Record, RunDirectory
+
+MODELS = ("sgd", "last", "average")
+
+
+class Stopped(Exception):  # noqa: N818  (not an error)
+    """The run was asked to stop, and saved its state."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands, after a step.
+
+    Attributes:
+        arm: being trained.
+        seed: likewise.
+        epoch: being trained, from 1.
+        step: steps taken in the whole run.
+        steps: of the whole run.
+        learning_rate: of the step.
+        loss: of the step.
+        record: the metrics, if an epoch has just ended.
+    """
+
+    arm: str
+    seed: int
+    epoch: int
+    step: int
+    steps: int
+    learning_rate: float
+    loss: float
+    record: Record | None
+
+
+def train(
+    run: RunDirectory,
+    data: Dataset,
+    *,
+    watch: Callable[[Progress], None],
+    say: Callable[[str], None],
+    stop: Callable[[], bool],
+) -> Record:
+    """Go on with a run from its newest checkpoint, or begin it, and train to the end.
+
+    Args:
+        run: its directory, locked by the caller.
+        data: as its settings say.
+        watch: called after each step.
+        say: called with a line that the user should see.
+        stop: asked after each step; if true, the state is saved.
+
+    Returns:
+        The summary, which the caller passes to `RunDirectory.finish`.
+
+    Raises:
+        Stopped: `stop` said so.
+        UserError: the loss is not finite, or the disk fails; the text names the last checkpoint.
+    """
+    config = run.config()
+    if config.batch_size > len(data.train_x):
+        raise UserError(
+            f"batch_size = {config.batch_size} exceeds the {len(data.train_x)} training examples"
+        )
+    session = environment.describe() | {
+        "threads": config.threads,
+        "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    started = time.monotonic()
+    outcome = "failed"
+    try:
+        with _threads(config.threads):
+            _train(run, config, data, watch, say, stop)
+            summary = _summary(run, config, data)
+        outcome = "finished"
+        return summary
+    except Stopped:
+        outcome = "stopped"
+        raise
+    except loop.NonFiniteLossError as error:
+        raise UserError(
+            f"{error}; {_last_checkpoint(run)}. Start anew with a smaller learning_rate"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or run.path}: {error.strerror or error}; {_last_checkpoint(run)}. "
+            f"Mend that and go on with: swalp train --resume {run.path}"
+        ) from None
+    finally:
+        _note(run, session | {"seconds": round(time.monotonic() - started, 1), "outcome": outcome})
+
+
+def evaluate(run: RunDirectory, data: Dataset) -> Record:
+    """The summary of a finished run with every error computed anew from the saved models.
+
+    Raises:
+        UserError: the run is not finished, or a model is missing or damaged.
+    """
+    config, summary = run.config(), run.summary()
+    rows = []
+    for row in summary["rows"]:
+        errors = []
+        for number, sha256 in enumerate(row["sha256"]):
+            seed = config.first_seed + number
+            model = loop.network(config, data, row["arm"], seed)
+            if row["model"] == "average":
+                model = to_float(model)
+            path = run.model_path(row["arm"], seed, row["model"])
+            model.load_state_dict(run.load_model(path, sha256))
+            with _threads(config.threads):
+                errors.append(loop.error(model, data.test_x, data.test_y))
+        rows.append(row | {"test_error": errors})
+    return summary | {"rows": rows}
+
+
+def _train(
+    run: RunDirectory,
+    config: RunConfig,
+    data: Dataset,
+    watch: Callable[[Progress], None],
+    say: Callable[[str], None],
+    stop: Callable[[], bool],
+) -> None:
+    trajectories = _trajectories(config)
+    per_epoch = loop.steps_per_epoch(config, data)
+    length = config.epochs * per_epoch
+    first, saved = _resume(run, say)
+    due = time.monotonic() + config.checkpoint_seconds
+    for index in range(first, len(trajectories)):
+        trajectory = loop.begin(config, data, *trajectories[index])
+        if saved is not None:
+            trajectory.load_state_dict(saved)
+            saved = None
+        for step in loop.train(trajectory, data, config):
+            if step.record is not None:
+                run.append_metrics(step.record)
+                _save_models(run, config, trajectory, step.record["epoch"])
+            total = index * length + trajectory.step
+            stopping = stop()
+            if stopping or time.monotonic() >= due:
+                state = {
+                    "trajectory": index,
+                    "metrics_size": run.metrics_size(),
+                    "state": trajectory.state_dict(),
+                }
+                checkpoint.save(run.checkpoints, total, state)
+                due = time.monotonic() + config.checkpoint_seconds
+            watch(
+                Progress(
+                    trajectory.arm,
+                    trajectory.seed,
+                    (trajectory.step - 1) // per_epoch + 1,
+                    total,
+                    len(trajectories) * length,
+                    trajectory.optimizer.param_groups[0]["lr"],
+                    step.loss,
+                    step.record,
+                )
+            )
+            if stopping:
+                raise Stopped
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """PyTorch with that many threads, inside a ``with`` block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _trajectories(config: RunConfig) -> list[tuple[str, int]]:
+    """Arm and seed, in the order of training: all arms from one seed, then from the next."""
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    return [(arm, seed) for seed in seeds for arm in config.arms]
+
+
+def _resume(run: RunDirectory, say: Callable[[str], None]) -> tuple[int, dict[str, Any] | None]:
+    """Which trajectory to go on with, and its state; metrics end where the checkpoint was made."""
+    loaded = checkpoint.load_newest(run.checkpoints)
+    if loaded is None:
+        run.truncate_metrics(0)
+        return 0, None
+    for line in loaded.damaged:
+        say(f"{line}; going on from {loaded.path}")
+    run.truncate_metrics(loaded.state["metrics_size"])
+    return loaded.state["trajectory"], loaded.state["state"]
+
+
+def _save_models(run: RunDirectory, config: RunConfig, trajectory: Trajectory, epoch: int) -> None:
+    """The models of the table that exist at the end of this epoch."""
+    found = {}
+    if epoch == config.averaging_start:
+        found["sgd"] = trajectory.model
+    if epoch == config.epochs:
+        found |= {"last": trajectory.model, "average": trajectory.average.module}
+    for name, model in found.items():
+        path = run.model_path(trajectory.arm, trajectory.seed, name)
+        run.save_model(path, model.state_dict())
+
+
+def _summary(run: RunDirectory, config: RunConfig, data: Dataset) -> Record:
+    """The rows of the table: each model of each arm, over all seeds."""
+    metrics = {(row["arm"], row["seed"], row["epoch"]): row for row in run.metrics()}
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    place = {
+        "sgd": (config.averaging_start, "test_error"),
+        "last": (config.epochs, "test_error"),
+        "average": (config.epochs, "average_error"),
+    }
+    rows = []
+    for arm in config.arms:
+        sizes = loop.sizes(config, data, arm)
+        for model in MODELS:
+            epoch, key = place[model]
+            files = [run.model_path(arm, seed, model) for seed in seeds]
+            rows.append(
+                {
+                    "arm": arm,
+                    "model": model,
+                    "test_error": [metrics[arm, seed, epoch][key] for seed in seeds],
+                    "model_bytes": sizes[
+                        "average_bytes" if model == "average" else "iterate_bytes"
+                    ],
+                    "training_bytes": sizes["training_bytes"],
+                    "averaging_bytes": sizes["averaging_bytes"] if model == "average" else 0,
+                    "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files],
+                }
+            )
+    return {
+        "data": config.data,
+        "train_examples": len(data.train_x),
+        "test_examples": len(data.test_x),
+        "rows": rows,
+    }
+
+
+def _last_checkpoint(run: RunDirectory) -> str:
+    path = checkpoint.newest(run.checkpoints)
+    return "no checkpoint was made yet" if path is None else f"the last good checkpoint is {path}"
+
+
+def _note(run: RunDirectory, session: Record) -> None:
+    try:
+        run.append_session(session)
+    except OSError:
+        return  # the disk failed, which the user is being told

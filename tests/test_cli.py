@@ -1,0 +1,233 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import swalp
+from swalp import cli
+from swalp.training import config
+from tiny_runs import finished, settings
+
+TINY = ["digits", "--set", "width=4", "--set", "batch_size=500", "--set", "epochs=2"]
+TINY += ["--set", "averaging_start=1", "--set", "seeds=2", "--set", "model=mlp"]
+
+
+@pytest.fixture
+def run_swalp(capsys, tmp_path, monkeypatch):
+    """Status, stdout and stderr of a command, run in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        status = cli.run([str(word) for word in words])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def old_run(tmp_path_factory):
+    """A finished run, not to be changed."""
+    return finished(tmp_path_factory.mktemp("old")).path
+
+
+def test_train_and_evaluate(run_swalp, tmp_path):
+    status, out, err = run_swalp("train", *TINY, "--out", "made/here")
+    assert (status, err) == (0, "")
+    rows = re.findall(
+        r"^(float|paper-small-block-\d+) (SGD.*?|SWA|SWALP)  +(\d+\.\d\d) ± ", out, re.M
+    )
+    assert len(rows) == 9
+    assert (
+        "digits: 1,000 training and 797 test images; mean ± standard deviation of 2 seeds." in out
+    )
+    assert re.search(r"^paper-small-block-8: low precision changes SGD's test error by", out, re.M)
+    assert out.endswith("Saved in made/here; README.txt there says what is what.\n")
+    made = tmp_path / "made" / "here"
+    assert (made / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+    status, again, err = run_swalp("evaluate", made)
+    assert (status, err) == (0, "")
+    assert again.startswith(out[: out.index("\nSaved in")])
+    assert f"Every error equals the one in {made}." in again
+
+
+def test_train_makes_a_directory_of_its_own(run_swalp, tmp_path):
+    assert run_swalp("train", *TINY, "--set", 'arms=["float"]')[0] == 0
+    (made,) = (tmp_path / "runs").iterdir()
+    assert re.fullmatch(r"digits-\d{8}-\d{6}", made.name)
+
+
+def test_a_file_of_settings(run_swalp, tmp_path, old_run):
+    status, _, err = run_swalp("train", old_run / "config.toml", "--out", "again")
+    assert (status, err) == (0, "")
+    for name in ("summary.json", "metrics.jsonl", "config.toml"):
+        assert (tmp_path / "again" / name).read_bytes() == (old_run / name).read_bytes()
+
+
+def test_evaluate_says_what_differs(run_swalp, tmp_path):
+    run = finished(tmp_path / "run")
+    summary = run.summary()
+    summary["rows"][1]["test_error"] = [1.5]
+    run.finish(summary)
+    status, _, err = run_swalp("evaluate", run.path)
+    assert status == 1
+    assert re.fullmatch(
+        rf"swalp: differs from {run.path}: float SGD, last iterate: \[1.5\] became \[\d.*\]\n", err
+    )
+
+
+def test_doctor(run_swalp):
+    status, out, err = run_swalp("doctor")
+    assert (status, err) == (0, "")
+    found = dict(re.split("  +", line, maxsplit=1) for line in out.splitlines())
+    assert found["swalp"] == "0.1.0"
+    assert found["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert int(found["threads"]) >= 1
+    assert found["quantizer"]
+    assert found["data without --data-dir"].endswith("swalp")
+
+
+def test_version(run_swalp):
+    assert run_swalp("--version") == (0, "swalp 0.1.0\n", "")
+
+
+def test_help(run_swalp):
+    for words in (
+        [],
+        ["--help"],
+        ["train", "--help"],
+        ["evaluate", "--help"],
+        ["doctor", "--help"],
+    ):
+        status, out, err = run_swalp(*words)
+        assert status == 0 or not words
+        assert "Usage: swalp" in out + err
+
+
+MISTAKES = [
+    (["train", "digts"], "unknown preset 'digts'; did you mean 'digits'?"),
+    (["train", "none.toml"], "none.toml: cannot read the settings: No such file or directory"),
+    (["train", "bad.toml"], "bad.toml: malformed TOML: "),
+    (["train", "--set", "epoch=3"], "--set: unknown key 'epoch'; did you mean 'epochs'?"),
+    (["train", "--set", "epochs"], "--set 'epochs': give key=value"),
+    (["train", "--set", "momentum=2"], "digits: momentum = 2: should be less than 1 (of SGD)"),
+    (["train", "--set", "batch_size=2000"], "batch_size = 2000 exceeds the 1000 training examples"),
+    (["train", "--set"], "Option '--set' requires an argument"),
+    (["train", "--sets", "a=3"], "No such option: --sets"),
+    (["train", "digits", "mnist"], "Got unexpected extra argument(s) (mnist)"),
+    (["trian"], "No such command 'trian'"),
+    (["train", "mnist", "--data-dir", "."], "no train-images-idx3-ubyte.gz of mnist in mnist or ."),
+    (["train", "--out", "full"], "full: the directory is not empty; choose another with --out"),
+    (["train", "--out", "bad.toml"], "bad.toml: cannot make the run directory: "),
+    (["train", "--out", "bad.toml/a"], "cannot make the run directory: Not a directory"),
+    (["train", "--out", "/proc/none"], "/proc/none: cannot make the run directory: "),
+    (["train", "--resume", "none"], "none: not a run directory (it has no run.json)"),
+    (["train", "--resume", "full"], "full: not a run directory (it has no run.json)"),
+    (["train", "--resume", "OLD"], "this run is finished; see it again with: swalp evaluate "),
+    (["train", "digits", "--resume", "OLD"], "takes the settings of that run: leave out"),
+    (["train", "--resume", "OLD", "--set", "epochs=9"], "takes the settings of that run"),
+    (["train", "--resume", "OLD", "--out", "x"], "takes the settings of that run"),
+    (["evaluate", "none"], "none: not a run directory (it has no run.json)"),
+    (["evaluate"], "Missing argument"),
+    (["evaluate", "OLD", "OLD"], "Got unexpected extra argument(s)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES]
+)
+def test_a_mistake_gets_one_line_and_status_2(run_swalp, tmp_path, old_run, words, message):
+    (tmp_path / "bad.toml").write_text("epochs = = 3")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("untouched")
+    before = {path: path.stat().st_mtime_ns for path in old_run.rglob("*")}
+    status, out, err = run_swalp(*(old_run if word == "OLD" else word for word in words))
+    assert (status, out) == (2, "")
+    assert err.startswith("swalp: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine"]
+    assert before == {path: path.stat().st_mtime_ns for path in old_run.rglob("*")}
+
+
+def test_a_run_of_another_version(run_swalp, tmp_path):
+    (tmp_path / "run.json").write_text('{"version": 2}')
+    for words in (["train", "--resume", "."], ["evaluate", "."]):
+        status, _, err = run_swalp(*words)
+        assert status == 2
+        assert err == (
+            "swalp: .: a run directory of version 2; this swalp reads version 1: "
+            "use the swalp that made it\n"
+        )
+
+
+def test_a_damaged_run(run_swalp, tmp_path):
+    run = finished(tmp_path / "run", arms=("float",), epochs=2, averaging_start=1)
+    damages = {
+        "models/float/seed-0/last.safetensors": "damaged: it does not match the SHA-256",
+        "summary.json": "damaged: ",
+        "config.toml": "malformed TOML",
+        "run.json": "damaged: ",
+    }
+    for name, message in damages.items():
+        (run.path / name).write_bytes((run.path / name).read_bytes()[:-9])
+        status, out, err = run_swalp("evaluate", run.path)
+        assert (status, out) == (2, "")
+        assert message in err
+        assert str(run.path / name) in err
+        assert err.count("\n") == 1
+
+
+def test_our_own_defects_are_not_hidden(run_swalp, monkeypatch):
+    def defect(*_):
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(config, "load", defect)
+    with pytest.raises(RuntimeError, match="a defect"):
+        run_swalp("train")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed(tmp_path, run_swalp, number):
+    from swalp.training import run_directory
+
+    path = tmp_path / "run"
+    (tmp_path / "long.toml").write_text(config.to_toml(settings(epochs=4, seeds=100)))
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from swalp.cli import main; main()"]
+        + ["train", "long.toml", "--out", str(path)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    metrics = path / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (128 + number, "")
+    assert err == f"stopped; go on with: swalp train --resume {path}\n"
+
+    run = run_directory.open_run(path)
+    (saved,) = run.checkpoints.iterdir()
+    with run.locked():
+        status, _, err = run_swalp("train", "--resume", path)
+        assert (status, err) == (2, f"swalp: {path}: another process is working on this run\n")
+    assert [saved] == list(run.checkpoints.iterdir())
+
+
+def test_importing_the_library_does_not_import_the_command_line():
+    code = "import sys, swalp; print([name for name in sys.modules if name.startswith('swalp.')])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "swalp.formats" in run.stdout
+    for name in ("training", "report", "cli"):
+        assert f"swalp.{name}" not in run.stdout
+    assert set(swalp.__all__).isdisjoint({"training", "report", "cli"})

@@ -1,0 +1,118 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from swalp.training import config
+from swalp.training.config import RunConfig
+from swalp.training.mistakes import UserError
+
+
+@pytest.mark.parametrize("name", config.preset_names())
+def test_presets_load_and_survive_the_round_trip(name, tmp_path):
+    settings = config.load(name)
+    path = tmp_path / "config.toml"
+    path.write_text(config.to_toml(settings))
+    assert config.load(str(path)) == settings
+    assert settings.arms[0] == "float"
+    assert len(settings.arms) >= 2
+
+
+def test_preset_names():
+    assert config.preset_names() == ["digits", "fashion-mnist", "mnist"]
+
+
+@given(
+    learning_rate=st.floats(min_value=0, exclude_min=True, allow_infinity=False),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_toml_round_trip_of_any_number(learning_rate, seed):
+    settings = config.load("digits")
+    settings = settings.model_copy(update={"learning_rate": learning_rate, "first_seed": seed})
+    again = config.parse(config.to_toml(settings).encode(), "text")
+    assert config.validated(again, "text") == settings
+
+
+def test_settings_are_frozen_values():
+    settings = config.load("digits")
+    assert hash(settings) == hash(config.load("digits"))
+    with pytest.raises(ValidationError):
+        settings.epochs = 3
+
+
+def test_a_file_may_start_from_a_preset(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('preset = "digits"\nepochs = 40\n')
+    assert config.load(str(path)) == config.load("digits", ["epochs=40"])
+
+
+def test_changes_are_toml_values_or_bare_words():
+    settings = config.load(
+        "digits", ["model=mlp", "epochs = 50", "learning_rate=1", 'arms=["float"]', "data='mnist'"]
+    )
+    assert (settings.model, settings.epochs, settings.learning_rate) == ("mlp", 50, 1.0)
+    assert (settings.arms, settings.data) == (("float",), "mnist")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["epoch=3"], "--set: unknown key 'epoch'; did you mean 'epochs'? keys: data, model,"),
+        (["zzz=3"], "--set: unknown key 'zzz'; keys: data,"),
+        (["epochs"], "--set 'epochs': give key=value"),
+        (["=3"], "--set '=3': give key=value"),
+        (["epochs=3.5"], "digits: epochs = 3.5: should be a valid integer"),
+        (["epochs=ten"], 'digits: epochs = "ten": should be a valid integer'),
+        (["epochs=true"], "digits: epochs = true: should be a valid integer"),
+        (["momentum=1"], "momentum = 1: should be less than 1 (of SGD)"),
+        (["learning_rate=nan"], "learning_rate = NaN: should be a finite number"),
+        (["learning_rate=-1"], "learning_rate = -1: should be greater than 0"),
+        (["model=rnn"], "model = \"rnn\": should be 'cnn' or 'mlp'"),
+        (["data=cifar"], "data = \"cifar\": should be 'digits', 'mnist' or 'fashion-mnist'"),
+        (["arms=[]"], "arms = []: Tuple should have at least 1 item"),
+        (['arms=["float", "float"]'], "each arm may be named once"),
+        (['arms=["paper-smal-block-8"]'], "did you mean paper-small-block-8"),
+        (["averaging_start=30"], "averaging_start = 30 must be less than epochs = 30"),
+        (["epochs=0", "width=0"], "digits: width = 0: should be greater than or equal to 1"),
+        (["epochs=0", "width=0"], "(and 1 more)"),
+    ],
+)
+def test_mistakes_get_one_line(changes, message):
+    with pytest.raises(UserError) as caught:
+        config.load("digits", changes)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"epochs = = 3", "malformed TOML: Invalid value (at line 1, column 10)"),
+        (b'preset = "digits"\nepochs', "(at end of document)"),
+        (b"\xff", "not UTF-8 text (byte 0)"),
+        (b'preset = "digts"', "unknown preset 'digts'; did you mean 'digits'?"),
+        (b"epochs = 3", "the key 'data' is missing; name a preset"),
+        (b'preset = "digits"\n[optimizer]\nlr = 3', "unknown key 'optimizer'"),
+    ],
+)
+def test_mistakes_in_files_name_the_file(content, message, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        config.load(str(path))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_sources(tmp_path):
+    with pytest.raises(UserError, match=r"unknown preset 'digit'; did you mean 'digits'"):
+        config.load("digit")
+    with pytest.raises(UserError, match=r"none\.toml: cannot read the settings: No such file"):
+        config.load(str(tmp_path / "none.toml"))
+    with pytest.raises(UserError, match="cannot read the settings: Is a directory"):
+        config.load(f"{tmp_path}/")
+
+
+def test_every_setting_is_described():
+    assert all(field.description for field in RunConfig.model_fields.values())

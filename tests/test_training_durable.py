@@ -1,0 +1,36 @@
+import errno
+import os
+
+import pytest
+
+from swalp.training import durable
+
+
+def no_space(descriptor):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
+    path, folder = tmp_path / "file", tmp_path / "folder"
+    durable.write_file(path, b"old")
+    durable.write_directory(folder, {"a": b"old"})
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", no_space)
+        with pytest.raises(OSError, match="No space left"):
+            durable.write_file(path, b"new")
+        with pytest.raises(OSError, match="No space left"):
+            durable.write_directory(folder, {"a": b"new"})
+    assert path.read_bytes() == (folder / "a").read_bytes() == b"old"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_content_is_replaced(tmp_path):
+    path, folder = tmp_path / "file", tmp_path / "folder"
+    (tmp_path / ".folder.unfinished").mkdir()  # of a killed process
+    (tmp_path / ".folder.unfinished" / "b").touch()
+    for content in (b"old", b"new"):
+        durable.write_file(path, content)
+        durable.write_directory(folder, {"a": content})
+        assert path.read_bytes() == (folder / "a").read_bytes() == content
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
+    assert [entry.name for entry in folder.iterdir()] == ["a"]
