@@ -115,7 +115,7 @@ def train(
         settings = directory.config()
         examples = data.load(settings.data, data_dir, download=download)
     else:
-        source = source or "digits"
+        source = "digits" if source is None else source
         settings = config.load(source, set_ or [])
         examples = data.load(settings.data, data_dir, download=download)
         name = f"{Path(source).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
