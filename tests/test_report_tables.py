@@ -57,6 +57,7 @@ def test_findings_are_computed_from_the_rows():
     ("values", "shown"),
     [
         ([0.5], "+0.50"),
+        ([-0.001], "+0.00"),
         ([-1.0, 1.0], "+0.00 ± 1.41"),
         ([-1.0, -1.0], "-1.00 ± 0.00*"),
         # t = 4.30 with 2 degrees of freedom is the 5 % bound: mean / (sd / sqrt(3)).

@@ -137,12 +137,13 @@ def _differences(left: Sequence[float], right: Sequence[float]) -> list[float]:
 
 def difference(values: Sequence[float]) -> str:
     """Mean ± standard deviation, with a star where Student's t tells the mean from 0."""
+    shown = f"{round(mean(values), 2) + 0.0:+.2f}"  # + 0.0: there is no -0.00
     if len(values) == 1:
-        return f"{values[0]:+.2f}"
+        return shown
     freedom = len(values) - 1
     bound = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 2.1
     clear = abs(mean(values)) > bound * stdev(values) / len(values) ** 0.5
-    return f"{mean(values):+.2f} ± {stdev(values):.2f}{'*' if clear else ''}"
+    return f"{shown} ± {stdev(values):.2f}{'*' if clear else ''}"
 
 
 def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
