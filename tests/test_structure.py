@@ -18,6 +18,7 @@ FLOORS = [
     {"layers"},
     {"convert"},
     {"optim", "averaging", "batchnorm", "schedules"},
+    {"the front door"},
     {"training"},
     {"report"},
     {"cli"},
@@ -32,8 +33,9 @@ def imported(path: Path) -> set[str]:
             inner = (node.module or "").split(".")[1:]
             names |= {inner[0]} if inner else {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
-            names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("swalp.")}
-    return names
+            modules = [alias.name for alias in node.names if alias.name.split(".")[0] == "swalp"]
+            names |= {(*module.split("."), "the front door")[1] for module in modules}
+    return {name if name in FLOOR else "the front door" for name in names}
 
 
 def test_imports_go_one_way():
@@ -42,8 +44,6 @@ def test_imports_go_one_way():
         if own in ("__init__", "__main__"):
             continue
         for name in imported(path):
-            if name.startswith("__"):
-                continue
             assert name == own or FLOOR[name] < FLOOR[own], f"{path} imports swalp.{name}"
 
 

@@ -45,20 +45,22 @@ def parse_format(text: str) -> Format:
             * ``bfp8`` word length; then, each optional, ``e5`` exponent bits, ``t`` two's
               complement, ``[0,1]`` axes, ``/32`` or ``/16x16`` tile;
             * ``e6m9`` exponent and mantissa bits; then ``ieee``, ``fn``, ``fnuz`` or ``finite``,
-              ``b8`` bias, ``-nosub`` without subnormals, ``-inf`` overflowing; ``u`` in front: unsigned;
+              ``b8`` bias, ``-nosub`` without subnormals, ``-inf`` overflowing; in front, ``u``
+              unsigned;
             * ``mx_`` and an element format, or an MX name; then ``[axis]`` and ``/tile``.
 
     Raises:
+        TypeError: not a string.
         ValueError: not a format; the text names the nearest ones.
 
     Example:
         >>> parse_format("bfp8[0]")
         BlockFloat(word_length=8, axes=(0,), tile=None, exponent_bits=8, symmetric=True)
     """
+    if not isinstance(text, str):
+        raise TypeError(f"parse_format: {text!r} must be a string such as 'bfp8', 'e4m3fn'")
     if text in NAMED:
         return NAMED[text]
-    if text == "binary":
-        return Binary()
     if match := _FIXED.fullmatch(text):
         return FixedPoint(
             int(match["word"]), int(match["frac"]), symmetric=bool(match["symmetric"])
@@ -93,7 +95,7 @@ def parse_format(text: str) -> Format:
             return Microscaling(
                 element, tile=int(match["tile"] or 32), axis=int(match["axis"] or -1)
             )
-    near = difflib.get_close_matches(text, [*NAMED, "binary", "bfp8", "fixed8.6"], n=2)
+    near = difflib.get_close_matches(text, [*NAMED, "bfp8", "fixed8.6"], n=2)
     hint = f"did you mean {' or '.join(near)}?" if near else f"examples: {FORMS}"
     raise ValueError(f"unknown format {text!r}; {hint}")
 

@@ -1,8 +1,8 @@
 """Which numbers exist: the formats, as frozen values.
 
-Every format is, for each element, a set of values ``sign * integer * 2**gap_exponent``. `FixedPoint`
-has one gap for all; `BlockFloat` and `Microscaling` find it from the largest magnitude of a block;
-`Minifloat` from the magnitude of the element itself; `Binary` has two values and no zero.
+Every format is, for each element, a set of values ``sign * integer * 2**gap_exponent``.
+`FixedPoint` has one gap for all; `BlockFloat` and `Microscaling` find it from the largest magnitude
+of a block; `Minifloat` from the magnitude of the element itself; `Binary` has two values, no zero.
 
 A format knows:
 
@@ -10,7 +10,8 @@ A format knows:
 * `gap`: the distance between neighbours in [1, 2), for a block format in a block whose largest
   magnitude lies there;
 * `bits`: bits of an element's code, without its share of a shared exponent; `num_codes` = 2**bits;
-* `values()`: all its finite values, ascending (of a block format: in a block with exponent 0).
+* `values()`: all its finite values, ascending (of a block format: in a block whose largest
+  magnitude lies in [1, 2)), for words of up to 24 bits.
 """
 
 from __future__ import annotations
@@ -28,6 +29,28 @@ Specials = Literal["ieee", "fn", "fnuz", "finite"]
 
 # float64 carries 53 significant bits: the widest carrier there is.
 _MAX_SIGNIFICAND = 53
+_SMALLEST_EXPONENT = -1074  # of a float64: of the lowest subnormal
+_MAX_LISTED_BITS = 24  # 2**24 values are 128 MiB
+
+# Systematic spelling -> short name. (1,5,2) of "Training DNNs with 8-bit floating point" (Wang et
+# al. 2018) is e5m2, and its (1,6,9) accumulator format e6m9.
+_SHORT = {
+    "binary.0": "binary",
+    "fixed2.0s": "ternary",
+    "e5m10": "fp16",
+    "e8m7": "bf16",
+    "e3m2finite": "e3m2",
+    "e2m3finite": "e2m3",
+    "e2m1finite": "e2m1",
+    "e3m0finite": "e3m0",
+    "ue8m0fn-nosub": "e8m0",
+    "mx_e5m2": "mxfp8_e5m2",
+    "mx_e4m3fn": "mxfp8_e4m3",
+    "mx_e3m2": "mxfp6_e3m2",
+    "mx_e2m3": "mxfp6_e2m3",
+    "mx_e2m1": "mxfp4_e2m1",
+    "mx_fixed8.6s": "mxint8",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +67,7 @@ class FixedPoint:
     word_length: int
     frac_bits: int
     symmetric: bool = field(default=False, kw_only=True)
+    _text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_int(
@@ -55,6 +79,7 @@ class FixedPoint:
             "the gap 2**-frac_bits must be an ordinary float64",
         )  # fmt: skip
         require_bool("FixedPoint", "symmetric", self.symmetric)
+        _name(self, f"fixed{self.word_length}.{self.frac_bits}{'s' if self.symmetric else ''}")
 
     @property
     def max_integer(self) -> int:
@@ -98,13 +123,12 @@ class FixedPoint:
 
     def values(self) -> Tensor:
         """All values, ascending, float64."""
+        _check_listable(self)
         integers = torch.arange(self.min_integer, self.max_integer + 1, dtype=torch.float64)
         return integers * self.gap
 
     def __str__(self) -> str:
-        return _NAME_OF.get(self) or (
-            f"fixed{self.word_length}.{self.frac_bits}{'s' if self.symmetric else ''}"
-        )
+        return self._text
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +155,7 @@ class BlockFloat:
     tile: int | tuple[int, ...] | None = field(default=None, kw_only=True)  # kept as a tuple
     exponent_bits: int = field(default=8, kw_only=True)
     symmetric: bool = field(default=True, kw_only=True)
+    _text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_int(
@@ -138,8 +163,8 @@ class BlockFloat:
             "values are carried in at most float64 (53 significant bits)",
         )  # fmt: skip
         require_int(
-            "BlockFloat", "exponent_bits", self.exponent_bits, 2, 12,
-            "8 bits cover float32, 11 or 12 float64",
+            "BlockFloat", "exponent_bits", self.exponent_bits, 2, 11,
+            "8 bits are float32's, 11 float64's",
         )  # fmt: skip
         require_bool("BlockFloat", "symmetric", self.symmetric)
         if self.axes is not None:
@@ -152,6 +177,9 @@ class BlockFloat:
                     f"BlockFloat: tile={tile} runs along {len(tile)} axes, but axes={self.axes} "
                     f"names {len(self.axes)}; give one axis for each extent of the tile"
                 )
+        exponent = "" if self.exponent_bits == 8 else f"e{self.exponent_bits}"
+        clamp = "" if self.symmetric else "t"
+        _name(self, f"bfp{self.word_length}{exponent}{clamp}{_layout(self.axes, self.tile)}")
 
     @property
     def max_integer(self) -> int:
@@ -209,13 +237,12 @@ class BlockFloat:
 
     def values(self) -> Tensor:
         """All values of a block with exponent 0, ascending, float64."""
+        _check_listable(self)
         integers = torch.arange(self.min_integer, self.max_integer + 1, dtype=torch.float64)
         return integers * self.gap
 
     def __str__(self) -> str:
-        exponent = "" if self.exponent_bits == 8 else f"e{self.exponent_bits}"
-        clamp = "" if self.symmetric else "t"
-        return f"bfp{self.word_length}{exponent}{clamp}{_layout(self.axes, self.tile)}"
+        return self._text
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,11 +253,13 @@ class Minifloat:
         exponent_bits: width of the exponent field.
         mantissa_bits: stored bits, without the hidden one; 0 gives the powers of two (and zero):
             the logarithmic format.
-        bias: exponent of field value e is e - bias; default 2**(exponent_bits-1) - 1.
+        bias: exponent of field value e is e - bias; default 2**(exponent_bits-1) - 1, for "fnuz"
+            2**(exponent_bits-1).
         subnormals: False: exponent field 0 holds zero alone, so that nothing lies between zero and
-            the smallest normal value; without mantissa bits it holds 2**-bias and there is no zero.
+            the smallest normal value; without mantissa bits it holds 2**-bias, and there is no
+            zero.
         specials: which codes are no numbers. "ieee": the top exponent field holds infinity and NaN;
-            "fn": only the code of all ones is NaN; "fnuz": only the code of -0 is NaN; "finite": none.
+            "fn": only the code of all ones is NaN; "fnuz": only that of -0; "finite": none.
         saturating: True: what exceeds the largest value, infinity included, becomes the largest.
             False: it becomes infinity (ieee) or NaN (fn, fnuz); not to be had with "finite".
         signed: False: no sign bit; negative inputs become NaN.
@@ -245,6 +274,7 @@ class Minifloat:
     specials: Specials = field(default="ieee", kw_only=True)
     saturating: bool = field(default=True, kw_only=True)
     signed: bool = field(default=True, kw_only=True)
+    _text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_int("Minifloat", "exponent_bits", self.exponent_bits, 1, 11, "float64 has 11")
@@ -256,7 +286,7 @@ class Minifloat:
         for name in ("subnormals", "saturating", "signed"):
             require_bool("Minifloat", name, getattr(self, name))
         if self.bias is None:
-            object.__setattr__(self, "bias", (1 << (self.exponent_bits - 1)) - 1)
+            object.__setattr__(self, "bias", self._standard_bias)
         require_int(
             "Minifloat", "bias", self.bias, -900, 1100, "the values must be ordinary float64"
         )
@@ -271,14 +301,22 @@ class Minifloat:
             )
         if self._top_field < (1 if self.has_zero else 0):
             raise ValueError(
-                f"Minifloat: {self.exponent_bits} exponent and {self.mantissa_bits} mantissa bits "
-                f"with specials={self.specials!r} leave no number but zero; give it more bits"
+                f"Minifloat: specials={self.specials!r} takes the only exponent field for normal "
+                f"numbers that {self.exponent_bits} exponent bit(s) have; give it more, or use "
+                f"specials='finite'"
             )
-        if self.max_exponent > 1023:
+        if self.max_exponent > 1023 or self._smallest_exponent < _SMALLEST_EXPONENT:
             raise ValueError(
-                f"Minifloat: the largest exponent {self.max_exponent} exceeds float64's 1023; "
-                f"use a larger bias"
+                f"Minifloat: with bias={self.bias} the magnitudes reach from "
+                f"2**{self._smallest_exponent} to 2**{self.max_exponent}, but float64 from "
+                f"2**-1074 to 2**1023: use another bias or fewer exponent bits"
             )
+        kind = f"{'' if self.signed else 'u'}e{self.exponent_bits}m{self.mantissa_bits}"
+        # "e3m2" alone is the short name of another one than the IEEE format of these widths.
+        specials = "" if self.specials == "ieee" and kind not in _SHORT.values() else self.specials
+        bias = "" if self.bias == self._standard_bias else f"b{self.bias}"
+        flags = ("" if self.subnormals else "-nosub") + ("" if self.saturating else "-inf")
+        _name(self, f"{kind}{specials}{bias}{flags}")
 
     @property
     def has_zero(self) -> bool:
@@ -289,6 +327,11 @@ class Minifloat:
     def _bias(self) -> int:
         assert self.bias is not None  # resolved at birth
         return self.bias
+
+    @property
+    def _standard_bias(self) -> int:
+        # Without infinities and with one NaN, the fnuz formats shift their range down by a binade.
+        return (1 << (self.exponent_bits - 1)) - (self.specials != "fnuz")
 
     @property
     def _top_field(self) -> int:
@@ -305,13 +348,17 @@ class Minifloat:
     @property
     def max_exponent(self) -> int:
         """Exponent of the largest value."""
-        if self._top_field == 0:
-            return self.min_exponent  # one exponent field, subnormals alone
         return self._top_field - self._bias
 
     @property
+    def _smallest_exponent(self) -> int:
+        return self.min_exponent - (self.mantissa_bits if self.subnormals else 0)
+
+    @property
     def gap(self) -> float:
-        """Distance between neighbours in [1, 2): 2**-mantissa_bits."""
+        """Distance between normal numbers in [1, 2): 2**-mantissa_bits; in 2**k times that range,
+        2**k times as much.
+        """
         return math.ldexp(1.0, -self.mantissa_bits)
 
     @property
@@ -325,7 +372,7 @@ class Minifloat:
     @property
     def smallest(self) -> float:
         """Smallest positive value: the lowest subnormal, or the lowest normal without them."""
-        return math.ldexp(1.0, self.min_exponent - (self.mantissa_bits if self.subnormals else 0))
+        return math.ldexp(1.0, self._smallest_exponent)
 
     @property
     def bits(self) -> int:
@@ -344,6 +391,7 @@ class Minifloat:
 
     def values(self) -> Tensor:
         """All finite values, ascending, float64; zero once."""
+        _check_listable(self)
         hidden = 1 << self.mantissa_bits
         positive = [
             math.ldexp(integer, exponent - self.mantissa_bits)
@@ -359,14 +407,7 @@ class Minifloat:
         return torch.tensor(negative + zero + positive, dtype=torch.float64)
 
     def __str__(self) -> str:
-        if self in _NAME_OF:
-            return _NAME_OF[self]
-        kind = f"e{self.exponent_bits}m{self.mantissa_bits}"
-        standard = (1 << (self.exponent_bits - 1)) - 1
-        suffix = "" if self.specials == "ieee" and kind not in NAMED else self.specials
-        bias = "" if self.bias == standard else f"b{self.bias}"
-        flags = ("" if self.subnormals else "-nosub") + ("" if self.saturating else "-inf")
-        return f"{'' if self.signed else 'u'}{kind}{suffix}{bias}{flags}"
+        return self._text
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,6 +423,7 @@ class Microscaling:
     element: Minifloat | FixedPoint
     tile: int = field(default=32, kw_only=True)
     axis: int = field(default=-1, kw_only=True)
+    _text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.element, Minifloat | FixedPoint):
@@ -396,6 +438,8 @@ class Microscaling:
             )
         require_int("Microscaling", "tile", self.tile, 1, 1 << 30, "the OCP formats use 32")
         require_int("Microscaling", "axis", self.axis, -64, 63, "the OCP formats use the last, -1")
+        axis = "" if self.axis == -1 else f"[{self.axis}]"
+        _name(self, f"mx_{self.element}", axis + ("" if self.tile == 32 else f"/{self.tile}"))
 
     @property
     def element_exponent(self) -> int:
@@ -451,12 +495,7 @@ class Microscaling:
         return self.element.values() * math.ldexp(1.0, -self.element_exponent)
 
     def __str__(self) -> str:
-        if self in _NAME_OF:
-            return _NAME_OF[self]
-        default = Microscaling(self.element)
-        stem = _NAME_OF.get(default, f"mx_{self.element}")
-        axis = "" if self.axis == -1 else f"[{self.axis}]"
-        return f"{stem}{axis}{'' if self.tile == 32 else f'/{self.tile}'}"
+        return self._text
 
 
 @dataclass(frozen=True, slots=True)
@@ -470,12 +509,14 @@ class Binary:
     """
 
     frac_bits: int = 0
+    _text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_int(
             "Binary", "frac_bits", self.frac_bits, -900, 900,
             "the magnitude 2**-frac_bits must be an ordinary float64",
         )  # fmt: skip
+        _name(self, f"binary.{self.frac_bits}")
 
     @property
     def largest(self) -> float:
@@ -512,33 +553,22 @@ class Binary:
         return torch.tensor([-self.largest, self.largest], dtype=torch.float64)
 
     def __str__(self) -> str:
-        return "binary" if self.frac_bits == 0 else f"binary.{self.frac_bits}"
+        return self._text
 
 
 Format = FixedPoint | BlockFloat | Minifloat | Microscaling | Binary
 
-# The named formats. (1,5,2) of "Training DNNs with 8-bit floating point" (Wang et al. 2018) is e5m2
-# and its (1,6,9) accumulator format is e6m9.
-NAMED: dict[str, Format] = {
-    "ternary": FixedPoint(2, 0, symmetric=True),
-    "fp16": Minifloat(5, 10),
-    "bf16": Minifloat(8, 7),
-    "e6m9": Minifloat(6, 9),
-    "e5m2": Minifloat(5, 2),
-    "e4m3fn": Minifloat(4, 3, specials="fn"),
-    "e3m2": Minifloat(3, 2, specials="finite"),
-    "e2m3": Minifloat(2, 3, specials="finite"),
-    "e2m1": Minifloat(2, 1, specials="finite"),
-    "e3m0": Minifloat(3, 0, specials="finite"),
-    "e8m0": Minifloat(8, 0, subnormals=False, specials="fn", signed=False),
-    "mxfp8_e5m2": Microscaling(Minifloat(5, 2)),
-    "mxfp8_e4m3": Microscaling(Minifloat(4, 3, specials="fn")),
-    "mxfp6_e3m2": Microscaling(Minifloat(3, 2, specials="finite")),
-    "mxfp6_e2m3": Microscaling(Minifloat(2, 3, specials="finite")),
-    "mxfp4_e2m1": Microscaling(Minifloat(2, 1, specials="finite")),
-    "mxint8": Microscaling(FixedPoint(8, 6, symmetric=True)),
-}
-_NAME_OF: dict[Format, str] = {fmt: name for name, fmt in NAMED.items()}
+
+def _name(fmt: Format, spelling: str, suffix: str = "") -> None:
+    """Store what `fmt` prints as, at birth: torch.compile can guard a string, not a spelling."""
+    object.__setattr__(fmt, "_text", _SHORT.get(spelling, spelling) + suffix)
+
+
+def _check_listable(fmt: Format) -> None:
+    if fmt.bits > _MAX_LISTED_BITS:
+        raise ValueError(
+            f"{fmt} has 2**{fmt.bits} codes; values() lists those of up to {_MAX_LISTED_BITS} bits"
+        )
 
 
 def _ldexp(integer: float, exponent: int) -> float:
@@ -572,3 +602,25 @@ def _tile(owner: str, tile: object) -> tuple[int, ...]:
     for extent in extents:
         require_int(owner, "tile", extent, 1, 1 << 30, "give the elements along each tiled axis")
     return tuple(extents)
+
+
+NAMED: dict[str, Format] = {
+    "binary": Binary(),
+    "ternary": FixedPoint(2, 0, symmetric=True),
+    "fp16": Minifloat(5, 10),
+    "bf16": Minifloat(8, 7),
+    "e6m9": Minifloat(6, 9),
+    "e5m2": Minifloat(5, 2),
+    "e4m3fn": Minifloat(4, 3, specials="fn"),
+    "e3m2": Minifloat(3, 2, specials="finite"),
+    "e2m3": Minifloat(2, 3, specials="finite"),
+    "e2m1": Minifloat(2, 1, specials="finite"),
+    "e3m0": Minifloat(3, 0, specials="finite"),
+    "e8m0": Minifloat(8, 0, subnormals=False, specials="fn", signed=False),
+    "mxfp8_e5m2": Microscaling(Minifloat(5, 2)),
+    "mxfp8_e4m3": Microscaling(Minifloat(4, 3, specials="fn")),
+    "mxfp6_e3m2": Microscaling(Minifloat(3, 2, specials="finite")),
+    "mxfp6_e2m3": Microscaling(Minifloat(2, 3, specials="finite")),
+    "mxfp4_e2m1": Microscaling(Minifloat(2, 1, specials="finite")),
+    "mxint8": Microscaling(FixedPoint(8, 6, symmetric=True)),
+}

@@ -6,7 +6,7 @@ whatever the memory layout) come from the Philox block with
 * key     = the 64-bit stream seed, (low word, high word);
 * counter = (block low word, block high word, step, call);
 * more than 16 random bits: block = i // 4, and the element's word is word i % 4 of the block;
-  up to 16: block = i // 8, word (i // 2) % 4, and of it the low half for even i, the high half for odd;
+  up to 16: block = i // 8, word (i // 2) % 4, of which even i take the low half, odd i the high;
 * with n random bits, U is the top n bits of that word or half.
 
 A stream seed is 8 bytes of BLAKE2b over run seed, role and name, so that two tensors of a run share
@@ -33,7 +33,12 @@ def stream_seed(run_seed: int, role: str, name: str) -> int:
     """The 64-bit key for the noise of one tensor in one role.
 
     The first 8 bytes, little-endian, of BLAKE2b-64 over ``f"{run_seed}/{role}/{name}"`` in UTF-8.
+
+    Raises:
+        ValueError: the role has a slash, so that another role and name could spell the same text.
     """
+    if "/" in role:
+        raise ValueError(f"stream_seed: role={role!r} must not have a slash; a name may")
     text = f"{run_seed}/{role}/{name}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 

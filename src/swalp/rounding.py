@@ -64,6 +64,7 @@ class Stochastic:
     random_bits: int = field(default=32, kw_only=True)
     step: int = field(default=0, kw_only=True)
     call: int = field(default=0, kw_only=True)
+    _text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.seed is not None:
@@ -71,6 +72,8 @@ class Stochastic:
         require_int("Stochastic", "random_bits", self.random_bits, 1, 32, "use 16 or 32")
         require_int("Stochastic", "step", self.step, 0, 2**32 - 1, "it is a 32-bit counter")
         require_int("Stochastic", "call", self.call, 0, 2**32 - 1, "it is a 32-bit counter")
+        # Stored, as torch.compile guards a string, but may make `random_bits` symbolic.
+        object.__setattr__(self, "_text", f"stochastic{self.random_bits}")
 
     def stream(self, role: str, name: str) -> Stochastic:
         """The same rule with the noise of one tensor in one role: see `swalp.noise.stream_seed`.
@@ -94,7 +97,7 @@ class Stochastic:
         return replace(self, step=step, call=call)
 
     def __str__(self) -> str:
-        return f"stochastic{self.random_bits}"
+        return self._text
 
 
 Rounding = Nearest | TowardZero | TowardPositive | TowardNegative | Stochastic

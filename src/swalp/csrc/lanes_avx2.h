@@ -64,6 +64,9 @@ struct Lanes {
     return _mm256_cvtps_epi32(_mm256_ceil_ps(_mm256_fmsub_ps(a, c, d)));
   }
 
+  static constexpr bool has_unsigned = false;
+  static I ceil_minus_half(F, F);
+
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
   static I and_(I a, I b) { return _mm256_and_si256(a, b); }

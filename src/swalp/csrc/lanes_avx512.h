@@ -58,6 +58,13 @@ struct Lanes {
     return _mm512_cvt_roundps_epi32(_mm512_fmsub_round_ps(a, c, d, up), up);
   }
 
+  // ceil(a * c - 1/2) as an unsigned integer, for a * c < 2**32 an exact float32. From 2**23 on a * c
+  // is an integer and the next float32 above a * c - 1/2; below, the difference is exact or in (-1, 0).
+  static constexpr bool has_unsigned = true;
+  static I ceil_minus_half(F a, F c) {
+    return _mm512_cvt_roundps_epu32(_mm512_fmsub_round_ps(a, c, set(0.5f), up), up);
+  }
+
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I and_(I a, I b) { return _mm512_and_si512(a, b); }

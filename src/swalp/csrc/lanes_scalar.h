@@ -48,13 +48,7 @@ struct Lanes {
   static F abs(F v) { return floats(bits(v) & 0x7fffffff); }
   static F convert(I v) { return static_cast<float>(v); }
   static I truncate(F v) { return static_cast<I>(v); }
-  static I nearest(F v) {  // ties to even, |v| <= 2**24
-    const I whole = static_cast<I>(v);
-    const F rest = v - static_cast<float>(whole);
-    const I away = v < 0 ? -1 : 1;
-    const F size = rest < 0 ? -rest : rest;
-    return whole + ((size > 0.5f || (size == 0.5f && (whole & 1))) ? away : 0);
-  }
+  static I nearest(F v) { return static_cast<I>(__builtin_lrintf(v)); }  // in the default mode
   // ceil(a * c - d) for a * c in [0, exact_limit * 2**16], c a power of two, d = 2**-1 .. 2**14.
   // Up to that limit a * c - d is exact in float32 unless it lies in (-d, 0), where a result rounded
   // to -d makes no difference: both are "no random number is below that".
@@ -63,6 +57,9 @@ struct Lanes {
     const I whole = static_cast<I>(y);
     return whole + (static_cast<float>(whole) < y);
   }
+
+  static constexpr bool has_unsigned = false;
+  static I ceil_minus_half(F, F);
 
   static I add(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
   static I sub(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b)); }
@@ -90,10 +87,10 @@ struct Lanes {
   static M either(M a, M b) { return a || b; }
   static M without(M a, M b) { return a && !b; }
   static bool any(M m) { return m; }
-  static I select(M m, I a, I b) { return m ? a : b; }
-  static F select(M m, F a, F b) { return m ? a : b; }
+  static I select(M m, I a, I b) { return b ^ ((a ^ b) & -static_cast<I>(m)); }
+  static F select(M m, F a, F b) { return floats(select(m, bits(a), bits(b))); }
   static I increment(M m, I v) { return v + m; }
-  static I negate(M m, I v) { return m ? -v : v; }
+  static I negate(M m, I v) { return (v ^ -static_cast<I>(m)) + m; }  // signs mispredict
   static F keep_nan(F x, F v) { return x != x ? x + x : v; }  // x + x makes the NaN a quiet one
 
   static W wide(uint64_t v) { return v; }

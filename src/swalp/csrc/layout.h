@@ -21,7 +21,6 @@ constexpr int64_t kSerial = 1 << 16;
 constexpr int64_t kChunk = 1024;      // elements whose noise is made at a time: it stays in L1
 constexpr int64_t kTile = 4096;       // the same of a transposed tile
 constexpr int64_t kRows = 64;         // positions of a transposed tile, at most
-constexpr int64_t kPadding = 4 * (kFillStep + 1);
 
 // The default floating-point mode for as long as this lives: round to nearest, subnormals kept.
 class DefaultMode {

@@ -5,6 +5,9 @@
 
 namespace {
 
+// Words that `fill` may write beyond those asked for: a vector of blocks, and one cut off in front.
+constexpr int64_t kPadding = 4 * (Lanes::counters + 1);
+
 constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
 
 struct Noise {
@@ -76,36 +79,50 @@ inline __attribute__((always_inline)) void philox(const Noise& noise, const type
   }
 }
 
-constexpr int kGroups = 2;
-constexpr int kFillStep = kGroups * Lanes::counters;  // Philox blocks that are written at a time
+// Vectors of Philox blocks that are worked on together: more of them hide the multiplications'
+// latency, fewer fit plain registers.
+constexpr int kGroups = Lanes::N > 1 ? 4 : 1;
 
-// Writes the Philox blocks first .. first + count - 1, rounded up to a multiple of kFillStep.
-template <class V>
-void fill_blocks(const Noise& noise, uint64_t first, int64_t count, uint32_t* out) {
+template <class V, int groups>
+inline __attribute__((always_inline)) void fill_groups(const Noise& noise, uint64_t block,
+                                                       uint32_t* out) {
   using W = typename V::W;
-  for (int64_t done = 0; done < count; done += kFillStep) {
+  const uint32_t high = static_cast<uint32_t>(block >> 32);
+  W low[groups], c[groups][4];
+#pragma GCC unroll 4
+  for (int g = 0; g < groups; ++g) low[g] = V::wide_counters(block + g * V::counters);
+  philox<V, groups>(noise, low, high, c);
+#pragma GCC unroll 4
+  for (int g = 0; g < groups; ++g)
+    V::store_words(out + 4 * g * V::counters, c[g][0], c[g][1], c[g][2], c[g][3]);
+}
+
+// Writes the Philox blocks first .. first + count - 1, rounded up to a multiple of Lanes::counters.
+template <class V> void fill_blocks(const Noise& noise, uint64_t first, int64_t count, uint32_t* out) {
+  constexpr int many = kGroups * V::counters;
+  int64_t done = 0;
+  // The upper word of the counter must be the same in all lanes.
+  const bool crosses = (first >> 32) != ((first + static_cast<uint64_t>(count) + many) >> 32);
+  if (!crosses) {
+    for (; done + many <= count; done += many)
+      fill_groups<V, kGroups>(noise, first + done, out + 4 * done);
+    for (; done < count; done += V::counters)
+      fill_groups<V, 1>(noise, first + done, out + 4 * done);
+    return;
+  }
+  for (; done < count; ++done) {  // once in 2**34 elements: one block in all lanes
     const uint64_t block = first + static_cast<uint64_t>(done);
-    const uint32_t high = static_cast<uint32_t>(block >> 32);
-    W low[kGroups], c[kGroups][4];
-    for (int g = 0; g < kGroups; ++g) low[g] = V::wide_counters(block + g * V::counters);
-    philox<V, kGroups>(noise, low, high, c);
-    for (int g = 0; g < kGroups; ++g)
-      V::store_words(out + 4 * (done + g * V::counters), c[g][0], c[g][1], c[g][2], c[g][3]);
-    // The upper word of the counter is the same in all lanes: where it is not, one block at a time.
-    if (static_cast<uint32_t>((block + kFillStep - 1) >> 32) != high)
-      for (int b = 0; b < kFillStep; ++b) {
-        W one[1] = {V::wide(block + b)}, words[1][4];
-        uint32_t all[4 * V::counters];
-        philox<V, 1>(noise, one, static_cast<uint32_t>((block + b) >> 32), words);
-        V::store_words(all, words[0][0], words[0][1], words[0][2], words[0][3]);
-        for (int w = 0; w < 4; ++w) out[4 * (done + b) + w] = all[w];
-      }
+    typename V::W low[1] = {V::wide(block)}, c[1][4];
+    uint32_t words[4 * V::counters];
+    philox<V, 1>(noise, low, static_cast<uint32_t>(block >> 32), c);
+    V::store_words(words, c[0][0], c[0][1], c[0][2], c[0][3]);
+    for (int w = 0; w < 4; ++w) out[4 * done + w] = words[w];
   }
 }
 
 // The noise of the elements start .. start + count - 1, somewhere in `buffer`.
 //
-// `buffer` holds count * width / 32 words, and 4 * (kFillStep + 1) more.
+// `buffer` holds count * width / 32 words, and kPadding more.
 const void* fill(const Noise& noise, int64_t start, int64_t count, uint32_t* buffer) {
   const int64_t first = start / noise.per_block, skip = start % noise.per_block;
   const int64_t blocks = (skip + count + noise.per_block - 1) / noise.per_block;
@@ -144,7 +161,7 @@ void fill_lanes(const Noise& noise, int64_t start, int64_t stride, int64_t posit
 }
 
 // General: contiguous noise, copied to its places. `scratch`: channels * (positions + 2 * per_block)
-// elements, and 4 * (kFillStep + 1) words.
+// elements, and kPadding words.
 template <class Word>
 void fill_scattered(const Noise& noise, int64_t start, int64_t stride, int64_t positions,
                     int64_t channels, int64_t row, Word* out, uint32_t* scratch) {

@@ -52,9 +52,10 @@ template <> struct Stored<float> {
 
 template <> struct Stored<int8_t> {
   static constexpr int output = SWALP_CODE8;
-  const swalp_format& format;
+  I nan;            // the code of NaN, or one that does not occur
   F first, second;  // their product is 2**gap, and that of each with a code is exact
-  Stored(const swalp_format& f, const int8_t* exponents, int64_t block) : format(f) {
+  Stored(const swalp_format& f, const int8_t* exponents, int64_t block)
+      : nan(Lanes::set(f.has_nan ? f.nan_code : INT32_MAX)) {
     const int32_t gap = gap_of(f, exponents ? exponents[block] : 0), half = gap / 2;
     first = power_of_two(Lanes::set(half));
     second = power_of_two(Lanes::set(gap - half));
@@ -62,9 +63,7 @@ template <> struct Stored<int8_t> {
   F operator()(const int8_t* from, int64_t n) const {
     const I code = load(from, n);
     const F value = Lanes::mul(Lanes::mul(Lanes::convert(code), first), second);
-    if (!format.has_nan) return value;
-    const M nan = Lanes::equal(code, Lanes::set(format.nan_code));
-    return Lanes::select(nan, Lanes::floats(Lanes::set(0x7fc00000)), value);
+    return Lanes::select(Lanes::equal(code, nan), Lanes::floats(Lanes::set(0x7fc00000)), value);
   }
 };
 

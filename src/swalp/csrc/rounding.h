@@ -65,6 +65,14 @@ inline I round_magnitude(F s, F x, I word, const Rule& rule) {
                                Lanes::without(Lanes::all(rule.up_if_positive), sign));
     return Lanes::increment(Lanes::both(inexact, up), whole);
   } else {
+    if constexpr (Lanes::has_unsigned) {
+      // s - w is exact, and so is 2**n * f, which has 24 significant bits and is at most 2**n - 2**8.
+      const I whole = Lanes::truncate(s);
+      const F f = Lanes::sub(s, Lanes::convert(whole));
+      const I k = Lanes::ceil_minus_half(f, Lanes::set(2 * rule.fraction));
+      const I u = Lanes::right_unsigned_by(word, rule.shift);
+      return Lanes::increment(Lanes::less_unsigned(u, k), whole);
+    }
     // s - w is exact; y = 2**(n - 1) * f < 2**31 and its fraction r are, too. Then 2**n * f is
     // 2 * floor(y) + 2 * r with 2 * r < 2, and k = 2 * floor(y) + [2 r > 1/2] + [2 r > 3/2]. As f
     // has 24 significant bits, f <= 1 - 2**-24 and k < 2**n.

@@ -1,4 +1,4 @@
-"""The public `quantize`: arguments checked once, gradients, and the operator PyTorch's tools see."""
+"""The public `quantize`: arguments checked once, gradients, the operator PyTorch's tools see."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from swalp.format_text import parse_format
 from swalp.formats import Binary, BlockFloat, FixedPoint, Format, Microscaling, Minifloat
-from swalp.quantize import dispatch, reference
+from swalp.quantize import cpu, dispatch, reference
 from swalp.quantize.blocks import block_extents
 from swalp.rounding import DETERMINISTIC, Nearest, Rounding, Stochastic, TowardZero
 
 Gradient = Literal["straight-through", "clipped"]
 
+_GRADIENTS = ("straight-through", "clipped")
 CARRIERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -39,8 +40,9 @@ def quantize(
         out: a tensor of the shape and dtype of `x` to write to, `x` itself included; no gradient.
 
     Returns:
-        A tensor of the shape and dtype of `x` (or `out`), every element a value of `fmt`. The result
-        depends on the values of `x`, `fmt` and `rounding` alone, not on device, layout or threads.
+        `out`, or a new tensor of the shape, dtype and strides of `x`, every element a value of
+        `fmt`. The values depend on those of `x`, on `fmt` and on `rounding` alone, not on device,
+        memory layout or threads.
 
     Raises:
         TypeError: `x` is no floating-point tensor, or `fmt` or `rounding` is no such value.
@@ -53,16 +55,32 @@ def quantize(
 
     Source: Yang et al. 2019 (arXiv:1904.11943), section 3.1; `docs/numerics.md` has the contract.
     """
-    check(x, fmt, rounding)
-    if gradient not in ("straight-through", "clipped"):
+    if not torch.compiler.is_compiling():  # then the operator checks: Dynamo ignores its cache
+        # The checks cost more than a thousand numbers: a format that passed them is known again.
+        found = cpu.plans.get(id(fmt))
+        if (
+            found is not None
+            and found[0].checked
+            and out is None
+            and type(rounding) in cpu.RULES
+            and gradient in _GRADIENTS
+            and _is_plain(x)
+            and x.dtype is torch.float32
+            and x.is_cpu
+            and x.is_contiguous()
+            and not x.is_neg()
+        ):
+            return cpu.quantize_contiguous(found[0], x, rounding)
+        check(x, fmt, rounding)
+    if gradient not in _GRADIENTS:
         raise ValueError(f"gradient={gradient!r} must be 'straight-through' or 'clipped'")
     if out is not None:
         _check_out(x, out)
+        x = x.detach()
+    if not torch.compiler.is_compiling() and _is_plain(x):
+        if x.dtype is torch.float32 and not isinstance(fmt, Binary):  # it has no rule toward zero
+            cpu.plan_of(fmt).checked = cpu.knows(fmt)
         return dispatch.run(x, fmt, rounding, out)
-    plain = type(x) is Tensor or type(x) is torch.nn.Parameter
-    recorded = x.requires_grad and torch.is_grad_enabled()
-    if plain and not recorded and not _traced(x):
-        return dispatch.run(x, fmt, rounding)
     seed, step, call, key = 0, 0, 0, None
     if isinstance(rounding, Stochastic):
         step, call = rounding.step, rounding.call
@@ -70,11 +88,12 @@ def quantize(
             key = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
         else:
             seed = rounding.seed - (rounding.seed >> 63 << 64)  # as a signed 64-bit int
-    operator = torch.ops.swalp.quantize
+    transformed = torch._C._are_functorch_transforms_active()
+    operator: Any = _Transformable.apply if transformed else torch.ops.swalp.quantize
     result: Tensor = operator(
         x, str(fmt), str(rounding), seed, step, call, key, gradient == "clipped"
     )
-    return result
+    return result if out is None else out.copy_(result)
 
 
 def check(x: Tensor, fmt: Format, rounding: Rounding) -> None:
@@ -116,8 +135,9 @@ def _check_carrier(fmt: Format, dtype: torch.dtype) -> None:
     fixed_range = isinstance(fmt, FixedPoint | Minifloat | Binary)
     if fixed_range and (fmt.largest > info.max or fmt.smallest < info.smallest_normal * info.eps):
         raise ValueError(
-            f"quantize: {fmt} reaches from {fmt.smallest:.3g} to {fmt.largest:.3g}, but {name} from "
-            f"{info.smallest_normal * info.eps:.3g} to {info.max:.3g}; convert x to a wider dtype"
+            f"quantize: {fmt} reaches from {fmt.smallest:.3g} to {fmt.largest:.3g}, but {name} "
+            f"from {info.smallest_normal * info.eps:.3g} to {info.max:.3g}; "
+            f"convert x to a wider dtype"
         )
 
 
@@ -129,13 +149,14 @@ def _check_out(x: Tensor, out: Tensor) -> None:
         )
 
 
-def _traced(x: Tensor) -> bool:
-    """Whether PyTorch is watching: compiling, exporting, faking, or transforming functions."""
+def _is_plain(x: Tensor) -> bool:
+    """Whether nobody watches: no gradient to record, no mode, no transformation of functions."""
     return (
-        torch.compiler.is_compiling()
-        or x.is_meta
-        or torch._C._functorch.is_functorch_wrapped_tensor(x)
-        or torch._C._len_torch_dispatch_stack() > 0
+        (type(x) is Tensor or type(x) is torch.nn.Parameter)
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not x.is_meta
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 
@@ -159,7 +180,8 @@ def _operator(
 
 
 @_operator.register_fake
-def _fake(x: Tensor, *_: object) -> Tensor:
+def _fake(x: Tensor, fmt: str, rounding: str, *_: object) -> Tensor:
+    check(x, parse_format(fmt), DETERMINISTIC.get(rounding, Stochastic()))
     return torch.empty_like(x)
 
 
@@ -179,10 +201,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 _operator.register_autograd(_backward, setup_context=_save)
 
 
+class _Transformable(torch.autograd.Function):
+    """The operator for `torch.func`, whose `grad` does not know the autograd of operators."""
+
+    generate_vmap_rule = True
+    forward = staticmethod(torch.ops.swalp.quantize)
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_backward)
+
+
 @_operator.register_vmap
-def _vmap(
-    info: Any, in_dims: tuple[int | None, ...], x: Tensor, *arguments: Any
-) -> tuple[Tensor, int]:
+def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
     # Each slice is a tensor of its own: the same key gives each the same noise, as in a loop.
-    slices = x.unbind(in_dims[0] or 0)
-    return torch.stack([torch.ops.swalp.quantize(part, *arguments) for part in slices]), 0
+    batched = [
+        [argument] * info.batch_size if dim is None else argument.unbind(dim)
+        for argument, dim in zip(arguments, in_dims, strict=True)
+    ]
+    slices = [torch.ops.swalp.quantize(*one) for one in zip(*batched, strict=True)]
+    return torch.stack(slices), 0

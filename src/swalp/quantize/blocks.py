@@ -18,8 +18,10 @@ def block_extents(fmt: BlockFloat | Microscaling, shape: Sequence[int]) -> tuple
         ValueError: an axis of `fmt` is out of range, or a tile does not divide the extent.
 
     Example:
-        >>> block_extents(BlockFloat(8, axes=(0,)), (64, 3, 3)), block_extents(BlockFloat(8, tile=8), (4, 32))
-        ((1, 3, 3), (1, 8))
+        >>> block_extents(BlockFloat(8, axes=(0,)), (64, 3, 3))
+        (1, 3, 3)
+        >>> block_extents(BlockFloat(8, tile=8), (4, 32))
+        (1, 8)
     """
     shape = tuple(shape)
     if isinstance(fmt, Microscaling):
@@ -43,7 +45,7 @@ def block_extents(fmt: BlockFloat | Microscaling, shape: Sequence[int]) -> tuple
 
 
 def block_max(x: Tensor, extents: Sequence[int]) -> Tensor:
-    """The largest element of each block: shape `x.shape[i] // extents[i]`; `x` must not be empty."""
+    """The largest element of each block, shape `x.shape[i] // extents[i]`; `x` is not empty."""
     return x.reshape(_split(x.shape, extents)).amax(dim=tuple(range(1, 2 * x.dim(), 2)))
 
 

@@ -38,7 +38,7 @@ def quantize(x: Tensor, fmt: Format, rounding: Rounding) -> Tensor:
         rounding: the rule.
 
     Returns:
-        A new tensor of the same shape and dtype.
+        A new tensor of the same shape, dtype and (if `x` is dense) strides.
     """
     if x.numel() == 0:
         return x.clone()
@@ -50,16 +50,15 @@ def quantize(x: Tensor, fmt: Format, rounding: Rounding) -> Tensor:
             result = _fixed(wide, gap, _limits(wide, fmt), rounding, noise)
         case BlockFloat():
             shared = spread(shared_exponents(x, fmt), block_extents(fmt, x.shape))
-            limits = _limits(wide, fmt)
-            # -2**(W-1) means -2**(E+1) here; if the carrier cannot hold that, clamp symmetrically.
-            too_large = shared >= _max_exponent(x.dtype)
-            limits = limits.clamp(max=fmt.max_integer).where(too_large, limits)
-            result = _fixed(wide, shared - fmt.word_length + 2, limits, rounding, noise)
+            gap = shared - fmt.word_length + 2
+            limits = _block_limits(wide, fmt, gap, x.dtype)
+            result = _fixed(wide, gap, limits, rounding, noise)
         case Microscaling(element=element):
             shared = spread(shared_exponents(x, fmt), block_extents(fmt, x.shape))
             if isinstance(element, FixedPoint):
-                limits = _limits(wide, element)
-                result = _fixed(wide, shared - element.frac_bits, limits, rounding, noise)
+                gap = shared - element.frac_bits
+                limits = _block_limits(wide, element, gap, x.dtype)
+                result = _fixed(wide, gap, limits, rounding, noise)
             else:
                 result = _minifloat(wide, element, shared, rounding, noise)
         case Minifloat():
@@ -68,7 +67,7 @@ def quantize(x: Tensor, fmt: Format, rounding: Rounding) -> Tensor:
             result = _binary(wide, fmt, rounding, noise)
         case _:
             assert_never(fmt)
-    return torch.where(wide.isnan(), wide, result).to(x.dtype)
+    return torch.empty_like(x).copy_(torch.where(wide.isnan(), wide, result))
 
 
 def shared_exponents(x: Tensor, fmt: BlockFloat | Microscaling) -> Tensor:
@@ -88,6 +87,8 @@ def shared_exponents(x: Tensor, fmt: BlockFloat | Microscaling) -> Tensor:
 
 def in_range(x: Tensor, fmt: Format) -> Tensor:
     """Whether each element lies within the range of its own grid: bool, the shape of `x`."""
+    if x.numel() == 0:
+        return torch.ones_like(x, dtype=torch.bool)
     wide = x.to(torch.float64)
     match fmt:
         case FixedPoint():
@@ -97,9 +98,14 @@ def in_range(x: Tensor, fmt: Format) -> Tensor:
             limit = scaled(_limits(wide, fmt), shared - fmt.word_length + 2)
         case Microscaling(element=element):
             shared = spread(shared_exponents(x, fmt), block_extents(fmt, x.shape))
-            limit = _power_of_two(shared) * element.largest
+            if isinstance(element, FixedPoint):
+                limit = scaled(_limits(wide, element), shared - element.frac_bits)
+            else:
+                limit = _power_of_two(shared) * element.largest
         case Minifloat() | Binary():
             limit = torch.full_like(wide, fmt.largest)
+            if isinstance(fmt, Minifloat) and not fmt.signed:
+                limit = torch.where(wide < 0, -torch.inf, limit)
         case _:
             assert_never(fmt)
     return wide.abs() <= limit
@@ -179,6 +185,15 @@ def _limits(wide: Tensor, fmt: FixedPoint | BlockFloat) -> Tensor:
     return torch.where(wide < 0, -fmt.min_integer, fmt.max_integer)
 
 
+def _block_limits(
+    wide: Tensor, fmt: FixedPoint | BlockFloat, gap: Tensor, carrier: torch.dtype
+) -> Tensor:
+    """The limits in a block: symmetric where the carrier cannot hold -2**(W-1) gaps."""
+    too_large = gap + fmt.word_length - 1 > _max_exponent(carrier)
+    limits = _limits(wide, fmt)
+    return limits.clamp(max=fmt.max_integer).where(too_large, limits)
+
+
 def _fixed(wide: Tensor, gap: Tensor, limits: Tensor, rounding: Rounding, noise: Tensor) -> Tensor:
     """Onto integers times 2**gap, clamped to `limits`."""
     magnitude, exponent = _integers(wide)
@@ -236,9 +251,9 @@ def _binary(wide: Tensor, fmt: Binary, rounding: Rounding, noise: Tensor) -> Ten
         case TowardNegative():
             flip = ~negative
         case Stochastic(random_bits=bits):
-            # With s = |x| / scale = m / 2**k the sign flips if U + 1/2 < 2**bits * (1 - s) / 2. With
-            # V = 2**(bits - 1) - 1 - U, an integer: if m < (2 * V + 1) * 2**(k - bits). A longer
-            # shift than int64 allows is taken off m instead, which changes no comparison.
+            # With s = |x| / scale = m / 2**k the sign flips if U + 1/2 < 2**bits * (1 - s) / 2.
+            # With V = 2**(bits - 1) - 1 - U, an integer: if m < (2 * V + 1) * 2**(k - bits). A
+            # longer shift than int64 allows is taken off m instead: that changes no comparison.
             margin = (1 << bits) - 2 * noise - 1  # 2 * V + 1
             shift = -fmt.frac_bits - exponent - bits
             longest = _LONGEST_SHIFT - bits
@@ -267,5 +282,4 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 def scaled(steps: Tensor, gap: Tensor) -> Tensor:
     """Steps * 2**gap, float64. In two factors, as 2**gap alone may not be a float64."""
     first = gap.clamp(-1000, 1000)
-    second = (gap - first).clamp(-1000, 1000)  # blocks of zeros alone have gaps below 2**-2000
-    return steps.to(torch.float64) * _power_of_two(first) * _power_of_two(second)
+    return steps.to(torch.float64) * _power_of_two(first) * _power_of_two(gap - first)

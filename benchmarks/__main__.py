@@ -1,0 +1,104 @@
+"""Measure, print, save: see `python -m benchmarks --help`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import (
+    environment,
+    memory,
+    optimizer,
+    quantizers,
+    records,
+    report,
+    startup,
+    training,
+)
+from benchmarks.plan import FULL, QUICK, Plan
+from benchmarks.records import Row
+
+BENCHMARKS: dict[str, Callable[[Plan], list[Row]]] = {
+    "quantize": quantizers.against_copy,
+    "quantize-peers": quantizers.against_peers,
+    "calls": quantizers.small_calls,
+    "scaling": quantizers.scaling,
+    "optimizer": optimizer.step,
+    "memory": memory.held,
+    "training-mlp": training.mlp,
+    "training-vgg16": training.vgg16,
+    "import": startup.import_time,
+}
+OFFICIAL = environment.ROOT / "benchmarks" / "results"
+TRIAL = environment.ROOT / "runs" / "benchmarks"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parser().parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    folder = options.out or (TRIAL if options.quick else OFFICIAL)
+    path = folder / "rows.jsonl"
+    rows = records.load(path)
+    if options.report:
+        report.write(rows, folder)
+        console.print(report.screen_table(rows))
+        return
+    measured = _measure(options.only or list(BENCHMARKS), options.quick, console)
+    rows = records.merged(rows, measured)
+    records.save(rows, path)
+    report.write(rows, folder)
+    console.print(report.screen_table(measured))
+    console.print(f"{len(measured)} rows, a table and plots in {folder}")
+
+
+def _measure(names: Sequence[str], quick: bool, console: Console) -> list[Row]:
+    plan = QUICK if quick else FULL
+    torch.set_num_threads(plan.threads)
+    where = environment.describe(plan.threads)
+    rows: list[Row] = []
+    for name in names:
+        torch.manual_seed(0)
+        start = time.perf_counter()
+        with console.status(f"measuring {name}"):
+            rows += BENCHMARKS[name](plan)
+        console.print(f"{name}: {time.perf_counter() - start:.0f} s")
+    if quick:  # the goals are for the full sizes
+        rows = [replace(row, quick=True, goal=None) for row in rows]
+    return [replace(row, environment=where) for row in rows]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Speed and size of swalp beside its peers: a table, rows and plots.",
+    )
+    parser.add_argument(
+        "--only", action="append", choices=list(BENCHMARKS), metavar="NAME",
+        help=f"measure this one, and keep the saved rows of the others; repeatable. "
+        f"One of: {', '.join(BENCHMARKS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="small sizes, three rounds, no goals, saved apart: to try the suite, not to quote",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="folder for rows, table and plots (default: benchmarks/results; "
+        "with --quick: runs/benchmarks)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--report", action="store_true",
+        help="measure nothing; make table and plots from the saved rows",
+    )  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Timing contenders against one another: interleaved, in one process, order reversed every round.
+
+A shared machine drifts by tens of percent within a minute, so absolute times mean little and
+times of different runs nothing. What is kept is the ratio of two contenders within one round,
+where they ran next to each other; its median over the rounds is the result, its quartiles say how
+far to trust it.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+Times = Mapping[str, Sequence[float]]
+
+
+class MissingError(Exception):
+    """A peer, or a part of the library, is not here; the text says what and how to get it."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time.
+
+    Args:
+        name: unique among those it is timed with.
+        run: one call of it; None if it is missing.
+        prepare: called, untimed, before each of its turns.
+        missing: why `run` is None.
+    """
+
+    name: str
+    run: Callable[[], object] | None
+    prepare: Callable[[], object] | None = None
+    missing: str = ""
+
+
+def contender(
+    name: str,
+    load: Callable[[], Callable[[], object]],
+    prepare: Callable[[], object] | None = None,
+) -> Contender:
+    """The contender that `load` returns, or the record that it is missing."""
+    try:
+        return Contender(name, load(), prepare)
+    except MissingError as reason:
+        return Contender(name, None, missing=str(reason))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of some values."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The quartiles of `values`, interpolated between them; of one value, that value."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(low, median, high)
+
+
+def interleave(
+    contenders: Sequence[Contender],
+    rounds: int,
+    *,
+    turn: float = 0.04,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds a call of every contender that is not missing, one figure a round.
+
+    Each turn repeats the call until about `turn` seconds have passed, at least once, the number
+    of repetitions being fixed beforehand, after a first call that warms up.
+    """
+    present = [entry for entry in contenders if entry.run is not None]
+    names = [entry.name for entry in present]
+    if len(set(names)) != len(names):
+        raise ValueError(f"contenders must have different names, not {names}")
+    calls = {entry.name: _calls_in(entry, turn, clock) for entry in present}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    with _no_garbage_collection():
+        for number in range(rounds):
+            for entry in present if number % 2 == 0 else reversed(present):
+                times[entry.name].append(_seconds(entry, calls[entry.name], clock))
+    return times
+
+
+def ratios(times: Times, numerator: str, denominator: str) -> list[float]:
+    """Time of one contender over that of another, round by round."""
+    pairs = zip(times[numerator], times[denominator], strict=True)
+    return [above / below for above, below in pairs]
+
+
+def _calls_in(entry: Contender, turn: float, clock: Callable[[], float]) -> int:
+    _seconds(entry, 1, clock)
+    # One call says little about a microsecond: grow until a tenth of the turn is filled.
+    calls, spent = 1, _seconds(entry, 1, clock)
+    while spent * calls < turn / 10:
+        calls *= 8
+        spent = _seconds(entry, calls, clock)
+    return max(1, math.ceil(turn / spent)) if spent < turn else 1
+
+
+def _seconds(entry: Contender, calls: int, clock: Callable[[], float]) -> float:
+    """Seconds a call over `calls` calls."""
+    assert entry.run is not None
+    if entry.prepare is not None:
+        entry.prepare()
+    run = entry.run
+    repetitions = range(calls)
+    start = clock()
+    for _ in repetitions:
+        run()
+    return (clock() - start) / calls
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """No turn pays for collecting another's garbage."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

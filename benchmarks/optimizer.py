@@ -1,0 +1,80 @@
+"""One optimizer step on ten million parameters: 8-bit SGD with momentum against float32's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+import swalp
+from benchmarks import peers
+from benchmarks.harness import Contender, contender, interleave
+from benchmarks.plan import Plan
+from benchmarks.records import Row, at_least, compared
+
+RECIPE = swalp.recipes.get("paper-small-block-8")
+# Small, so that hundreds of steps along one gradient leave the weights where they were.
+LR = 1e-3
+_GRADIENT_SCALE = 1e-3
+
+
+def step(plan: Plan) -> list[Row]:
+    """The fused step on packed weights and momentum against QPyTorch's and PyTorch's optimizers."""
+    ours = Contender("swalp", packed(plan).step)
+    others = [
+        contender(peers.QPYTORCH, lambda: _qpytorch(plan, optimized=False)),
+        contender(peers.QPYTORCH_O3, lambda: _qpytorch(plan, optimized=True)),
+        Contender("eager quantizers around SGD", _eager(plan)),
+        Contender("torch SGD(foreach)", plain(plan, foreach=True).step),
+        Contender("torch SGD(fused)", plain(plan, fused=True).step),
+    ]
+    goals = [at_least(200), None, None, at_least(4), at_least(0.6)]
+    times = interleave([ours, *others], plan.rounds)
+    count = plan.optimizer_tensors * plan.optimizer_width**2
+    what = f"SGD step, {count / 1e6:.1f} M parameters in {plan.optimizer_tensors} tensors"
+    return [
+        compared("optimizer", what, times, ours, other, "speedup", goal,
+                 {"parameters": count, "tensors": plan.optimizer_tensors})
+        for other, goal in zip(others, goals, strict=True)
+    ]  # fmt: skip
+
+
+def _model(plan: Plan) -> nn.Sequential:
+    width = plan.optimizer_width
+    layers = [nn.Linear(width, width, bias=False) for _ in range(plan.optimizer_tensors)]
+    return nn.Sequential(*layers)
+
+
+def _with_gradients(model: nn.Module) -> list[nn.Parameter]:
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.grad = _GRADIENT_SCALE * torch.randn(parameter.shape)
+    return parameters
+
+
+def packed(plan: Plan) -> swalp.optim.SGD:
+    """8-bit SGD over packed parameters that have gradients."""
+    model = swalp.convert(_model(plan), RECIPE, packed=True)
+    _with_gradients(model)
+    return swalp.optim.SGD(
+        model.named_parameters(), lr=LR, momentum=0.9, weight_decay=5e-4, recipe=RECIPE
+    )
+
+
+def plain(plan: Plan, **options: bool) -> torch.optim.SGD:
+    """PyTorch's SGD over float32 parameters that have gradients."""
+    parameters = _with_gradients(_model(plan))
+    return torch.optim.SGD(parameters, lr=LR, momentum=0.9, weight_decay=5e-4, **options)
+
+
+def _qpytorch(plan: Plan, optimized: bool) -> Callable[[], object]:
+    quantize = peers.qpytorch_quantize(optimized)
+    optimizer = peers.qpytorch_optimizer(_with_gradients(_model(plan)), LR, quantize)
+    step: Callable[[], object] = optimizer.step
+    return step
+
+
+def _eager(plan: Plan) -> Callable[[], object]:
+    parameters = _with_gradients(_model(plan))
+    return peers.LowPrecisionSGD(parameters, LR, peers.eager_quantize).step

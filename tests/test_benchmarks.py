@@ -1,0 +1,203 @@
+"""The suite's method: interleaving, statistics, records. Nothing here is timed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import swalp
+from benchmarks import environment, memory, optimizer, peers, report, training
+from benchmarks.harness import Contender, MissingError, Spread, contender, interleave, ratios
+from benchmarks.records import Row, at_least, at_most, compared, load, merged, save, timed
+
+
+class Machine:
+    """A clock that only work moves, and a diary of what was done."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.diary: list[str] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def work(self, name: str, seconds: float):
+        def run() -> None:
+            self.now += seconds
+            self.diary.append(name)
+
+        return run
+
+
+def test_contenders_take_turns_and_the_order_turns_every_round():
+    machine = Machine()
+    entries = [Contender(name, machine.work(name, 1.0)) for name in "abc"]
+    interleave(entries, 3, turn=0.5, clock=machine.clock)
+    assert "".join(machine.diary[-9:]) == "abc" + "cba" + "abc"
+
+
+def test_each_turn_repeats_a_short_call_until_the_turn_is_filled():
+    machine = Machine()
+    entries = [
+        Contender("long", machine.work("long", 1.0)),
+        Contender("short", machine.work("short", 2**-6)),
+    ]
+    times = interleave(entries, 2, turn=0.5, clock=machine.clock)
+    assert times == {"long": [1.0, 1.0], "short": [2**-6, 2**-6]}
+    # 32 short calls fill 0.5 s; the second round begins where the first ended
+    assert machine.diary[-66:] == ["long"] + ["short"] * 64 + ["long"]
+
+
+def test_preparing_is_not_timed_and_precedes_every_turn():
+    machine = Machine()
+    entry = Contender("a", machine.work("run", 1.0), machine.work("prepare", 100.0))
+    times = interleave([entry], 2, turn=0.5, clock=machine.clock)
+    assert times == {"a": [1.0, 1.0]}
+    assert machine.diary[-4:] == ["prepare", "run", "prepare", "run"]
+
+
+def test_names_must_differ():
+    with pytest.raises(ValueError, match="different names"):
+        interleave([Contender("a", int), Contender("a", int)], 1)
+
+
+def test_ratios_pair_the_rounds():
+    times = {"a": [2.0, 30.0, 5.0], "b": [1.0, 10.0, 5.0]}
+    assert ratios(times, "a", "b") == [2.0, 3.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([5.0], Spread(5.0, 5.0, 5.0)),
+        ([4.0, 1.0, 3.0, 2.0, 5.0], Spread(2.0, 3.0, 4.0)),
+        ([0.0, 1.0], Spread(0.25, 0.5, 0.75)),
+    ],
+)
+def test_spread_is_median_and_quartiles(values, expected):
+    assert Spread.of(values) == expected
+
+
+A, B = Contender("a", int), Contender("b", int)
+TIMES = {"a": [2.0, 30.0, 5.0], "b": [1.0, 10.0, 5.0]}
+
+
+def test_time_ratio_and_speedup_are_inverse():
+    slow = compared("x", "w", TIMES, A, B, "time ratio", at_most(2.5))
+    fast = compared("x", "w", TIMES, B, A, "speedup")
+    assert slow.value == fast.value == Spread(1.5, 2.0, 2.5)
+    assert slow.subject_seconds == fast.peer_seconds == Spread(3.5, 5.0, 17.5)
+    assert slow.rounds == 3
+    inverse = compared("x", "w", TIMES, A, B, "speedup")
+    assert inverse.value is not None
+    assert inverse.value.median == 0.5
+
+
+def test_time_is_divided_by_items_and_unit():
+    row = timed("x", "w", {"a": [3e-3]}, A, "us", per=1000)
+    assert row.value is not None
+    assert row.value.median == pytest.approx(3.0)
+
+
+def test_a_missing_peer_is_reported_never_skipped():
+    def no_peer():
+        raise MissingError("not installed: pip install b")
+
+    absent = contender("b", no_peer)
+    times = interleave([A, absent], 1, turn=0)
+    assert list(times) == ["a"]
+    row = compared("x", "work", times, A, absent, "speedup", at_least(2))
+    assert row.value is None
+    assert row.missing == "b: not installed: pip install b"
+    text = report.markdown([with_environment(row)])
+    assert "| work | a | missing: b: not installed: pip install b |  | ≥ 2 | - |" in text
+
+
+@pytest.mark.parametrize(
+    ("goal", "met"), [(at_most(2), "yes"), (at_most(1.9), "no"), (at_least(2), "yes"), (None, "")]
+)
+def test_the_table_says_whether_the_median_meets_the_goal(goal, met):
+    row = compared("x", "work", TIMES, A, B, "time ratio", goal)
+    text = report.markdown([with_environment(row)])
+    goal_text = "" if goal is None else str(goal)
+    assert f"| work | a | 2 x the time of b | 1.5 - 2.5 | {goal_text} | {met} |" in text
+    assert report.screen_table([row]).row_count == 1
+
+
+def with_environment(row: Row) -> Row:
+    return replace(row, environment=environment.describe(threads=2))
+
+
+def test_rows_survive_saving(tmp_path):
+    rows = [
+        with_environment(compared("x", "w", TIMES, A, B, "time ratio", at_most(2))),
+        with_environment(timed("y", "w", TIMES, A, "s", curve="c", details={"elements": 3})),
+    ]
+    path = tmp_path / "deep" / "rows.jsonl"
+    save(rows, path)
+    assert load(path) == rows
+    assert load(tmp_path / "none") == []
+
+
+def test_new_rows_replace_those_of_the_same_benchmark_only():
+    def row(benchmark, what):
+        return Row(benchmark=benchmark, what=what, measure="s")
+
+    old, new = [row("a", "old"), row("b", "old"), row("b", "older")], [row("b", "new")]
+    assert [(r.benchmark, r.what) for r in merged(old, new)] == [("a", "old"), ("b", "new")]
+
+
+def test_curves_are_drawn_not_listed():
+    rows = [
+        with_environment(
+            timed("scaling", "w", {"swalp": [n * 2e-9]}, Contender("swalp", int), "ns/element",
+                  per=n, curve="throughput", details={"elements": n, "threads": 2})
+        )
+        for n in (1000, 100)
+    ]  # fmt: skip
+    figure = report.throughput_plot(rows)
+    assert figure is not None
+    (line,) = figure.axes[0].get_lines()
+    assert list(line.get_xdata()) == [100, 1000]
+    assert list(line.get_ydata()) == pytest.approx([0.5, 0.5])  # 2 ns an element
+    assert report.screen_table(rows).row_count == 0
+    assert report.throughput_plot([]) is None
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_the_eager_peer_rounds_to_a_neighbour_on_its_grid(per_row):
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) * torch.arange(8).view(-1, 1)
+    y = peers.eager_quantize(x, per_row)
+    for row, rounded in zip(x, y, strict=True):
+        block = row if per_row else x
+        largest = float(block.abs().max())
+        gap = 2.0 ** (math.floor(math.log2(largest)) - 6) if largest else 1.0
+        assert torch.equal(rounded / gap, (rounded / gap).round())
+        inside = row < 127 * gap
+        assert bool(((rounded - row).abs() < gap)[inside].all())
+
+
+def test_tensor_bytes_counts_codes_exponents_and_momentum_once():
+    layer = swalp.convert(
+        nn.Sequential(nn.Linear(16, 4, bias=False)), optimizer.RECIPE, packed=True
+    )
+    sgd = swalp.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, recipe=optimizer.RECIPE)
+    layer[0].weight.grad = torch.ones(4, 16)
+    sgd.step()
+    assert memory.tensor_bytes(sgd) == 2 * (64 + 4)
+    plain = torch.optim.SGD([nn.Parameter(torch.zeros(4, 16))], lr=0.1, momentum=0.9)
+    assert memory.tensor_bytes(plain) == 4 * 64
+
+
+def test_vgg16_is_vgg16():
+    with torch.device("meta"):
+        model = training._vgg16()
+        assert model(torch.empty(2, 3, 32, 32)).shape == (2, 10)
+    convolutions = sum(isinstance(module, nn.Conv2d) for module in model.modules())
+    linear = sum(isinstance(module, nn.Linear) for module in model.modules())
+    assert (convolutions, linear) == (13, 3)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 15_245_130
