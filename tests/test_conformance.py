@@ -24,8 +24,10 @@ from conformance import (
     overflowing,
     patterns,
 )
-from strategies import ugly_tensor
+from strategies import same, ugly_tensor
 from swalp import (
+    FixedPoint,
+    Microscaling,
     Minifloat,
     Nearest,
     Stochastic,
@@ -35,6 +37,7 @@ from swalp import (
     quantize,
 )
 from swalp.formats import NAMED
+from swalp.quantize import reference
 
 E8M0 = NAMED["e8m0"]
 COUNT = 200_000
@@ -61,6 +64,13 @@ def test_nearest_equals_gfloat(fmt):
         assert np.isnan(ours(x[np.isnan(x)], fmt)).all()
     for unequal in compare_with_gfloat(x, fmt).values():
         assert not unequal.any(), x[unequal]
+
+
+@pytest.mark.parametrize("fmt", GFLOAT, ids=str)
+def test_the_definition_is_what_was_compared(fmt):
+    x = torch.from_numpy(np.concatenate([patterns(10_000, 2), landmarks(fmt)]))
+    for rule in MODES:
+        assert same(reference.quantize(x, fmt, rule), quantize(x, fmt, rule))
 
 
 @pytest.mark.parametrize("rule", MODES, ids=str)
@@ -243,6 +253,12 @@ def test_mx_differs_from_the_ocp_text_in_nan_alone():
     result = quantize(x, NAMED["mxfp8_e4m3"])
     assert result.isnan().nonzero().tolist() == [[5]]
     assert result.nan_to_num(nan=1.0).eq(1).all()
+
+
+def test_mxint8_is_symmetric_and_twos_complement_can_be_had():
+    x = torch.full((32,), -1.999)
+    assert quantize(x, NAMED["mxint8"]).unique().tolist() == [-127 / 64]
+    assert quantize(x, Microscaling(FixedPoint(8, 6))).unique().tolist() == [-2]
 
 
 def test_every_minifloat_here_has_both_libraries_agreeing_on_its_largest():

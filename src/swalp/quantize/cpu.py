@@ -200,8 +200,8 @@ def quantize_many(
             _check_plain(target)
             if target.shape != tensor.shape:
                 raise ValueError(
-                    f"quantize_many: an output of shape {tuple(target.shape)} for a tensor of shape "
-                    f"{tuple(tensor.shape)}"
+                    f"quantize_many: an output of shape {tuple(target.shape)} for a tensor of "
+                    f"shape {tuple(tensor.shape)}"
                 )
     arguments = [rule_arguments(each) for each in rules]
     if len({each[:2] for each in arguments}) != 1:
