@@ -45,7 +45,7 @@ def test_train_and_evaluate(run_swalp, tmp_path):
     assert (
         "digits: 1,000 training and 797 test images; mean ± standard deviation of 2 seeds." in out
     )
-    assert re.search(r"^paper-small-block-8: low precision changes SGD's test error by", out, re.M)
+    assert re.search(r"^paper-small-block-8: low precision costs SGD [+-]\d", out, re.M)
     assert out.endswith("Saved in made/here; README.txt there says what is what.\n")
     made = tmp_path / "made" / "here"
     assert (made / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -111,6 +111,7 @@ def test_help(run_swalp):
 
 MISTAKES = [
     (["train", "digts"], "unknown preset 'digts'; did you mean 'digits'?"),
+    (["train", ""], "unknown preset ''; presets: digits,"),
     (["train", "none.toml"], "none.toml: cannot read the settings: No such file or directory"),
     (["train", "bad.toml"], "bad.toml: malformed TOML: "),
     (["train", "--set", "epoch=3"], "--set: unknown key 'epoch'; did you mean 'epochs'?"),

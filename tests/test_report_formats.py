@@ -14,9 +14,9 @@ from swalp.report.formats import (
     format_table,
     formats_command,
     note,
-    plot_format,
     short,
 )
+from swalp.report.number_line import plot_format
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(formats_command)

@@ -26,7 +26,7 @@ def shown(terminal, moments, monkeypatch):
     times = iter(range(0, 10_000, 20))
     monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(times)))
     file = io.StringIO()
-    console = Console(file=file, force_terminal=terminal, width=120, highlight=False)
+    console = Console(file=file, force_terminal=terminal, width=80, highlight=False)
     with progress.Display(console) as display:
         for moment in moments:
             display(moment)
@@ -43,14 +43,15 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch):
     # The clock goes on by 20 s at each look: 40 s for two steps, 89 to go.
     first, second, said = shown(False, moments, monkeypatch).splitlines()
     assert first == (
-        " 11 %  float, seed 3, epoch 2: loss 0.250, error 4.50 %, rate 0.05; about 1780 s left"
+        " 11 %  float, seed 3, epoch 2: error 4.50 %, loss 0.250, rate 0.05; about 1780 s left"
     )
-    assert "error 4.50 %, of the average 3.25 %, rate 0.05;" in second
+    assert "error 4.50 %, of the average 3.25 %, loss 0.250," in second
     assert said == "a [line] with brackets"
 
 
 def test_a_bar_on_a_terminal(monkeypatch):
     text = shown(True, [Moment(10), Moment(11, RECORD)], monkeypatch)
-    assert "float, seed 3, epoch 2" in text
-    assert "loss 0.250" in text
+    assert "float, seed 3, epoch 2: error 4.50 %" in text
+    assert "loss 0.250, rate 0.05" in text
+    assert "11%" in text
     assert "\x1b[" in text

@@ -46,8 +46,8 @@ def test_table():
 def test_findings_are_computed_from_the_rows():
     sentence, note = tables.findings(EXAMPLE["rows"])
     assert sentence == (
-        "low: low precision changes SGD's test error by +2.00 ± 0.00* points; averaging takes "
-        "+1.83 ± 0.58* off, which leaves SWALP +0.17 ± 0.58 from float SGD and +0.67 ± 0.58 from "
+        "low: low precision costs SGD +2.00 ± 0.00* points of test error; averaging brings back "
+        "+1.83 ± 0.58*, which leaves SWALP +0.17 ± 0.58 from float SGD and +0.67 ± 0.58 from "
         "float SWA."
     )
     assert "paired by seed" in note
@@ -57,6 +57,7 @@ def test_findings_are_computed_from_the_rows():
     ("values", "shown"),
     [
         ([0.5], "+0.50"),
+        ([-0.001], "+0.00"),
         ([-1.0, 1.0], "+0.00 ± 1.41"),
         ([-1.0, -1.0], "-1.00 ± 0.00*"),
         # t = 4.30 with 2 degrees of freedom is the 5 % bound: mean / (sd / sqrt(3)).
@@ -71,7 +72,7 @@ def test_a_star_marks_what_the_spread_does_not_explain(values, shown):
 def test_one_seed_is_called_chance():
     rows = [row | {"test_error": row["test_error"][:1]} for row in EXAMPLE["rows"]]
     sentence, note = tables.findings(rows)
-    assert "changes SGD's test error by +2.00 points" in sentence
+    assert "low precision costs SGD +2.00 points" in sentence
     assert note == "(One seed: the differences may be chance.)"
     assert "float SGD " in tables.render(EXAMPLE | {"rows": rows})
 

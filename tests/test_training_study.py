@@ -184,6 +184,21 @@ def test_a_full_disk_stops_the_run_and_leaves_it_resumable(whole, tmp_path, monk
     assert results(run) == results(whole)
 
 
+def test_another_machine_is_said(whole, tmp_path):
+    run = run_directory.create(tmp_path, settings())
+    with pytest.raises(study.Stopped):
+        train(run, stop_at=7)
+    path = tmp_path / "sessions.jsonl"
+    session = json.loads(path.read_text()) | {"torch": "1.0"}
+    path.write_text(json.dumps(session) + "\n")
+    said = []
+    train(run, said=said)
+    assert said == [
+        f"this run began with torch 1.0, and goes on with {torch.__version__}: it may end "
+        f"otherwise, in the last bits, than an uninterrupted one"
+    ]
+
+
 def test_a_batch_must_fit(tmp_path):
     run = run_directory.create(tmp_path, settings(batch_size=1001))
     with pytest.raises(UserError, match="batch_size = 1001 exceeds the 1000 training examples"):

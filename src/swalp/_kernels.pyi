@@ -76,6 +76,10 @@ def quantize_flat(
     fmt: Format, count: int, x: int, out: int,
     rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
 ) -> None: ...  # fmt: skip
+def quantize_many(
+    fmt: Format, layouts: Sequence[Layout], x: Sequence[int], out: Sequence[int],
+    rule: int, bits: int, seed_step_call: Sequence[tuple[int, int, int]], threads: int, /,
+) -> None: ...  # fmt: skip
 def unpack(
     fmt: Format, layout: Layout, codes: int, code_type: int, exponents: int, table: int,
     out: int, threads: int, /,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from swalp.report.formats import formats_command
 from swalp.training.mistakes import UserError
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -115,7 +117,7 @@ def train(
         settings = directory.config()
         examples = data.load(settings.data, data_dir, download=download)
     else:
-        source = source or "digits"
+        source = "digits" if source is None else source
         settings = config.load(source, set_ or [])
         examples = data.load(settings.data, data_dir, download=download)
         name = f"{Path(source).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -176,6 +178,16 @@ def doctor() -> None:
 
     found = environment.describe() | {"data without --data-dir": str(data.cache_dir())}
     print(pairs(found))
+
+
+@app.command("formats")
+@functools.wraps(formats_command)
+def formats(*words: object, **options: object) -> None:
+    """As `formats_command`, whose signature and text this takes; its mistakes become one line."""
+    try:
+        formats_command(*words, **options)  # type: ignore[arg-type]  # typer has checked them
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def _fail(message: str) -> int:

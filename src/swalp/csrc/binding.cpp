@@ -1,9 +1,11 @@
 // The Python module swalp._kernels: the C interface, on addresses. `swalp/_kernels.pyi` describes it.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <new>
+#include <tuple>
 #include <vector>
 
 #include "kernels.h"
@@ -67,6 +69,25 @@ swalp_layout flat(int64_t n) {
 void quantize_flat(const swalp_format& f, int64_t n, uintptr_t x, uintptr_t out, int32_t rule,
                    int32_t bits, uint64_t seed, uint32_t step, uint32_t call, int threads) {
   quantize(f, flat(n), x, out, SWALP_FLOAT32, 0, rule, bits, seed, step, call, threads);
+}
+
+void quantize_many(const swalp_format& f, const std::vector<const swalp_layout*>& layouts,
+                   const std::vector<uintptr_t>& x, const std::vector<uintptr_t>& out, int32_t rule,
+                   int32_t bits, const std::vector<std::tuple<uint64_t, uint32_t, uint32_t>>& noise,
+                   int threads) {
+  const size_t count = layouts.size();
+  if (x.size() != count || out.size() != count || (noise.size() != 1 && noise.size() != count))
+    throw nb::value_error("quantize_many: lists of different lengths");
+  std::vector<swalp_rounding> r(count);
+  for (size_t i = 0; i < count; ++i) {
+    const auto& [seed, step, call] = noise[noise.size() == 1 ? 0 : i];
+    r[i] = {rule, bits, seed, step, call};
+  }
+  nb::gil_scoped_release unlocked;
+  if (swalp_quantize_many(&f, static_cast<int64_t>(count), r.data(), layouts.data(),
+                          reinterpret_cast<const float* const*>(x.data()),
+                          reinterpret_cast<float* const*>(out.data()), threads) < 0)
+    throw std::bad_alloc();
 }
 
 void unpack(const swalp_format& f, const swalp_layout& l, uintptr_t codes, int32_t code_type,
@@ -192,6 +213,7 @@ NB_MODULE(_kernels, m) {
   m.attr("CODE16") = static_cast<int>(SWALP_CODE16);
   m.def("quantize", &quantize);
   m.def("quantize_flat", &quantize_flat);
+  m.def("quantize_many", &quantize_many);
   m.def("unpack", &unpack);
   m.def("noise", &noise);
   m.def("use", [](const std::string& name) {

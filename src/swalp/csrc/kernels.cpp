@@ -39,6 +39,34 @@ int swalp_quantize(const swalp_format* f, const swalp_rounding* r, const swalp_l
   return active->quantize(f, r, l, x, out, output, exponents, threads);
 }
 
+int swalp_quantize_many(const swalp_format* f, int64_t count, const swalp_rounding* r,
+                        const swalp_layout* const* l, const float* const* x, float* const* out,
+                        int threads) {
+  // Below this, threads are more use each with a tensor of its own than all within one.
+  constexpr int64_t small = 1 << 18;
+  constexpr int64_t serial = 1 << 16;
+  const auto size = [l](int64_t i) {
+    int64_t n = 1;
+    for (int axis = 0; axis < l[i]->dims; ++axis) n *= l[i]->size[axis];
+    return n;
+  };
+  int status = 0;
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (size(i) >= small)
+      status |= active->quantize(f, r + i, l[i], x[i], out[i], SWALP_FLOAT32, nullptr, threads);
+    else total += size(i);
+  }
+  if (total < serial) threads = 1;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8) reduction(| : status) if (threads > 1)
+#endif
+  for (int64_t i = 0; i < count; ++i)
+    if (size(i) < small)
+      status |= active->quantize(f, r + i, l[i], x[i], out[i], SWALP_FLOAT32, nullptr, 1);
+  return status;
+}
+
 void swalp_unpack(const swalp_format* f, const swalp_layout* l, const void* codes,
                   int32_t code_type, const int32_t* exponents, const float* table, float* out,
                   int threads) {

@@ -50,9 +50,16 @@ typedef struct {
 // Quantize `x` to float32 values or integer codes in `out` (which may be `x`).
 //
 // `exponents`: int32, one for each block in row-major order, or NULL. `threads` is an upper bound.
-// Returns 1 if codes were wanted for a NaN that has none (its code is 0), else 0.
+// Returns 1 if codes were wanted for a NaN that has none (its code is 0), -1 if memory ran out,
+// else 0.
 int swalp_quantize(const swalp_format*, const swalp_rounding*, const swalp_layout*, const float* x,
                    void* out, int32_t output, int32_t* exponents, int threads);
+
+// The same for many row-major tensors, to float32 values: threads share the small ones among them.
+// Returns -1 if memory ran out, else 0.
+int swalp_quantize_many(const swalp_format*, int64_t count, const swalp_rounding*,
+                        const swalp_layout* const*, const float* const* x, float* const* out,
+                        int threads);
 
 // Codes to float32 values. `table`: the values of all codes of 1 or 2 bytes, if they are bit patterns, or
 // NULL.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -10,12 +11,13 @@ from torch import Tensor
 
 from swalp.format_text import parse_format
 from swalp.formats import Binary, BlockFloat, FixedPoint, Format, Microscaling, Minifloat
-from swalp.quantize import dispatch, reference
+from swalp.quantize import cpu, dispatch, reference
 from swalp.quantize.blocks import block_extents
 from swalp.rounding import DETERMINISTIC, Nearest, Rounding, Stochastic, TowardZero
 
 Gradient = Literal["straight-through", "clipped"]
 
+_GRADIENTS = ("straight-through", "clipped")
 CARRIERS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -55,15 +57,30 @@ def quantize(
     Source: Yang et al. 2019 (arXiv:1904.11943), section 3.1; `docs/numerics.md` has the contract.
     """
     if not torch.compiler.is_compiling():  # then the operator checks: Dynamo ignores its cache
+        # The checks cost more than a thousand numbers: a format that passed them is known again.
+        found = cpu.plans.get(id(fmt))
+        if (
+            found is not None
+            and found[0].checked
+            and out is None
+            and type(rounding) in cpu.RULES
+            and gradient in _GRADIENTS
+            and _is_plain(x)
+            and x.dtype is torch.float32
+            and x.is_cpu
+            and x.is_contiguous()
+            and not x.is_neg()
+        ):
+            return cpu.quantize_contiguous(found[0], x, rounding)
         check(x, fmt, rounding)
-    if gradient not in ("straight-through", "clipped"):
+    if gradient not in _GRADIENTS:
         raise ValueError(f"gradient={gradient!r} must be 'straight-through' or 'clipped'")
     if out is not None:
         _check_out(x, out)
         x = x.detach()
-    plain = type(x) is Tensor or type(x) is torch.nn.Parameter
-    recorded = x.requires_grad and torch.is_grad_enabled()
-    if plain and not recorded and not _traced(x):
+    if not torch.compiler.is_compiling() and _is_plain(x):
+        if x.dtype is torch.float32 and not isinstance(fmt, Binary):  # it has no rule toward zero
+            cpu.plan_of(fmt).checked = cpu.knows(fmt)
         return dispatch.run(x, fmt, rounding, out)
     seed, step, call, key = 0, 0, 0, None
     if isinstance(rounding, Stochastic):
@@ -78,6 +95,53 @@ def quantize(
         x, str(fmt), str(rounding), seed, step, call, key, gradient == "clipped"
     )
     return result if out is None else out.copy_(result)
+
+
+@torch.no_grad()
+def quantize_many(
+    tensors: Sequence[Tensor],
+    fmt: Format,
+    rounding: Rounding | Sequence[Rounding] = Nearest(),  # noqa: B008  (a frozen value)
+    *,
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """`quantize` each of many tensors, without gradients, in one call of the kernels.
+
+    For tensors so small that a call each would cost more than the work.
+
+    Args:
+        tensors: as for `quantize`.
+        fmt: the format of all.
+        rounding: one rule, or one for each tensor. (One `Stochastic` rule with a seed gives all
+            tensors the same noise; ``rule.stream(role, name)`` gives each its own.)
+        out: tensors to write to, one for each, themselves included.
+
+    Returns:
+        One tensor for each (or those of `out`).
+
+    Raises:
+        TypeError: as `quantize`.
+        ValueError: as `quantize`, or there are not as many of one as of another.
+    """
+    one = isinstance(rounding, Rounding)
+    rules = [rounding] * len(tensors) if isinstance(rounding, Rounding) else rounding
+    outputs = len(tensors) if out is None else len(out)
+    if not len(tensors) == len(rules) == outputs:
+        raise ValueError(
+            f"quantize_many: {len(tensors)} tensors, {len(rules)} rules and {outputs} outputs; "
+            f"give as many of each"
+        )
+    seen: set[tuple[torch.dtype, torch.Size]] = set()
+    for x, rule, target in zip(tensors, rules, out or tensors, strict=True):
+        alike = (x.dtype, x.shape) if isinstance(x, Tensor) else None
+        if not one or alike is None or alike not in seen:  # the rest of a network is more of these
+            check(x, fmt, rule)
+            seen.add((x.dtype, x.shape))
+        if target is not x:
+            _check_out(x, target)
+    targets = [torch.empty_like(x) for x in tensors] if out is None else out
+    dispatch.run_many(tensors, fmt, rules, targets)
+    return list(targets)
 
 
 def check(x: Tensor, fmt: Format, rounding: Rounding) -> None:
@@ -133,13 +197,14 @@ def _check_out(x: Tensor, out: Tensor) -> None:
         )
 
 
-def _traced(x: Tensor) -> bool:
-    """Whether PyTorch is watching: compiling, exporting, faking, or transforming functions."""
+def _is_plain(x: Tensor) -> bool:
+    """Whether nobody watches: no gradient to record, no mode, no transformation of functions."""
     return (
-        torch.compiler.is_compiling()
-        or x.is_meta
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
+        (type(x) is Tensor or type(x) is torch.nn.Parameter)
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not x.is_meta
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
     )
 
 

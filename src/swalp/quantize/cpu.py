@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,7 +33,7 @@ else:
 
 SERIAL = 1 << 16  # below this the kernels use one thread whatever they are given
 
-_RULE: dict[type, int] = {
+RULES: dict[type, int] = {
     Nearest: 0,
     TowardZero: 1,
     TowardPositive: 2,
@@ -42,7 +43,7 @@ _RULE: dict[type, int] = {
 _CACHED = 4096  # formats, and layouts of each
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Plan:
     """What the kernels need to know of a format, kept from call to call.
 
@@ -50,32 +51,44 @@ class Plan:
         fmt: the format.
         kernel: its numbers; None if the kernels do not have it.
         shapeless: whether contiguous tensors of any shape are one long row to it.
+        checked: set by those who know that `fmt` and float32 fit together and with every rule.
         layouts: where elements lie, by shape and stride.
+        rows: the same of contiguous tensors, by shape alone.
         table: values of its bit patterns, if codes are such: 256 or 65536, for any 1 or 2 bytes.
     """
 
     fmt: Format
     kernel: _kernels.Format | None
     shapeless: bool
-    layouts: dict[tuple[torch.Size, tuple[int, ...]], tuple[Layout, _kernels.Layout] | None]
-    table: Tensor | None = field(default=None)
+    checked: bool = False
+    layouts: dict[tuple[torch.Size, tuple[int, ...]], tuple[Layout, _kernels.Layout] | None] = (
+        field(default_factory=dict)
+    )
+    rows: dict[torch.Size, _kernels.Layout] = field(default_factory=dict)
+    table: Tensor | None = None
 
 
-# By identity: hashing a dataclass costs more than quantizing a thousand numbers. The plan keeps its
-# format alive, so that no other takes the same id.
-_plans: dict[int, Plan] = {}
+# By identity, as hashing a dataclass costs more than quantizing a thousand numbers. A plan found by
+# identity keeps that very object alive, so that no other takes the same id.
+plans: dict[int, tuple[Plan, Format]] = {}
+_equal_plans: dict[Format, Plan] = {}
 
 
 def plan_of(fmt: Format) -> Plan:
-    """The plan of `fmt`, made on first use."""
-    plan = _plans.get(id(fmt))
+    """The plan of `fmt`, made on first use; equal formats share one."""
+    found = plans.get(id(fmt))
+    if found is not None:
+        return found[0]
+    if len(plans) >= _CACHED:
+        plans.clear()
+    plan = _equal_plans.get(fmt)
     if plan is None:
-        if len(_plans) >= _CACHED:
-            _plans.clear()
+        if len(_equal_plans) >= _CACHED:
+            _equal_plans.clear()
         one_block = isinstance(fmt, BlockFloat) and fmt.axes is None and fmt.tile is None
         shapeless = one_block or isinstance(fmt, FixedPoint | Minifloat | Binary)
-        kernel = _numbers(fmt) if _fits(fmt) else None
-        plan = _plans[id(fmt)] = Plan(fmt, kernel, shapeless, {})
+        plan = _equal_plans[fmt] = Plan(fmt, _numbers(fmt) if _fits(fmt) else None, shapeless)
+    plans[id(fmt)] = plan, fmt
     return plan
 
 
@@ -125,6 +138,64 @@ def quantize(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = No
         *rule_arguments(rounding), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def quantize_contiguous(plan: Plan, x: Tensor, rounding: Rounding) -> Tensor:
+    """`quantize` into a new tensor with as little as possible around the kernel.
+
+    Args:
+        plan: `checked`.
+        x: a plain float32 tensor on the CPU, contiguous, without a negative bit.
+        rounding: the rule.
+    """
+    assert plan.kernel is not None  # `checked`
+    out = torch.empty_like(x)
+    count = x.numel()
+    threads = 1 if count < SERIAL else torch.get_num_threads()
+    if type(rounding) is Stochastic and (seed := rounding.seed) is not None:
+        bits, step, call, rule = rounding.random_bits, rounding.step, rounding.call, 4
+    else:
+        rule, bits, seed, step, call = rule_arguments(rounding)
+    if plan.shapeless:
+        _kernels.quantize_flat(
+            plan.kernel, count, x.data_ptr(), out.data_ptr(), rule, bits, seed, step, call, threads
+        )
+    else:
+        _kernels.quantize(
+            plan.kernel, _rows(plan, x), x.data_ptr(), out.data_ptr(), 0, 0,
+            rule, bits, seed, step, call, threads,
+        )  # fmt: skip
+    return out
+
+
+def quantize_many(
+    tensors: Sequence[Tensor],
+    fmt: Format,
+    rules: Sequence[tuple[int, int, int, int, int]],
+    out: Sequence[Tensor],
+) -> None:
+    """`quantize` each of many tensors into its place, in one call.
+
+    Args:
+        tensors: of which `is_plain` holds.
+        fmt: a format that `supports` accepts.
+        rules: the `rule_arguments` of each, all of one kind and one number of random bits.
+        out: likewise plain; tensors of `tensors` itself included.
+    """
+    plan = plan_of(fmt)
+    rule, bits = rules[0][:2]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    assert plan.kernel is not None  # `supports`
+    _kernels.quantize_many(
+        plan.kernel, [_rows(plan, tensor) for tensor in tensors],
+        addresses, addresses if out is tensors else [target.data_ptr() for target in out],
+        rule, bits, [each[2:] for each in rules], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether memory holds just the tensor: float32 on the CPU, contiguous."""
+    return x.dtype is torch.float32 and x.is_cpu and x.is_contiguous() and not x.is_neg()
 
 
 def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None]:
@@ -208,7 +279,7 @@ def rule_arguments(rounding: Rounding) -> tuple[int, int, int, int, int]:
     if type(rounding) is Stochastic:
         seed = fresh_seed() if rounding.seed is None else rounding.seed
         return 4, rounding.random_bits, seed, rounding.step, rounding.call
-    return _RULE[type(rounding)], 16, 0, 0, 0
+    return RULES[type(rounding)], 16, 0, 0, 0
 
 
 def _layout(plan: Plan, x: Tensor) -> tuple[Layout, _kernels.Layout] | None:
@@ -226,6 +297,21 @@ def _layout(plan: Plan, x: Tensor) -> tuple[Layout, _kernels.Layout] | None:
         plan.layouts.clear()
     plan.layouts[key] = found
     return found
+
+
+def _rows(plan: Plan, x: Tensor) -> _kernels.Layout:
+    """The layout of a contiguous tensor."""
+    shape = x.shape
+    layout = plan.rows.get(shape)
+    if layout is None:
+        if not x.numel():
+            return _kernels.Layout((0,), (1,), 0, 0)
+        found = _layout(plan, x)
+        assert found is not None  # a contiguous tensor has one
+        if len(plan.rows) >= _CACHED:
+            plan.rows.clear()
+        layout = plan.rows[shape] = found[1]
+    return layout
 
 
 def _partly_the_same(x: Tensor, out: Tensor) -> bool:

@@ -282,5 +282,4 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 def scaled(steps: Tensor, gap: Tensor) -> Tensor:
     """Steps * 2**gap, float64. In two factors, as 2**gap alone may not be a float64."""
     first = gap.clamp(-1000, 1000)
-    second = (gap - first).clamp(-1000, 1000)  # blocks of zeros alone have gaps below 2**-2000
-    return steps.to(torch.float64) * _power_of_two(first) * _power_of_two(second)
+    return steps.to(torch.float64) * _power_of_two(first) * _power_of_two(gap - first)

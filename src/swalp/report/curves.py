@@ -43,7 +43,7 @@ def png(metrics: Sequence[dict[str, Any]], *, averaging_start: int, title: str) 
                 label=f"{arm} {name}",
                 marker="." if len(epochs) == 1 else "",
             )
-            axes.fill_between(epochs, low, high, color=colour, alpha=0.12, linewidth=0)
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.1, linewidth=0)
     axes.axvline(averaging_start, color="0.5", linewidth=0.8, linestyle=":")
     axes.annotate(
         "averaging starts",
@@ -59,11 +59,12 @@ def png(metrics: Sequence[dict[str, Any]], *, averaging_start: int, title: str) 
         axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}")
-    axes.tick_params(axis="y", which="minor", labelsize="x-small")
+    axes.tick_params(axis="y", which="both", labelsize="small")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("epoch")
     axes.set_ylabel("test error, %")
-    axes.set_title(title)
+    seeds = len({record["seed"] for record in metrics})
+    axes.set_title(f"{title}: mean and range of {seeds} seeds" if seeds > 1 else title)
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")

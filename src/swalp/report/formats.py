@@ -1,25 +1,18 @@
-"""Formats as tables, facts and pictures: what ``swalp formats`` prints and draws."""
+"""Formats as tables and facts: what ``swalp formats`` prints."""
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
 from swalp.format_text import parse_format
 from swalp.formats import (
@@ -31,8 +24,6 @@ from swalp.formats import (
     Microscaling,
     Minifloat,
 )
-from swalp.quantize import quantize
-from swalp.rounding import Nearest, TowardNegative, TowardPositive
 
 SHOWN: tuple[Format, ...] = (
     FixedPoint(8, 6),
@@ -42,17 +33,14 @@ SHOWN: tuple[Format, ...] = (
     *NAMED.values(),
 )
 
-_KIND: dict[type, str] = {
+KIND: dict[type, str] = {
     FixedPoint: "fixed",
     BlockFloat: "block",
     Minifloat: "minifloat",
     Microscaling: "MX",
     Binary: "binary",
 }
-_FEW = 64  # values that are listed one by one
-_STAIRS = 40  # values whose staircase is drawn whole
-_LONG_MANTISSA = 5  # bits from which on a staircase shows one end of a binade only
-_NEAREST, _EXPECTED, _SUBNORMAL = "#4477aa", "#ee6677", "#ccbb44"
+FEW = 64  # values that are listed one by one
 
 
 def format_table(formats: Iterable[Format]) -> Table:
@@ -66,7 +54,7 @@ def format_table(formats: Iterable[Format]) -> Table:
     for fmt in formats:
         table.add_row(
             Text(str(fmt)),
-            _KIND[type(fmt)],
+            KIND[type(fmt)],
             str(fmt.bits),
             str(fmt.num_codes),
             short(fmt.smallest),
@@ -80,7 +68,7 @@ def format_table(formats: Iterable[Format]) -> Table:
 def facts(fmt: Format) -> list[tuple[str, str]]:
     """What there is to know of one format, as pairs of a name and a text."""
     rows = [
-        ("kind", _KIND[type(fmt)]),
+        ("kind", KIND[type(fmt)]),
         ("note", note(fmt)),
         ("bits of an element", str(fmt.bits)),
         ("codes", str(fmt.num_codes)),
@@ -90,7 +78,7 @@ def facts(fmt: Format) -> list[tuple[str, str]]:
         ("significant bits", str(fmt.significand_bits)),
         ("in Python", repr(fmt)),
     ]
-    if fmt.num_codes <= _FEW:
+    if fmt.num_codes <= FEW:
         block = isinstance(fmt, BlockFloat | Microscaling)
         where = " of a block whose largest lies in [1, 2)" if block else ""
         rows.append((f"values{where}", " ".join(f"{value:g}" for value in fmt.values().tolist())))
@@ -125,24 +113,6 @@ def short(value: float) -> str:
     return f"{value:.5g}" if 1e-4 <= value < 1e5 else f"{value:.3g}"
 
 
-def plot_format(fmt: Format, path: str | Path) -> None:
-    """Draw the number line of a format and the staircases of rounding to it, as a PNG.
-
-    Block formats are drawn for a block whose largest magnitude lies in [1, 2).
-
-    Raises:
-        ValueError: `path` exists or cannot be written, or the format has too many values to list.
-    """
-    picture = _picture(fmt)
-    try:
-        with Path(path).open("xb") as file:
-            file.write(picture)
-    except FileExistsError:
-        raise ValueError(f"{path} exists and is not overwritten; name another file") from None
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}; name a file that can be written") from None
-
-
 def formats_command(
     name: Annotated[
         str | None,
@@ -171,6 +141,8 @@ def formats_command(
     if path is not None and not plot:
         raise ValueError(f"{path} is for a picture: swalp formats {name} --plot {path}")
     if plot:
+        from swalp.report.number_line import plot_format  # with matplotlib, which takes its time
+
         target = path or Path(re.sub(r"[^\w.-]+", "-", str(fmt)).strip("-") + ".png")
         plot_format(fmt, target)
         console.print(f"drawn: {target}", markup=False, highlight=False, soft_wrap=True)
@@ -214,130 +186,3 @@ def _remarks(fmt: Minifloat) -> list[str]:
 
 
 # The picture.
-
-
-def _picture(fmt: Format) -> bytes:
-    values = fmt.values()
-    figure = Figure(figsize=(7, 5.4), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    ratios = (1, 1, 7) if _spans_binades(fmt) else (1, 7)
-    rows = figure.subplots(len(ratios), 1, gridspec_kw={"height_ratios": ratios})
-    _number_line(rows[0], values)
-    if _spans_binades(fmt):
-        _binades(rows[1], fmt, values[values > 0])
-    _staircase(rows[-1], fmt, values)
-    count = f"{len(values)} values" + (
-        " in a block of exponent 0" if isinstance(fmt, BlockFloat | Microscaling) else ""
-    )
-    figure.suptitle(
-        f"{fmt}: {_KIND[type(fmt)]}, {fmt.bits} bit{'s' * (fmt.bits > 1)}, {count}",
-        fontsize="medium",
-    )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def _element(fmt: Format) -> Format:
-    return fmt.element if isinstance(fmt, Microscaling) else fmt
-
-
-def _spans_binades(fmt: Format) -> bool:
-    element = _element(fmt)
-    return isinstance(element, Minifloat) and element.max_exponent - element.min_exponent > 1
-
-
-def _number_line(axes: Axes, values: Tensor) -> None:
-    _frame(axes, values, "values")
-    _strokes(axes, values, values, _NEAREST)
-
-
-def _binades(axes: Axes, fmt: Format, positive: Tensor) -> None:
-    """The positive values on a scale of binades, the subnormal ones apart."""
-    element = _element(fmt)
-    assert isinstance(element, Minifloat)
-    unit = 2.0 ** (element.max_exponent if isinstance(fmt, Microscaling) else 0)
-    normal = positive * unit >= 2.0**element.min_exponent
-    places = positive.log2()
-    _frame(axes, places, "positive values, by binade")
-    _strokes(axes, places[normal], places, _NEAREST)
-    if not bool(normal.all()):
-        _strokes(axes, places[~normal], places, _SUBNORMAL, "subnormal")
-        axes.legend(fontsize="x-small", frameon=False, loc="lower right", bbox_to_anchor=(1, 1),
-                    borderaxespad=0, handlelength=1)  # fmt: skip
-    axes.xaxis.set_major_formatter(lambda place, _: f"$2^{{{place:g}}}$")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _frame(axes: Axes, places: Tensor, title: str) -> None:
-    low, high = places[0].item(), places[-1].item()
-    axes.set_xlim(low - 0.01 * (high - low), high + 0.01 * (high - low))
-    axes.set_yticks([])
-    axes.spines[["left", "right", "top"]].set_visible(False)
-    axes.tick_params(labelsize="small")
-    axes.set_title(title, loc="left", fontsize="small")
-
-
-def _strokes(axes: Axes, places: Tensor, among: Tensor, colour: str, label: str = "") -> None:
-    """A stroke at each place; of those that fall on one pixel, one."""
-    pixel = (among[-1] - among[0]).item() / 4000
-    shown = {round(place / pixel): place for place in places.tolist()}
-    width = 0.5 if len(among) > _FEW else 1.2
-    axes.vlines(list(shown.values()), 0, 1, color=colour, linewidth=width, label=label)
-
-
-def _staircase(axes: Axes, fmt: Format, values: Tensor) -> None:
-    """What nearest and stochastic rounding make of a number."""
-    low, high = _window(fmt, values)
-    x = torch.linspace(low, high, 4001, dtype=torch.float64)
-    with_block = torch.cat([x, torch.tensor([1.5], dtype=torch.float64)])  # exponent 0, if blocks
-    flat = _one_block(fmt, len(with_block))
-    nearest, below, above = (
-        quantize(with_block, flat, rule)[:-1]
-        for rule in (Nearest(), TowardNegative(), TowardPositive())
-    )
-    expected = torch.minimum(torch.maximum(x, below), above)  # all there is, between neighbours
-    axes.plot(x.tolist(), x.tolist(), color="0.75", linewidth=0.8, linestyle=":", label="identity")
-    axes.fill_between(
-        x.tolist(), below.tolist(), above.tolist(), color=_EXPECTED, alpha=0.18, linewidth=0,
-        label="stochastic: the two outcomes",
-    )  # fmt: skip
-    axes.plot(x.tolist(), expected.tolist(), color=_EXPECTED, linewidth=1.1,
-              label="stochastic: the mean")  # fmt: skip
-    axes.plot(x.tolist(), nearest.tolist(), color=_NEAREST, linewidth=1.3, label="nearest")
-    axes.set_xlim(low, high)
-    axes.set_xlabel("x")
-    axes.set_ylabel("Q(x)")
-    axes.tick_params(labelsize="small")
-    axes.grid(alpha=0.25, linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small", loc="lower right")
-
-
-def _window(fmt: Format, values: Tensor) -> tuple[float, float]:
-    """Where the staircase is worth drawing."""
-    low, high = values[0].item(), values[-1].item()
-    element = _element(fmt)
-    in_block = isinstance(fmt, BlockFloat | Microscaling)
-    end = math.nextafter(2.0, 0.0)  # a number of 2 or more would have another block exponent
-    if len(values) <= _STAIRS:
-        margin = 0.12 * (high - low)
-        start = low - margin if low < 0 else 0.0
-        return (max(start, -end), end) if in_block else (start, high + margin)
-    if isinstance(element, Minifloat):
-        exponent = -1 if in_block else min(max(0, element.min_exponent), element.max_exponent - 2)
-        unit = 2.0**exponent
-        if element.mantissa_bits >= _LONG_MANTISSA:
-            return unit * (1 - 6 * fmt.gap), unit * (1 + 10 * fmt.gap)
-        return 0.45 * unit, min(4.4 * unit, end if in_block else math.inf)
-    # Integers: the upper end, where they saturate.
-    return high - 16 * fmt.gap, end if in_block else high + 5 * fmt.gap
-
-
-def _one_block(fmt: Format, size: int) -> Format:
-    """The same numbers, with one block for a vector of that size."""
-    if isinstance(fmt, Microscaling):
-        return Microscaling(fmt.element, tile=size)
-    if isinstance(fmt, BlockFloat):
-        return BlockFloat(fmt.word_length, exponent_bits=fmt.exponent_bits, symmetric=fmt.symmetric)
-    return fmt

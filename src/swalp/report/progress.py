@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 _LINES_EVERY = 10.0  # seconds, where there is no bar
 
@@ -33,6 +41,15 @@ class Moment(Protocol):
     def record(self) -> dict[str, Any] | None: ...  # noqa: D102
 
 
+class _TwoLines(Progress):
+    """What is trained, with its errors, above the bar: both fit into 80 columns."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        for task in self.tasks:
+            yield Text(task.description, no_wrap=True, overflow="ellipsis")
+        yield self.make_tasks_table(self.tasks)
+
+
 class Display:
     """A context that shows a run's progress on stderr; `say` puts a line above the bar.
 
@@ -41,12 +58,13 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(stderr=True, highlight=False, soft_wrap=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+        self._console = console or Console(stderr=True, highlight=False)
+        self._bar = _TwoLines(
+            BarColumn(bar_width=30),
+            TaskProgressColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=self._console,
             transient=True,
             disable=not self._console.is_terminal,
@@ -70,18 +88,18 @@ class Display:
 
     def say(self, line: str) -> None:
         """Show a line."""
-        self._console.print(line, markup=False)
+        self._console.print(line, markup=False, soft_wrap=True)
 
     def __call__(self, moment: Moment) -> None:
         """Show where the run stands."""
         if self._first is None:
             self._first = moment.step - 1
         if moment.record is not None:
-            self._error = f"error {moment.record['test_error']:.2f} %"
             average = moment.record["average_error"]
+            self._error = f": error {moment.record['test_error']:.2f} %"
             self._error += "" if average is None else f", of the average {average:.2f} %"
-        what = f"{moment.arm}, seed {moment.seed}, epoch {moment.epoch}"
-        figures = f"loss {moment.loss:.3f}, {self._error}, rate {moment.learning_rate:.2g}"
+        what = f"{moment.arm}, seed {moment.seed}, epoch {moment.epoch}{self._error}"
+        figures = f"loss {moment.loss:.3f}, rate {moment.learning_rate:.2g}"
         if not self._bar.disable:
             self._bar.update(
                 self._task,
@@ -97,4 +115,4 @@ class Display:
             done = moment.step - self._first
             left = (now - self._began) / done * (moment.steps - moment.step)
             share = 100 * moment.step / moment.steps
-            self.say(f"{share:3.0f} %  {what}: {figures}; about {left:.0f} s left")
+            self.say(f"{share:3.0f} %  {what}, {figures}; about {left:.0f} s left")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
@@ -58,7 +59,8 @@ def render(summary: dict[str, Any]) -> str:
         f"Last iterate: at the end of the averaging phase, so for the same budget as the average.\n"
         f"SWA, SWALP: the mean of that phase's iterates, kept in float."
     )
-    return "\n".join([aligned(header, body), note, "", *findings(rows)])
+    sentences = [textwrap.fill(sentence, 100) for sentence in findings(rows)]
+    return "\n".join([aligned(header, body), note, "", *sentences])
 
 
 def label(row: Row) -> str:
@@ -115,9 +117,9 @@ def findings(rows: Sequence[Row]) -> list[str]:
         left = _differences(errors[arm, "average"], errors["float", "sgd"])
         averages = _differences(errors[arm, "average"], errors["float", "average"])
         sentences.append(
-            f"{arm}: low precision changes SGD's test error by {difference(cost)} points; "
-            f"averaging takes {difference(brought)} off, which leaves SWALP {difference(left)} "
-            f"from float SGD and {difference(averages)} from float SWA."
+            f"{arm}: low precision costs SGD {difference(cost)} points of test error; averaging "
+            f"brings back {difference(brought)}, which leaves SWALP {difference(left)} from float "
+            f"SGD and {difference(averages)} from float SWA."
         )
     if sentences and len(rows[0]["test_error"]) > 1:
         sentences.append(
@@ -135,12 +137,13 @@ def _differences(left: Sequence[float], right: Sequence[float]) -> list[float]:
 
 def difference(values: Sequence[float]) -> str:
     """Mean ± standard deviation, with a star where Student's t tells the mean from 0."""
+    shown = f"{round(mean(values), 2) + 0.0:+.2f}"  # + 0.0: there is no -0.00
     if len(values) == 1:
-        return f"{values[0]:+.2f}"
+        return shown
     freedom = len(values) - 1
     bound = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 2.1
     clear = abs(mean(values)) > bound * stdev(values) / len(values) ** 0.5
-    return f"{mean(values):+.2f} ± {stdev(values):.2f}{'*' if clear else ''}"
+    return f"{shown} ± {stdev(values):.2f}{'*' if clear else ''}"
 
 
 def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -193,6 +194,7 @@ def _explained(error: Any) -> str:
             f'"{preset_names()[0]}", or copy the config.toml of a run'
         )
     message = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    message = re.sub("[Tt]uple", "list", message)  # TOML's word for it
     if not key:
         return message
     description = RunConfig.model_fields[key].description

@@ -11,6 +11,8 @@ import torch
 
 from swalp.quantize import cpu
 
+# On these the bits of a result may depend.
+DECISIVE = ("swalp", "torch", "vector instructions")
 PACKAGES = ("swalp", "torch", "numpy", "safetensors", "scikit-learn", "matplotlib", "pydantic")
 
 

@@ -108,6 +108,11 @@ class RunDirectory:
         with self._metrics.open("ab") as file:
             file.truncate(size)
 
+    def sessions(self) -> list[Record]:
+        """What processes did here, in order."""
+        path = self.path / "sessions.jsonl"
+        return [json.loads(line) for line in _read(path).splitlines()] if path.exists() else []
+
     def append_session(self, record: Record) -> None:
         """Note what a process did."""
         _append(self.path / "sessions.jsonl", record)

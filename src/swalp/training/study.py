@@ -84,6 +84,8 @@ def train(
         "threads": config.threads,
         "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+    for line in _changes(run, session):
+        say(line)
     started = time.monotonic()
     outcome = "failed"
     try:
@@ -254,6 +256,17 @@ def _summary(run: RunDirectory, config: RunConfig, data: Dataset) -> Record:
         "test_examples": len(data.test_x),
         "rows": rows,
     }
+
+
+def _changes(run: RunDirectory, session: Record) -> list[str]:
+    """One line for each thing that computes otherwise than when the run began."""
+    sessions = run.sessions()
+    return [
+        f"this run began with {name} {sessions[0].get(name)}, and goes on with {session[name]}: it "
+        f"may end otherwise, in the last bits, than an uninterrupted one"
+        for name in environment.DECISIVE
+        if sessions and sessions[0].get(name) != session[name]
+    ]
 
 
 def _last_checkpoint(run: RunDirectory) -> str:

@@ -1,0 +1,513 @@
+"""The C++ kernels equal the reference bit for bit: every instruction set, layout, thread count."""
+
+import os
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import swalp
+from swalp import (
+    Binary,
+    BlockFloat,
+    FixedPoint,
+    Microscaling,
+    Minifloat,
+    Nearest,
+    Stochastic,
+    TowardNegative,
+    TowardPositive,
+    TowardZero,
+    parse_format,
+)
+from swalp.noise import random_bits
+from swalp.quantize import codes, cpu, dispatch, quantize_many, reference
+from swalp.quantize.api import check
+
+pytestmark = pytest.mark.skipif(not cpu.available, reason="swalp was built without C++ kernels")
+if cpu.available:
+    from swalp import _kernels
+
+FORMATS = [
+    *(FixedPoint(8, 4), FixedPoint(8, 4, symmetric=True), FixedPoint(2, 0, symmetric=True)),
+    *(FixedPoint(9, 3), FixedPoint(16, 8), FixedPoint(12, 130), FixedPoint(25, 10)),
+    *(FixedPoint(8, -119), Binary(), Binary(3), Binary(-100), Binary(120)),
+    *(BlockFloat(8), BlockFloat(8, symmetric=False), BlockFloat(2), BlockFloat(16), BlockFloat(25)),
+    *(BlockFloat(8, axes=(0,)), BlockFloat(8, axes=(1,)), BlockFloat(8, axes=(0, 1))),
+    *(
+        BlockFloat(8, axes=(-1,), symmetric=False),
+        BlockFloat(8, tile=8),
+        BlockFloat(6, tile=(2, 8)),
+    ),
+    *(BlockFloat(4, axes=(0,), tile=2), BlockFloat(8, tile=8, exponent_bits=2)),
+    *(BlockFloat(8, axes=(0,), exponent_bits=11), BlockFloat(12, tile=4, exponent_bits=9)),
+    *map(parse_format, ["fp16", "bf16", "e6m9", "e5m2", "e4m3fn", "e3m2", "e2m3", "e2m1", "e3m0"]),
+    *map(
+        parse_format, ["e8m0", "e4m3fnuz", "e5m2-inf", "e4m3fn-inf", "e4m3fnuz-inf", "e5m2-nosub"]
+    ),
+    *map(parse_format, ["e3m0-nosub", "ue4m3", "ue4m3-nosub-inf", "e8m0-inf", "e8m15", "e5m0"]),
+    *map(parse_format, ["e1m2finite", "e4m3b20", "e8m23"]),
+    *map(parse_format, ["mxfp8_e5m2/8", "mxfp8_e4m3/8", "mxfp4_e2m1/8", "mxint8/8", "mx_e3m0/8"]),
+    *map(parse_format, ["mxfp6_e3m2[0]/2", "mx_fixed8.6[1]/2", "mx_e4m3fn-nosub/8"]),
+]
+SEED = 0x123456789ABCDEF0
+RULES = [
+    *(Nearest(), TowardZero(), TowardPositive(), TowardNegative()),
+    *(
+        Stochastic(SEED, random_bits=n, step=2**32 - 1, call=7)
+        for n in (1, 5, 8, 15, 16, 17, 31, 32)
+    ),
+]
+FEW_RULES = [Nearest(), *(Stochastic(SEED, random_bits=n) for n in (8, 16, 32))]
+
+
+def builds():
+    names = []
+    for name in ("scalar", "avx2", "avx512") if cpu.available else ():
+        try:
+            _kernels.use(name)
+        except ValueError:
+            continue
+        names.append(name)
+    return names
+
+
+BUILDS = builds()  # the last one, which is in use from here on, is the best
+
+
+@pytest.fixture(params=BUILDS)
+def build(request):
+    before = _kernels.used()
+    _kernels.use(request.param)
+    yield request.param
+    _kernels.use(before)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+SPECIAL = [
+    *(0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-45, -1e-45, 2.0**-126, -(2.0**-127)),
+    *(3.4028234663852886e38, -3.4028234663852886e38, 2.0**126, 2.0**127, 0.5, -0.5, 1.5, -2.5),
+]
+
+
+def ugly(*shape, seed=0):
+    """Numbers of all sizes, bit patterns of all kinds, ties and special values."""
+    make = torch.Generator().manual_seed(seed)
+    patterns = torch.randint(-(2**31), 2**31, shape, generator=make).int().view(torch.float32)
+    scale = torch.exp2(torch.randint(-20, 20, shape, generator=make).float())
+    x = torch.randn(shape, generator=make) * scale
+    special = torch.tensor(SPECIAL)[torch.randint(0, len(SPECIAL), shape, generator=make)]
+    ties = torch.randint(-300, 300, shape, generator=make) / 2
+    kind = torch.randint(0, 12, shape, generator=make)
+    for place, values in enumerate((patterns, special, ties)):
+        x = torch.where(kind == place, values, x)
+    return x
+
+
+def tame(*shape, seed=0):
+    make = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=make)
+
+
+def inputs():
+    """Every block of the formats fits these."""
+    x = tame(4, 8, 16, seed=3)
+    x[0, 0], x[1], x[2, :, 0] = 0, torch.nan, torch.inf
+    return [
+        ugly(4, 4, 40),
+        tame(16, 24, seed=1) * torch.exp2(torch.arange(-12.0, 12)),
+        tame(2, 8, 16, seed=2) * 1e-38,
+        tame(2, 8, 16, seed=2) * 1e38,
+        x,
+    ]
+
+
+def same_bits(got, want):
+    return torch.equal(got.contiguous().view(torch.int32), want.contiguous().view(torch.int32))
+
+
+def rules_of(fmt, rules):
+    return [rule for rule in rules if not isinstance(fmt, Binary) or rule != TowardZero()]
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+def test_values_and_codes_on_every_build(fmt):
+    before = _kernels.used()
+    for x in inputs():
+        for rule in rules_of(fmt, RULES):
+            check(x, fmt, rule)
+            assert cpu.supports(fmt, rule, x.dtype)
+            want = reference.quantize(x, fmt, rule)
+            want_codes = outcome(codes.pack, x, fmt, rule) if fmt.bits <= 16 else None
+            for name in BUILDS:
+                _kernels.use(name)
+                assert same_bits(cpu.quantize(x, fmt, rule), want), (name, rule)
+                if want_codes is not None:
+                    got_codes = outcome(cpu.pack, x, fmt, rule)
+                    assert_same_codes(got_codes, want_codes)
+                    if not isinstance(want_codes, str):
+                        assert same_bits(
+                            cpu.unpack(*got_codes, fmt), codes.unpack(*want_codes, fmt)
+                        )
+    _kernels.use(before)
+
+
+def outcome(pack, x, fmt, rule):
+    """The codes, or the words of the error."""
+    try:
+        return pack(x, fmt, rule)
+    except ValueError as error:
+        return str(error)
+
+
+def assert_same_codes(got, want):
+    if isinstance(want, str) or isinstance(got, str):
+        assert got == want
+        return
+    for ours, theirs in zip(got, want, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
+
+
+def channels_last(*shape):
+    return ugly(*shape).to(memory_format=torch.channels_last)
+
+
+LAYOUTS = {
+    "positions a multiple of 8": channels_last(3, 16, 8, 8),
+    "positions a multiple of 4": channels_last(2, 24, 2, 2),
+    "odd positions": channels_last(2, 64, 7, 7),
+    "more odd positions than a tile": channels_last(2, 20, 9, 9),
+    "three channels": channels_last(2, 3, 8, 8),
+    "channels beyond a tile": channels_last(2, 600, 4, 4),
+    "channels no multiple of the lanes": channels_last(1, 33, 16, 8),
+    "one position": channels_last(4, 24, 1, 1),
+    "one channel": channels_last(4, 1, 6, 6),
+    "volumes": ugly(2, 16, 4, 4, 4).to(memory_format=torch.channels_last_3d),
+    "above the threads' threshold": channels_last(2, 40, 32, 26),
+    "transposed": ugly(64, 40).t(),
+    "batch of transposed": ugly(3, 16, 24).transpose(1, 2),
+    "permuted": ugly(2, 4, 6, 8).permute(3, 1, 0, 2),
+    "strided": ugly(40, 60)[::2, 1::3],
+    "expanded": ugly(1, 16).expand(4, 16),
+    "unaligned": ugly(4 * 4097 + 1)[1:].view(4, 4097),
+    "no dimension": torch.tensor(3.3),
+    "empty": torch.empty(0, 8),
+}
+
+
+def formats_for(x):
+    formats = [FixedPoint(8, 4), BlockFloat(8), parse_format("e4m3fn")]
+    if x.dim() > 1:
+        formats += [BlockFloat(8, axes=axes) for axes in ((0,), (1,), (0, 1))]
+    return formats
+
+
+@cache
+def definition(make, argument, fmt, rule):
+    """An input and what the reference makes of it: values, and the codes without its NaNs."""
+    x = make(argument)
+    clean = x.nan_to_num()  # in the same layout
+    packed = codes.pack(clean, fmt, rule)
+    return x, clean, reference.quantize(x, fmt, rule), packed, codes.unpack(*packed, fmt)
+
+
+def assert_equals_definition(make, argument, fmt, rule):
+    x, clean, values, packed, unpacked = definition(make, argument, fmt, rule)
+    got = cpu.quantize(x, fmt, rule)
+    assert same_bits(got, values), (fmt, rule)
+    assert got.stride() == torch.empty_like(x).stride()
+    assert_same_codes(cpu.pack(clean, fmt, rule), packed)
+    assert same_bits(cpu.unpack(*packed, fmt), unpacked)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name, build, threads):
+    for fmt in formats_for(LAYOUTS[name]):
+        for rule in FEW_RULES:
+            assert_equals_definition(LAYOUTS.__getitem__, name, fmt, rule)
+
+
+@pytest.mark.parametrize(
+    "size", [1, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 1023, 1025, 4097, 70_001]
+)
+def test_sizes(size, build, threads):
+    for fmt in (FixedPoint(8, 4), BlockFloat(8), parse_format("e5m2")):
+        for rule in FEW_RULES:
+            assert_equals_definition(ugly, size, fmt, rule)
+
+
+BLOCKS = [
+    ((70, 1025), BlockFloat(8, axes=(0,))),
+    ((3, 30_000), BlockFloat(8, axes=(0,))),
+    ((9000, 8), BlockFloat(8, axes=(0,))),
+    ((8, 9000), BlockFloat(8, axes=(1,))),
+    ((600, 128), BlockFloat(8, axes=(1,), symmetric=False)),
+    ((4096, 32), BlockFloat(8, tile=16)),
+    ((128, 560), BlockFloat(8, tile=(16, 7))),
+    ((560, 128), BlockFloat(8, axes=(0,), tile=7)),
+    ((6, 40, 17, 17), BlockFloat(8, axes=(1,))),
+    ((6, 40, 17, 17), BlockFloat(8, axes=(0, 2))),
+    ((6, 40, 17, 18), BlockFloat(8, axes=(0, 1, 3), tile=(2, 5, 6))),
+    ((64, 1100), Microscaling(Minifloat(4, 3, specials="fn"), tile=32, axis=0)),
+    ((2, 4, 3, 5, 2, 3, 2, 2, 2, 2), BlockFloat(8, axes=(0, 2, 4, 6, 8))),
+]
+
+
+def uneven(shape):
+    return tame(*shape) * torch.exp2(torch.arange(shape[-1]) % 9.0)
+
+
+@pytest.mark.parametrize(("shape", "fmt"), BLOCKS, ids=str)
+def test_blocks(shape, fmt, build, threads):
+    for rule in (Nearest(), Stochastic(1, random_bits=16)):
+        assert_equals_definition(uneven, shape, fmt, rule)
+
+
+floats = st.floats(width=32) | st.sampled_from(SPECIAL)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    values=st.lists(floats, min_size=1, max_size=70),
+    exponent=st.integers(-12, 12),
+    fmt=st.one_of(
+        st.builds(FixedPoint, st.integers(2, 16), st.integers(-20, 60), symmetric=st.booleans()),
+        st.builds(
+            BlockFloat,
+            st.integers(2, 25),
+            axes=st.sampled_from([None, (0,), (1,)]),
+            exponent_bits=st.integers(2, 11),
+            symmetric=st.booleans(),
+        ),
+        st.builds(
+            Minifloat,
+            st.integers(2, 8),
+            st.integers(1, 10),
+            bias=st.integers(1, 130),
+            subnormals=st.booleans(),
+            specials=st.sampled_from(["ieee", "fn", "fnuz"]),
+            saturating=st.booleans(),
+        ),
+    ),
+    rule=st.one_of(
+        st.sampled_from(RULES[:4]),
+        st.builds(Stochastic, st.integers(0, 2**64 - 1), random_bits=st.integers(1, 32)),
+    ),
+)
+def test_random_cases(values, exponent, fmt, rule):
+    x = torch.tensor([values, values[::-1]]) * 2.0**exponent
+    try:
+        check(x, fmt, rule)
+    except ValueError:
+        return  # float32 cannot carry that format
+    want = reference.quantize(x, fmt, rule)
+    before = _kernels.used()
+    for name in BUILDS:
+        _kernels.use(name)
+        assert same_bits(cpu.quantize(x, fmt, rule), want)
+    _kernels.use(before)
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("start", [0, 5, 1000, 2**34 - 40, 2**35 - 24])
+def test_noise(build, bits, start):
+    # The last two cross the end of the counter's lower word, of 16- and of 32-bit noise.
+    got = torch.empty(100, dtype=torch.int32)
+    _kernels.noise(got.data_ptr(), start, 100, bits, SEED, 3, 7)
+    per_block = 128 // bits
+    blocks = torch.arange(start // per_block, (start + 100) // per_block + 1)
+    words = swalp.noise.philox(
+        (blocks & 0xFFFFFFFF, blocks >> 32, torch.full_like(blocks, 3), torch.full_like(blocks, 7)),
+        SEED,
+    )
+    if bits == 16:
+        words = tuple(half for word in words for half in (word & 0xFFFF, word >> 16))
+    skip = start % per_block
+    want = torch.stack(words, dim=1).reshape(-1)[skip : skip + 100]
+    assert torch.equal(got.long() & 0xFFFFFFFF, want)
+    if start == 0:
+        assert torch.equal(want, random_bits(100, bits, SEED, 3, 7))
+
+
+def test_out_and_in_place():
+    x, rule = ugly(4, 33), Stochastic(1)
+    fmt = BlockFloat(8, axes=(0,))
+    want = reference.quantize(x, fmt, rule)
+    out = torch.empty_like(x)
+    assert cpu.quantize(x, fmt, rule, out) is out
+    assert same_bits(out, want)
+    other = torch.empty(33, 4).t()  # another layout than that of x
+    assert cpu.quantize(x, fmt, rule, other) is other
+    assert same_bits(other, want)
+    storage = torch.empty(140)
+    storage[4:136] = x.reshape(-1)
+    shifted = storage[2:134].view(4, 33)  # shares memory with what it is computed from
+    cpu.quantize(storage[4:136].view(4, 33), fmt, rule, shifted)
+    assert same_bits(shifted, want)
+    assert cpu.quantize(x, fmt, rule, x) is x
+    assert same_bits(x, want)
+    values = torch.empty(4, 33)
+    assert cpu.unpack(*cpu.pack(want.nan_to_num(), fmt, rule), fmt, values) is values
+    assert same_bits(values, reference.quantize(want.nan_to_num(), fmt, rule))
+
+
+def test_a_negative_bit_is_seen():
+    x = torch.complex(tame(9), tame(9, seed=1)).conj().imag
+    assert x.is_neg()
+    fmt = FixedPoint(8, 4)
+    swalp.quantize(tame(9), fmt)  # now the short way is known
+    assert same_bits(swalp.quantize(x, fmt), reference.quantize(x.resolve_neg(), fmt, Nearest()))
+
+
+def test_flushing_subnormals_changes_nothing():
+    x = torch.tensor([1e-40, -3e-42, 2.0**-126, 1.0]).repeat(5)
+    fmt = parse_format("bf16")
+    want = reference.quantize(x, fmt, Nearest())
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        got = cpu.quantize(x, fmt, Nearest())
+    finally:
+        torch.set_flush_denormal(False)
+    assert same_bits(got, want)
+    assert got[0] != 0
+
+
+@pytest.mark.parametrize("fmt", [FixedPoint(8, 4), BlockFloat(8, axes=(0,))], ids=str)
+def test_many_tensors_in_one_call(fmt, threads):
+    shapes = [(5, 3), (0, 4), (70, 30), (520, 520), (1, 1), (3, 5000), *[(40, 64)] * 40]
+    tensors = [tame(*shape, seed=i) for i, shape in enumerate(shapes)]
+    rules = [Stochastic(i, random_bits=16, step=i) for i in range(len(shapes))]
+    want = [
+        reference.quantize(*each) for each in zip(tensors, [fmt] * len(shapes), rules, strict=True)
+    ]
+    assert all(map(same_bits, quantize_many(tensors, fmt, rules), want))
+    strided = [torch.empty_like(tensor).t().contiguous().t() for tensor in tensors]
+    assert all(map(same_bits, quantize_many(tensors, fmt, rules, out=strided), want))
+    mixed = [Nearest() if i % 2 else rule for i, rule in enumerate(rules)]
+    assert all(map(same_bits, quantize_many(tensors, fmt, mixed)[::2], want[::2]))
+    nearest = [reference.quantize(tensor, fmt, Nearest()) for tensor in tensors]
+    assert quantize_many(tensors, fmt, Nearest(), out=tensors)[0] is tensors[0]
+    assert all(map(same_bits, tensors, nearest))
+    assert quantize_many([], fmt, Nearest()) == []
+
+
+def test_many_tensors_are_checked():
+    x, fmt = torch.zeros(4, 4), FixedPoint(8, 4)
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, not int"):
+        quantize_many([x, 3], fmt, Nearest())
+    with pytest.raises(TypeError, match=r"x is torch\.int64"):
+        quantize_many([x, x.long()], fmt, Nearest())
+    with pytest.raises(ValueError, match=r"out is torch\.float32 \(3,\)"):
+        quantize_many([x], fmt, Nearest(), out=[torch.zeros(3)])
+    with pytest.raises(ValueError, match="2 tensors, 3 rules and 2 outputs"):
+        quantize_many([x, x], fmt, [Nearest()] * 3)
+
+
+def test_the_short_way_through_quantize():
+    x = tame(6, 40)
+    for fmt in FORMATS:
+        for rule in rules_of(fmt, FEW_RULES):
+            want = reference.quantize(x, fmt, rule)
+            for _ in range(2):  # the first call checks, the second knows
+                assert same_bits(swalp.quantize(x, fmt, rule), want)
+    fmt = FixedPoint(8, 4)
+    swalp.quantize(x, fmt)
+    assert cpu.plan_of(fmt).checked
+    with pytest.raises(TypeError, match="rounding must be a rule"):
+        swalp.quantize(x, fmt, "nearest")
+    with pytest.raises(ValueError, match="gradient="):
+        swalp.quantize(x, fmt, gradient="none")
+    recorded = swalp.quantize(x.clone().requires_grad_(), fmt)
+    assert recorded.requires_grad
+    torch.manual_seed(1)
+    first = swalp.quantize(x, fmt, Stochastic())
+    torch.manual_seed(1)
+    assert torch.equal(swalp.quantize(x, fmt, Stochastic()), first)
+    assert not torch.equal(swalp.quantize(x, fmt, Stochastic()), first)
+
+
+def test_what_the_kernels_leave_to_the_reference():
+    assert not cpu.supports(FixedPoint(8, 4), Nearest(), torch.float64)
+    tiny = Microscaling(Minifloat(5, 2, bias=100), tile=4)
+    assert not cpu.supports(tiny, Nearest(), torch.float32)
+    x = tame(4, 8)
+    assert same_bits(dispatch.run(x, tiny, Nearest()), reference.quantize(x, tiny, Nearest()))
+
+
+def test_equal_formats_share_a_plan():
+    assert cpu.plan_of(BlockFloat(7)) is cpu.plan_of(BlockFloat(7))
+
+
+def test_unknown_instruction_set():
+    with pytest.raises(ValueError, match="no 'mmx' kernels"):
+        _kernels.use("mmx")
+
+
+def run_python(program, **environment):
+    return subprocess.run(
+        [sys.executable, "-W", "always", "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_environment_chooses_the_instruction_set():
+    program = "import swalp; from swalp import _kernels; print(_kernels.used())"
+    assert run_python(program, SWALP_ISA="scalar").stdout == "scalar\n"
+    refused = run_python(program, SWALP_ISA="mmx")
+    assert refused.returncode != 0
+    assert "'mmx'" in refused.stderr
+
+
+def test_a_forked_child_does_not_hang():
+    # After a parallel region in the parent, one in the child would wait for threads that are gone.
+    # PyTorch's loaders set one thread in their workers, and the kernels take that number.
+    program = """
+import os, torch, swalp
+torch.set_num_threads(2)
+x = torch.randn(1 << 18)
+want = swalp.quantize(x, swalp.BlockFloat(8), swalp.Stochastic(1))
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    same = torch.equal(swalp.quantize(x, swalp.BlockFloat(8), swalp.Stochastic(1)), want)
+    os._exit(0 if same else 1)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    assert run_python(program).stdout == "0\n"
+
+
+def test_without_the_extension_one_warning_and_the_same_numbers():
+    program = """
+import sys
+sys.modules["swalp._kernels"] = None  # as if it had not been built
+import torch, swalp
+x = torch.linspace(-9, 9, 50)
+for fmt in (swalp.FixedPoint(8, 4), swalp.BlockFloat(8, axes=(0,))):
+    for _ in range(2):
+        print(swalp.quantize(x, fmt, swalp.Stochastic(3)).tolist())
+"""
+    slow = run_python(program)
+    fast = run_python(program.replace("sys.modules", "{}"))
+    assert slow.returncode == 0, slow.stderr
+    assert slow.stdout == fast.stdout
+    assert slow.stderr.count("SlowQuantizationWarning") == 1
+    assert "swalp doctor" in slow.stderr
+    assert "SlowQuantizationWarning" not in fast.stderr
