@@ -67,7 +67,7 @@ def test_changes_are_toml_values_or_bare_words():
         (["momentum=1"], "momentum = 1: should be less than 1 (of SGD)"),
         (["learning_rate=nan"], "learning_rate = NaN: should be a finite number"),
         (["learning_rate=-1"], "learning_rate = -1: should be greater than 0"),
-        (["model=rnn"], "model = \"rnn\": should be 'cnn' or 'mlp'"),
+        (["model=rnn"], "model = \"rnn\": should be 'cnn', 'strided-cnn' or 'mlp'"),
         (["data=cifar"], "data = \"cifar\": should be 'digits', 'mnist' or 'fashion-mnist'"),
         (["arms=[]"], "arms = []: list should have at least 1 item"),
         (["arms=float"], 'arms = "float": should be a valid list'),

@@ -4,7 +4,7 @@ import torch
 from swalp.training import models
 
 
-@pytest.mark.parametrize("kind", ["cnn", "mlp"])
+@pytest.mark.parametrize("kind", ["cnn", "strided-cnn", "mlp"])
 @pytest.mark.parametrize("size", [8, 28])
 def test_shapes(kind, size):
     model = models.build(kind, size=size, width=4, classes=10, seed=0)

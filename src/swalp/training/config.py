@@ -25,8 +25,8 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     data: Literal["digits", "mnist", "fashion-mnist"] = Field(description="the data set")
-    model: Literal["cnn", "mlp"] = Field(
-        description="the network: two convolutions and a linear layer, or three linear layers"
+    model: Literal["cnn", "strided-cnn", "mlp"] = Field(
+        description="two convolutions with pooling, two of stride 2, or three linear layers"
     )
     width: int = Field(
         ge=1, le=4096, description="channels of the first convolution, or hidden units"

