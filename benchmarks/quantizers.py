@@ -13,7 +13,7 @@ from torch import Tensor
 
 import swalp
 from benchmarks import instructions, peers
-from benchmarks.harness import Contender, MissingError, Spread, contender, interleave, ratios
+from benchmarks.harness import Contender, Spread, contender, interleave, ratios
 from benchmarks.plan import Plan
 from benchmarks.records import Goal, Row, at_least, at_most, compared, timed
 
@@ -99,7 +99,9 @@ def small_calls(plan: Plan) -> list[Row]:
     tensors = list(torch.randn(count, 1000).unbind())
     single = Contender("swalp", lambda: swalp.quantize(x, PER_TENSOR, SHORT))
     add = Contender("torch.add", lambda: torch.add(x, 1.0))
-    many = contender("swalp, many", lambda: _many(tensors))
+    many = Contender(
+        "swalp, many", lambda: swalp.quantize_many(tensors, PER_TENSOR, SHORT, out=tensors)
+    )
     times = interleave([single, many, add], plan.rounds)
     return [
         timed("calls", "one call on 1,000 elements, allocating", times, single, "us",
@@ -220,10 +222,6 @@ def _copy(x: Tensor, out: Tensor) -> object:
 def _peer(load: Callable[[], peers.Quantizer], x: Tensor, per_row: bool) -> Callable[[], object]:
     quantize = load()
     return lambda: quantize(x, per_row)
-
-
-def _many(tensors: list[Tensor]) -> Callable[[], object]:
-    raise MissingError("swalp has no call that quantizes many tensors yet")
 
 
 def _on(isa: str, run: Callable[[], object]) -> Callable[[], object]:

@@ -19,6 +19,7 @@ from swalp import (
     quantize,
 )
 from swalp.packed import from_plain, storage_bytes, to_plain
+from swalp.quantize import codes, dispatch
 
 NO_NAN = [
     *("fixed8.4", "fixed12.6", "fixed4.2", "bfp8t", "bfp8t[0,1]"),
@@ -66,6 +67,14 @@ def test_nan_has_a_code_or_is_refused():
     for text in NO_NAN:
         with pytest.raises(ValueError, match=r"the tensor has a NaN, and .* no code for it"):
             pack(x, parse_format(text))
+
+
+def test_an_infinity_among_subnormals_packs_to_the_largest_code():
+    # The block's limit, 127 * 2**-155, is finer than float32, which makes it 2**-148: code 128.
+    x = torch.tensor([torch.inf, 2.0**-149, -torch.inf])
+    for run in (codes.pack, dispatch.pack):
+        packed, _ = run(x, BlockFloat(8, exponent_bits=9), Nearest())
+        assert packed.tolist() == [127, 64, -127]
 
 
 def test_bytes():

@@ -109,6 +109,21 @@ def test_the_bias_is_at_most_half_a_random_step(bits, sign):
     assert worst == bound  # half way between two draws the bound is met
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 5, 8])
+def test_the_bias_of_a_binary_format_is_as_small(bits):
+    draws = random_bits(64 << bits, bits, 11, 0, 0)
+    places = [int((draws == u).nonzero()[0]) for u in range(1 << bits)]
+    bound = Fraction(Binary().gap) / 2 ** (bits + 1)
+    worst = Fraction(0)
+    for share in [k / 256 for k in range(-256, 257)] + [1 / 3, -1e-7]:
+        x = torch.full((64 << bits,), share, dtype=torch.float64)
+        rounded = quantize(x, Binary(), Stochastic(11, random_bits=bits))[places].tolist()
+        error = abs(sum(map(Fraction, rounded)) / len(places) - Fraction(share))
+        worst = max(worst, error)
+        assert error <= bound
+    assert worst == bound or bits == 8  # a grid of 1/256 meets no half of a draw
+
+
 def test_an_update_below_half_a_random_step_never_happens():
     x = 1 + torch.full((20_000,), 2.0**-12)
     assert quantize(x, FixedPoint(8, 0), Stochastic(0, random_bits=11)).unique().tolist() == [1]

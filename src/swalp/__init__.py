@@ -7,7 +7,7 @@ from swalp.convert import convert, noise_clock, summary, to_float
 from swalp.format_text import parse_format
 from swalp.formats import Binary, BlockFloat, FixedPoint, Microscaling, Minifloat
 from swalp.packed import PackedTensor, pack
-from swalp.quantize import quantize
+from swalp.quantize import quantize, quantize_many
 from swalp.rounding import Nearest, Stochastic, TowardNegative, TowardPositive, TowardZero
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "pack",
     "parse_format",
     "quantize",
+    "quantize_many",
     "recipes",
     "recompute_batchnorm",
     "schedules",

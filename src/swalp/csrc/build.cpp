@@ -21,7 +21,7 @@ int quantize(const swalp_format* f, const swalp_rounding* r, const swalp_layout*
   if (!f->blocked || (l->dims == 1 && l->extent[0] == n)) return task.run_block(0, n, exponents);
   if (l->dims == 1) return task.run_runs(n, l->extent[0], exponents);
   if (exponents) return run_strips(task, exponents);
-  int32_t* own = static_cast<int32_t*>(malloc(Strips(*l).blocks() * sizeof(int32_t)));
+  int32_t* own = static_cast<int32_t*>(malloc(Strips(*l, 1).blocks() * sizeof(int32_t)));
   if (!own) return -1;
   const int lost = run_strips(task, own);
   free(own);
@@ -86,7 +86,7 @@ void unpack_codes(const swalp_format& f, const swalp_layout& l, const Code* code
         return false;
       });
   } else {
-    const Strips strips(l);
+    const Strips strips(l, threads);
     parallel(strips.grid[strips.owner], threads, [&](int64_t b, int64_t e) {
       strips.walk(b, e, true, [&](int64_t at, int64_t count, int64_t block) {
         stretch(at, count, exponents[block]);

@@ -19,8 +19,10 @@ namespace {
 // parallel region can stall for milliseconds.
 constexpr int64_t kSerial = 1 << 16;
 constexpr int64_t kChunk = 1024;      // elements whose noise is made at a time: it stays in L1
-constexpr int64_t kTile = 4096;       // the same of a transposed tile
-constexpr int64_t kRows = 64;         // positions of a transposed tile, at most
+constexpr int64_t kStretch = 512;     // pieces that are worked on in order of memory: 2 MB or more
+constexpr int64_t kTile = 16384;      // the same of a transposed tile, at most: it stays in L2
+constexpr int64_t kBuffer = 2 * kTile + kPadding;  // with its rows' ends and beginnings
+constexpr int64_t kRows = 256;        // positions of a transposed tile, at most
 
 // The default floating-point mode for as long as this lives: round to nearest, subnormals kept.
 class DefaultMode {
@@ -84,12 +86,14 @@ struct Task {
         item(output == SWALP_FLOAT32 ? 4 : output == SWALP_CODE8 ? 1 : 2), threads(wanted),
         transposed(noise.used && l.channels > 0), rows(0), columns(0) {
     if (!transposed) return;
-    columns = l.channels < kTile / 8 ? l.channels : kTile / 8;
-    rows = kChunk / columns / 8 * 8;
-    rows = rows < 8 ? 8 : rows > kRows ? kRows : rows;
-    if (l.positions % noise.per_block != 0) {  // noise by whole channels, or long stretches of them
+    if (l.positions % noise.per_block == 0) {
+      columns = l.channels < 512 ? l.channels : 512;
+      rows = 2 * kChunk / columns / 8 * 8;
+      rows = rows < 8 ? 8 : rows > kRows ? kRows : rows;
+    } else {  // noise by whole channels, or long stretches of them
       rows = l.positions < kRows ? l.positions : kRows;
-      if (columns > kTile / rows) columns = kTile / rows;
+      const int64_t wide = kTile / rows / 64 * 64;  // whole vectors
+      columns = l.channels < wide ? l.channels : wide;
     }
   }
 
@@ -106,10 +110,20 @@ struct Task {
   }
 
   bool run_pieces(int64_t base, int64_t length, int64_t begin, int64_t end, int32_t shared) const {
-    alignas(64) uint32_t buffer[kTile + kTile / 4 + kPadding];
     bool lost = false;
-    // Backwards: the tail of a range that was just searched for its largest is still in the cache.
-    for (int64_t piece = end - 1; piece >= begin; --piece) {
+    // The end of a range that was just searched for its largest is still in the cache: it comes
+    // first. Within a stretch the order is that of memory, which the processor expects.
+    for (; end > begin; end -= kStretch) {
+      const int64_t low = end - kStretch < begin ? begin : end - kStretch;
+      lost |= run_stretch(base, length, low, end, shared);
+    }
+    return lost;
+  }
+
+  bool run_stretch(int64_t base, int64_t length, int64_t begin, int64_t end, int32_t shared) const {
+    alignas(64) uint32_t buffer[kBuffer];
+    bool lost = false;
+    for (int64_t piece = begin; piece < end; ++piece) {
       if (transposed) {
         lost |= run_tile(base, piece, shared, buffer);
         continue;
@@ -133,7 +147,7 @@ struct Task {
       const int64_t first = plane + c0 * positions + p0;  // row-major index
       const bool lanes = height % noise.per_block == 0 && width >= Lanes::N / 2;
       const int64_t row = lanes ? (width + Lanes::N - 1) / Lanes::N * Lanes::N : width;
-      alignas(64) uint32_t scratch[kTile + kTile / 4 + kPadding];
+      alignas(64) uint32_t scratch[kBuffer];
       if (noise.width == 16)
         fill_transposed(noise, first, positions, height, width, row,
                         reinterpret_cast<uint16_t*>(buffer), scratch);
@@ -218,7 +232,7 @@ struct Strips {
   int64_t grid_stride[SWALP_MAX_DIMS];  // of blocks
   int64_t step;                         // blocks of the owner's axis in a strip
 
-  explicit Strips(const swalp_layout& layout) : l(layout) {
+  Strips(const swalp_layout& layout, int threads) : l(layout) {
     int64_t elements = 1, blocks = 1;
     for (int axis = l.dims - 1; axis >= 0; --axis) {
       grid[axis] = l.size[axis] / l.extent[axis];
@@ -228,9 +242,13 @@ struct Strips {
       blocks *= grid[axis];
     }
     owner = grid[0] > 1 ? 0 : 1;
-    // Along the last axis a strip should be a few cache lines wide.
-    const bool last = owner == l.dims - 1;
-    step = last ? (256 + l.extent[owner] - 1) / l.extent[owner] : 1;
+    // Along the last axis strips should be wide, as memory is read row by row.
+    step = 1;
+    if (owner == l.dims - 1) {
+      int64_t width = l.size[owner] / threads;
+      width = width < 256 ? 256 : width > 16384 ? 16384 : width;
+      step = (width + l.extent[owner] - 1) / l.extent[owner];
+    }
   }
 
   int64_t blocks() const { return grid[0] * grid_stride[0]; }
@@ -276,7 +294,7 @@ struct Strips {
 };
 
 bool run_strips(const Task& task, int32_t* exponents) {
-  const Strips strips(task.layout);
+  const Strips strips(task.layout, task.threads);
   const int64_t shares = (strips.grid[strips.owner] + strips.step - 1) / strips.step;
   const bool each = task.layout.extent[task.layout.dims - 1] == 1;
   return parallel(shares, task.threads, [&](int64_t first, int64_t last) {

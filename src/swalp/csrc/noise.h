@@ -160,6 +160,19 @@ void fill_lanes(const Noise& noise, int64_t start, int64_t stride, int64_t posit
     }
 }
 
+// out[p * row + c] = in[c * stride + p], eight positions at a time so that the rows written to stay
+// in the nearest cache.
+template <class Word>
+void transpose(const Word* in, int64_t stride, int64_t positions, int64_t channels, int64_t row,
+               Word* out) {
+  int64_t p = 0;
+  for (; p + 8 <= positions; p += 8)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int k = 0; k < 8; ++k) out[(p + k) * row + c] = in[c * stride + p + k];
+  for (; p < positions; ++p)
+    for (int64_t c = 0; c < channels; ++c) out[p * row + c] = in[c * stride + p];
+}
+
 // General: contiguous noise, copied to its places. `scratch`: channels * (positions + 2 * per_block)
 // elements, and kPadding words.
 template <class Word>
@@ -167,13 +180,11 @@ void fill_scattered(const Noise& noise, int64_t start, int64_t stride, int64_t p
                     int64_t channels, int64_t row, Word* out, uint32_t* scratch) {
   if (positions == stride) {  // whole channels: one stretch
     const Word* in = static_cast<const Word*>(fill(noise, start, channels * positions, scratch));
-    for (int64_t p = 0; p < positions; ++p)
-      for (int64_t c = 0; c < channels; ++c) out[p * row + c] = in[c * positions + p];
-    return;
+    return transpose(in, positions, positions, channels, row, out);
   }
   for (int64_t c = 0; c < channels; ++c) {
     const Word* in = static_cast<const Word*>(fill(noise, start + c * stride, positions, scratch));
-    for (int64_t p = 0; p < positions; ++p) out[p * row + c] = in[p];
+    transpose(in, 0, positions, 1, row, out + c);
   }
 }
 

@@ -1,5 +1,5 @@
 """Tensor to tensor on a format's grid."""
 
-from swalp.quantize.api import quantize
+from swalp.quantize.api import quantize, quantize_many
 
-__all__ = ["quantize"]
+__all__ = ["quantize", "quantize_many"]

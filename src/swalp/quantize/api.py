@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -94,6 +95,53 @@ def quantize(
         x, str(fmt), str(rounding), seed, step, call, key, gradient == "clipped"
     )
     return result if out is None else out.copy_(result)
+
+
+@torch.no_grad()
+def quantize_many(
+    tensors: Sequence[Tensor],
+    fmt: Format,
+    rounding: Rounding | Sequence[Rounding] = Nearest(),  # noqa: B008  (a frozen value)
+    *,
+    out: Sequence[Tensor] | None = None,
+) -> list[Tensor]:
+    """`quantize` each of many tensors, without gradients, in one call of the kernels.
+
+    For tensors so small that a call each would cost more than the work.
+
+    Args:
+        tensors: as for `quantize`.
+        fmt: the format of all.
+        rounding: one rule, or one for each tensor. (One `Stochastic` rule with a seed gives all
+            tensors the same noise; ``rule.stream(role, name)`` gives each its own.)
+        out: tensors to write to, one for each, themselves included.
+
+    Returns:
+        One tensor for each (or those of `out`).
+
+    Raises:
+        TypeError: as `quantize`.
+        ValueError: as `quantize`, or there are not as many of one as of another.
+    """
+    one = isinstance(rounding, Rounding)
+    rules = [rounding] * len(tensors) if isinstance(rounding, Rounding) else rounding
+    outputs = len(tensors) if out is None else len(out)
+    if not len(tensors) == len(rules) == outputs:
+        raise ValueError(
+            f"quantize_many: {len(tensors)} tensors, {len(rules)} rules and {outputs} outputs; "
+            f"give as many of each"
+        )
+    seen: set[tuple[torch.dtype, torch.Size]] = set()
+    for x, rule, target in zip(tensors, rules, out or tensors, strict=True):
+        alike = (x.dtype, x.shape) if isinstance(x, Tensor) else None
+        if not one or alike is None or alike not in seen:  # the rest of a network is more of these
+            check(x, fmt, rule)
+            seen.add((x.dtype, x.shape))
+        if target is not x:
+            _check_out(x, target)
+    targets = [torch.empty_like(x) for x in tensors] if out is None else out
+    dispatch.run_many(tensors, fmt, rules, targets)
+    return list(targets)
 
 
 def check(x: Tensor, fmt: Format, rounding: Rounding) -> None:

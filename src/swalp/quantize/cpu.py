@@ -171,58 +171,31 @@ def quantize_contiguous(plan: Plan, x: Tensor, rounding: Rounding) -> Tensor:
 def quantize_many(
     tensors: Sequence[Tensor],
     fmt: Format,
-    rounding: Rounding | Sequence[Rounding],
-    out: Sequence[Tensor] | None = None,
+    rules: Sequence[tuple[int, int, int, int, int]],
+    out: Sequence[Tensor],
 ) -> None:
-    """`quantize` each of many tensors, in one call: for those too small to be worth one each.
+    """`quantize` each of many tensors into its place, in one call.
 
     Args:
-        tensors: float32 on the CPU, contiguous.
-        fmt: a format that `supports` accepts and `swalp.quantize` has checked for float32.
-        rounding: the rule of all, or one for each; of one kind and one number of random bits. (The
-            same `Stochastic` rule gives all tensors the same noise.)
-        out: where to write, like `tensors`; default: in place.
-
-    Raises:
-        ValueError: a tensor is not as said, or there are not as many of one as of another.
+        tensors: of which `is_plain` holds.
+        fmt: a format that `supports` accepts.
+        rules: the `rule_arguments` of each, all of one kind and one number of random bits.
+        out: likewise plain; tensors of `tensors` itself included.
     """
     plan = plan_of(fmt)
-    targets = tensors if out is None else out
-    rules = [rounding] if isinstance(rounding, Rounding) else rounding
-    if len(tensors) != len(targets) or len(rules) not in (1, len(tensors)):
-        raise ValueError(
-            f"quantize_many: {len(tensors)} tensors, {len(targets)} outputs and {len(rules)} "
-            f"rounding rules; give as many of each"
-        )
-    for tensor, target in zip(tensors, targets, strict=True):
-        _check_plain(tensor)
-        if target is not tensor:
-            _check_plain(target)
-            if target.shape != tensor.shape:
-                raise ValueError(
-                    f"quantize_many: an output of shape {tuple(target.shape)} for a tensor of "
-                    f"shape {tuple(tensor.shape)}"
-                )
-    arguments = [rule_arguments(each) for each in rules]
-    if len({each[:2] for each in arguments}) != 1:
-        raise ValueError("quantize_many: all rules must be of one kind, with as many random bits")
-    rule, bits = arguments[0][:2]
+    rule, bits = rules[0][:2]
     addresses = [tensor.data_ptr() for tensor in tensors]
     assert plan.kernel is not None  # `supports`
     _kernels.quantize_many(
         plan.kernel, [_rows(plan, tensor) for tensor in tensors],
-        addresses, addresses if out is None else [target.data_ptr() for target in targets],
-        rule, bits, [each[2:] for each in arguments], torch.get_num_threads(),
+        addresses, addresses if out is tensors else [target.data_ptr() for target in out],
+        rule, bits, [each[2:] for each in rules], torch.get_num_threads(),
     )  # fmt: skip
 
 
-def _check_plain(x: Tensor) -> None:
-    if x.dtype is torch.float32 and x.is_cpu and x.is_contiguous() and not x.is_neg():
-        return
-    raise ValueError(
-        f"quantize_many: tensors must be contiguous float32 on the CPU, not {x.dtype} "
-        f"{tuple(x.shape)} with strides {x.stride()} on {x.device}"
-    )
+def is_plain(x: Tensor) -> bool:
+    """Whether memory holds just the tensor: float32 on the CPU, contiguous."""
+    return x.dtype is torch.float32 and x.is_cpu and x.is_contiguous() and not x.is_neg()
 
 
 def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
 
 from torch import Tensor
@@ -23,6 +24,20 @@ def run(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = None) -
         return cpu.quantize(x, fmt, rounding, out)
     result = reference.quantize(x, fmt, rounding)
     return result if out is None else out.copy_(result)
+
+
+def run_many(
+    tensors: Sequence[Tensor], fmt: Format, rules: Sequence[Rounding], out: Sequence[Tensor]
+) -> None:
+    """Quantize tensors, already checked, each into its place: in one call where all are plain."""
+    plain = all(map(cpu.is_plain, tensors)) and (out is tensors or all(map(cpu.is_plain, out)))
+    if plain and tensors and _has_kernels() and cpu.supports(fmt, rules[0], tensors[0].dtype):
+        arguments = [cpu.rule_arguments(rule) for rule in rules]
+        if len({each[:2] for each in arguments}) == 1:
+            cpu.quantize_many(tensors, fmt, arguments, out)
+            return
+    for tensor, rule, target in zip(tensors, rules, out, strict=True):
+        run(tensor, fmt, rule, target)
 
 
 def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None]:

@@ -218,7 +218,7 @@ def _minifloat(
         odd = (floor_log2 >= fmt.min_exponent) & ((floor_log2 + fmt.bias) & 1 == 1)
     steps = _steps(magnitude, gap + shared - exponent, odd, negative, rounding, noise)
 
-    too_large = (scaled(steps, gap) > fmt.largest) & wide.isfinite()
+    too_large = scaled(steps, gap) > fmt.largest
     value = torch.where(too_large | wide.isinf(), fmt.largest, scaled(steps, gap))
     if not fmt.saturating:
         beyond = torch.inf if fmt.specials == "ieee" else torch.nan

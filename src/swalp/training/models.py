@@ -80,7 +80,7 @@ _KINDS: dict[str, Callable[[int, int, int], nn.Sequential]] = {
 
 
 def build(kind: str, *, size: int, width: int, classes: int, seed: int) -> nn.Sequential:
-    """The network of a kind: "cnn", "strided-cnn" or "mlp"; `seed` alone decides its weights."""
+    """The network of a kind that `RunConfig.model` names, its weights drawn from `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "initial weights", kind))
         return _KINDS[kind](size, width, classes)
