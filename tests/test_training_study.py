@@ -44,7 +44,7 @@ def test_a_run_leaves_metrics_models_and_summary(whole):
         assert by_name[arm, "average"]["test_error"] == [metrics[arm, 3]["average_error"]]
         assert by_name[arm, "average"]["test_error"][0] < 60  # chance is 90
     rates = [metrics["float", epoch]["learning_rate"] for epoch in (1, 2, 3)]
-    assert rates == pytest.approx([0.05, 0.0005, 0.05])
+    assert rates == pytest.approx([0.1, 0.001, 0.05])
 
 
 def test_sizes_are_those_of_the_tensors(whole):
