@@ -404,6 +404,8 @@ def test_many_tensors_in_one_call(fmt, threads):
     assert quantize_many(tensors, fmt, Nearest(), out=tensors)[0] is tensors[0]
     assert all(map(same_bits, tensors, nearest))
     assert quantize_many([], fmt, Nearest()) == []
+    doubles = [tensor.double() for tensor in tensors]
+    assert all(map(same_bits, quantize_many(doubles, fmt, Nearest()), doubles))
 
 
 def test_many_tensors_are_checked():

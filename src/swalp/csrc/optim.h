@@ -5,6 +5,8 @@
 // will be kept; then their codes, in place. Equal to `sgd_step` and `adam_step` of `swalp.optim` in
 // the arithmetic of PyTorch's vector units, in which x + alpha * y is one fused operation.
 #pragma once
+#include <type_traits>
+
 #include "layout.h"
 
 namespace {
@@ -26,19 +28,29 @@ struct Role {
   }
 };
 
-// A vector from memory of which n elements are there; the others are 0.
-template <class T> auto load(const T* from, int64_t n) {
-  if (n >= Lanes::N) return Lanes::load(from);
+// A vector from memory. The last one of a stretch may not be `whole`: n elements are there, and the
+// others count as 0.
+template <bool whole, class T>
+inline __attribute__((always_inline)) auto load(const T* from, int64_t n) {
+  if constexpr (whole) return Lanes::load(from);
   T copy[Lanes::N] = {};
   for (int64_t k = 0; k < n; ++k) copy[k] = from[k];
   return Lanes::load(copy);
 }
 
-void store(float* to, F v, int64_t n) {
-  if (n >= Lanes::N) return Lanes::store(to, v);
+template <bool whole>
+inline __attribute__((always_inline)) void store(float* to, F v, int64_t n) {
+  if constexpr (whole) return Lanes::store(to, v);
   float copy[Lanes::N];
   Lanes::store(copy, v);
   for (int64_t k = 0; k < n; ++k) to[k] = copy[k];
+}
+
+// body(i, n, whole) for each vector of n elements.
+template <class Body> inline __attribute__((always_inline)) void vectors(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + Lanes::N <= n; i += Lanes::N) body(i, n - i, std::true_type());
+  if (i < n) body(i, n - i, std::false_type());
 }
 
 // Numbers of a block as they are kept: floats on their grid, or codes.
@@ -47,22 +59,27 @@ template <class Kept> struct Stored;
 template <> struct Stored<float> {
   static constexpr int output = SWALP_FLOAT32;
   Stored(const swalp_format&, const int8_t*, int64_t) {}
-  F operator()(const float* from, int64_t n) const { return load(from, n); }
+  template <bool whole> F get(const float* from, int64_t n) const { return load<whole>(from, n); }
 };
 
 template <> struct Stored<int8_t> {
   static constexpr int output = SWALP_CODE8;
-  I nan;            // the code of NaN, or one that does not occur
-  F first, second;  // their product is 2**gap, and that of each with a code is exact
+  bool has_nan, extreme;
+  I nan;
+  F first, second;  // 2**gap is `first`, or if `extreme` their product: with a code, exact
   Stored(const swalp_format& f, const int8_t* exponents, int64_t block)
-      : nan(Lanes::set(f.has_nan ? f.nan_code : INT32_MAX)) {
-    const int32_t gap = gap_of(f, exponents ? exponents[block] : 0), half = gap / 2;
+      : has_nan(f.has_nan), nan(Lanes::set(f.nan_code)) {
+    const int32_t gap = gap_of(f, exponents ? exponents[block] : 0);
+    extreme = gap < -126 || gap > 126;
+    const int32_t half = extreme ? gap / 2 : gap;
     first = power_of_two(Lanes::set(half));
     second = power_of_two(Lanes::set(gap - half));
   }
-  F operator()(const int8_t* from, int64_t n) const {
-    const I code = load(from, n);
-    const F value = Lanes::mul(Lanes::mul(Lanes::convert(code), first), second);
+  template <bool whole> F get(const int8_t* from, int64_t n) const {
+    const I code = load<whole>(from, n);
+    F value = Lanes::mul(Lanes::convert(code), first);
+    if (extreme) value = Lanes::mul(value, second);
+    if (!has_nan) return value;
     return Lanes::select(Lanes::equal(code, nan), Lanes::floats(Lanes::set(0x7fc00000)), value);
   }
 };
@@ -126,26 +143,32 @@ template <class Kept> struct SgdStep {
     const Kept* const kept_weight = static_cast<Kept*>(p.weight) + b.base;
     const Kept* const kept_momentum = static_cast<Kept*>(p.momentum) + b.base;
     const F decay = Lanes::set(h.weight_decay), rho = Lanes::set(h.momentum), rate = Lanes::set(-h.lr);
+    const bool decays = h.weight_decay != 0, has_momentum = h.has_momentum, nesterov = h.nesterov;
     I most_velocity = Lanes::set(0), most_moved = Lanes::set(0);
     for (int64_t done = 0; done < count; done += kChunk) {
       const int64_t at = begin + done, left = count - done, n = left < kChunk ? left : kChunk;
       alignas(64) float rounded[kChunk];
       const float* g = gradient_of(h.has_gradient ? &gradient : nullptr, p.gradient, b, at, n, rounded, buffer);
-      for (int64_t i = 0; i < n; i += Lanes::N) {
-        F d = load(g + i, n - i);
-        const F w = weights(kept_weight + at + i, n - i);
-        if (h.weight_decay != 0) d = Lanes::fma(w, decay, d);
-        if (h.has_momentum) {
-          const F m = velocities(kept_momentum + at + i, n - i);
-          const F v = Lanes::add(Lanes::mul(m, rho), d);
-          store(b.kept[kVelocity] + at + i, v, n - i);
+      // Locals: what lies behind a pointer would be read again after every store.
+      float* const velocity = b.kept[kVelocity] + at;
+      float* const next = b.kept[kMoved] + at;
+      const Kept *const w0 = kept_weight + at, *const m0 = kept_momentum + at;
+      vectors(n, [&, weights, velocities](int64_t i, int64_t left, auto is_whole)
+                     __attribute__((always_inline)) {
+        constexpr bool whole = decltype(is_whole)::value;
+        F d = load<whole>(g + i, left);
+        const F w = weights.template get<whole>(w0 + i, left);
+        if (decays) d = Lanes::fma(w, decay, d);
+        if (has_momentum) {
+          const F v = Lanes::add(Lanes::mul(velocities.template get<whole>(m0 + i, left), rho), d);
+          store<whole>(velocity + i, v, left);
           most_velocity = Lanes::max_unsigned(most_velocity, order(v));
-          d = h.nesterov ? Lanes::fma(v, rho, d) : v;
+          d = nesterov ? Lanes::fma(v, rho, d) : v;
         }
         const F moved = Lanes::fma(d, rate, w);
-        store(b.kept[kMoved] + at + i, moved, n - i);
+        store<whole>(next + i, moved, left);
         most_moved = Lanes::max_unsigned(most_moved, order(moved));
-      }
+      });
     }
     raise(&b.most[kVelocity], Lanes::largest_unsigned(most_velocity));
     raise(&b.most[kMoved], Lanes::largest_unsigned(most_moved));
@@ -201,6 +224,8 @@ template <class Kept> struct AdamStep {
     const F decay = Lanes::set(h.weight_decay), share = Lanes::set(h.share1), beta2 = Lanes::set(h.beta2);
     const F share2 = Lanes::set(h.share2), correction = Lanes::set(h.correction2);
     const F eps = Lanes::set(h.eps), rate = Lanes::set(-h.rate);
+    const F far = Lanes::set(h.share1 - 1);
+    const bool near = h.share1 < 0.5f, decoupled = h.decoupled, decays = h.weight_decay != 0;
     I most_moment = Lanes::set(0), most_moved = Lanes::set(0);
     for (int64_t done = 0; done < count; done += kChunk) {
       const int64_t at = begin + done, left = count - done, n = left < kChunk ? left : kChunk;
@@ -210,27 +235,32 @@ template <class Kept> struct AdamStep {
         if constexpr (sizeof(Kept) == 1) roots[i] = p.root_table[static_cast<uint8_t>(kept_root[at + i])];
         else roots[i] = kept_root[at + i];
       }
-      for (int64_t i = 0; i < n; i += Lanes::N) {
-        F d = load(g + i, n - i);
-        F w = weights(kept_weight + at + i, n - i);
-        if (h.decoupled) w = Lanes::mul(w, decay);  // decay = 1 - lr * weight_decay
-        else if (h.weight_decay != 0) d = Lanes::fma(w, decay, d);
-        const F m0 = moments(kept_moment + at + i, n - i);
+      float *const moment_to = b.kept[kMoment] + at, *const root_to = b.kept[kRoot] + at;
+      float* const next = b.kept[kMoved] + at;
+      const Kept *const w0 = kept_weight + at, *const m0 = kept_moment + at;
+      vectors(n, [&, weights, moments](int64_t i, int64_t left, auto is_whole)
+                     __attribute__((always_inline)) {
+        constexpr bool whole = decltype(is_whole)::value;
+        F d = load<whole>(g + i, left);
+        F w = weights.template get<whole>(w0 + i, left);
+        if (decoupled) w = Lanes::mul(w, decay);  // decay = 1 - lr * weight_decay
+        else if (decays) d = Lanes::fma(w, decay, d);
+        const F before = moments.template get<whole>(m0 + i, left);
         // lerp from the nearer end, as PyTorch does
-        const F m = h.share1 < 0.5f ? Lanes::fma(share, Lanes::sub(d, m0), m0)
-                                    : Lanes::fma(Lanes::set(h.share1 - 1), Lanes::sub(d, m0), d);
-        const F r0 = load(roots + i, n - i);
+        const F m = near ? Lanes::fma(share, Lanes::sub(d, before), before)
+                         : Lanes::fma(far, Lanes::sub(d, before), d);
+        const F r0 = load<whole>(roots + i, left);
         const F variance = Lanes::fma(Lanes::mul(share2, d), d, Lanes::mul(Lanes::mul(r0, r0), beta2));
         const F r = Lanes::sqrt(variance);
         const F moved = Lanes::add(
             w, Lanes::div(Lanes::mul(rate, m), Lanes::add(Lanes::div(r, correction), eps)));
-        store(b.kept[kMoment] + at + i, m, n - i);
-        store(b.kept[kRoot] + at + i, r, n - i);
-        store(b.kept[kMoved] + at + i, moved, n - i);
+        store<whole>(moment_to + i, m, left);
+        store<whole>(root_to + i, r, left);
+        store<whole>(next + i, moved, left);
         most_moment = Lanes::max_unsigned(most_moment, order(m));
         // What pads the last vector divides by eps alone, and 0 / 0 does not count as a magnitude.
         most_moved = Lanes::max_unsigned(most_moved, order(moved));
-      }
+      });
     }
     raise(&b.most[kMoment], Lanes::largest_unsigned(most_moment));
     raise(&b.most[kMoved], Lanes::largest_unsigned(most_moved));

@@ -123,31 +123,35 @@ def quantize_many(
         TypeError: as `quantize`.
         ValueError: as `quantize`, or there are not as many of one as of another.
     """
-    one = isinstance(rounding, Rounding)
-    rules = [rounding] * len(tensors) if isinstance(rounding, Rounding) else rounding
+    rules = [rounding] if isinstance(rounding, Rounding) else rounding
     outputs = len(tensors) if out is None else len(out)
-    if not len(tensors) == len(rules) == outputs:
+    if len(rules) not in (1, len(tensors)) or outputs != len(tensors):
         raise ValueError(
             f"quantize_many: {len(tensors)} tensors, {len(rules)} rules and {outputs} outputs; "
             f"give as many of each"
         )
-    seen: set[tuple[torch.dtype, torch.Size]] = set()
-    for x, rule, target in zip(tensors, rules, out or tensors, strict=True):
-        alike = (x.dtype, x.shape) if isinstance(x, Tensor) else None
-        if not one or alike is None or alike not in seen:  # the rest of a network is more of these
-            check(x, fmt, rule)
-            seen.add((x.dtype, x.shape))
-        if target is not x:
+    for rule in rules:
+        check(torch.empty(0) if not tensors else tensors[0], fmt, rule)
+    # One check for all that are alike: small tensors often are.
+    for x in {(type(x), x.dtype, x.shape): x for x in map(_tensor, tensors)}.values():
+        check(x, fmt, rules[0])
+    if out is not None and out is not tensors:
+        for x, target in zip(tensors, out, strict=True):
             _check_out(x, target)
     targets = [torch.empty_like(x) for x in tensors] if out is None else out
     dispatch.run_many(tensors, fmt, rules, targets)
     return list(targets)
 
 
+def _tensor(x: object) -> Tensor:
+    if isinstance(x, Tensor):
+        return x
+    raise TypeError(f"quantize: x must be a torch.Tensor, not {type(x).__name__}")
+
+
 def check(x: Tensor, fmt: Format, rounding: Rounding) -> None:
     """Raise unless `x` can be quantized to `fmt` with `rounding`; see `quantize`."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"quantize: x must be a torch.Tensor, not {type(x).__name__}")
+    _tensor(x)
     if not isinstance(fmt, Format):
         raise TypeError(
             f"quantize: fmt must be a format such as swalp.BlockFloat(8), not {fmt!r}; "

@@ -179,7 +179,7 @@ def quantize_many(
     Args:
         tensors: of which `is_plain` holds.
         fmt: a format that `supports` accepts.
-        rules: the `rule_arguments` of each, all of one kind and one number of random bits.
+        rules: the `rule_arguments` of all or of each, of one kind and one number of random bits.
         out: likewise plain; tensors of `tensors` itself included.
     """
     plan = plan_of(fmt)

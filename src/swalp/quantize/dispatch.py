@@ -29,14 +29,18 @@ def run(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = None) -
 def run_many(
     tensors: Sequence[Tensor], fmt: Format, rules: Sequence[Rounding], out: Sequence[Tensor]
 ) -> None:
-    """Quantize tensors, already checked, each into its place: in one call where all are plain."""
+    """Quantize tensors, already checked, each into its place: in one call where all are plain.
+
+    `rules`: one for all, or one for each.
+    """
     plain = all(map(cpu.is_plain, tensors)) and (out is tensors or all(map(cpu.is_plain, out)))
-    if plain and tensors and _has_kernels() and cpu.supports(fmt, rules[0], tensors[0].dtype):
+    if tensors and plain and _has_kernels() and cpu.supports(fmt, rules[0], tensors[0].dtype):
         arguments = [cpu.rule_arguments(rule) for rule in rules]
-        if len({each[:2] for each in arguments}) == 1:
+        if len({argument[:2] for argument in arguments}) == 1:
             cpu.quantize_many(tensors, fmt, arguments, out)
             return
-    for tensor, rule, target in zip(tensors, rules, out, strict=True):
+    each = rules if len(rules) == len(tensors) else list(rules) * len(tensors)
+    for tensor, rule, target in zip(tensors, each, out, strict=True):
         run(tensor, fmt, rule, target)
 
 
