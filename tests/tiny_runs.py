@@ -15,6 +15,8 @@ def settings(**changes) -> RunConfig:
         "batch_size": 200,
         "epochs": 3,
         "averaging_start": 2,
+        "learning_rate": 0.1,
+        "averaging_rate": 0.05,
         "checkpoint_seconds": 1000.0,
     }
     base = config.load("digits").model_dump()

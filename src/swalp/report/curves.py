@@ -67,7 +67,9 @@ def png(metrics: Sequence[dict[str, Any]], *, averaging_start: int, title: str) 
     axes.set_title(f"{title}: mean and range of {seeds} seeds" if seeds > 1 else title)
     axes.grid(alpha=0.25, which="both", linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small")
+    figure.legend(
+        loc="outside lower center", ncols=max(len(arms), 2), frameon=False, fontsize="small"
+    )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

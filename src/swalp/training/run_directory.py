@@ -38,7 +38,8 @@ models/ARM/seed-N/
     sgd.safetensors      the iterate where averaging starts
     last.safetensors     the last iterate
     average.safetensors  the average (SWA, or SWALP): float32, batch-norm statistics recomputed
-sessions.jsonl   one line per process that worked here: times, versions, machine
+sessions.jsonl   one line when a process began to work here, with versions and machine, and one when
+                 it ended (none if it was killed), with seconds and outcome
 checkpoints/     the last two states, from which `swalp train --resume` goes on
 run.json         the version of this layout
 
@@ -95,7 +96,8 @@ class RunDirectory:
 
     def append_metrics(self, record: Record) -> None:
         """Add a record."""
-        _append(self._metrics, record)
+        with self._metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
 
     def metrics_size(self) -> int:
         """Bytes of all records so far, which are on the disk when this returns."""
@@ -109,13 +111,17 @@ class RunDirectory:
             file.truncate(size)
 
     def sessions(self) -> list[Record]:
-        """What processes did here, in order."""
-        path = self.path / "sessions.jsonl"
-        return [json.loads(line) for line in _read(path).splitlines()] if path.exists() else []
+        """Beginnings and ends of the processes that worked here, in order."""
+        return [json.loads(line) for line in self._session_lines().splitlines()]
 
     def append_session(self, record: Record) -> None:
-        """Note what a process did."""
-        _append(self.path / "sessions.jsonl", record)
+        """Note that a process begins or ends."""
+        # Whole even if the disk is full: no checkpoint says where to cut half a line off.
+        lines = self._session_lines() + json.dumps(record).encode() + b"\n"
+        write_file(self._sessions, lines)
+
+    def _session_lines(self) -> bytes:
+        return _read(self._sessions) if self._sessions.exists() else b""
 
     def model_path(self, arm: str, seed: int, model: str) -> Path:
         """Where one model is saved: `model` is "sgd", "last" or "average"."""
@@ -162,6 +168,10 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def _sessions(self) -> Path:
+        return self.path / "sessions.jsonl"
+
+    @property
     def _summary(self) -> Path:
         return self.path / "summary.json"
 
@@ -204,11 +214,6 @@ def open_run(path: Path) -> RunDirectory:
             f"use the swalp that made it"
         )
     return RunDirectory(path)
-
-
-def _append(path: Path, record: Record) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 def _read(path: Path) -> bytes:

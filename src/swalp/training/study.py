@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,15 +80,13 @@ def train(
         raise UserError(
             f"batch_size = {config.batch_size} exceeds the {len(data.train_x)} training examples"
         )
-    session = environment.describe() | {
-        "threads": config.threads,
-        "began": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-    for line in _changes(run, session):
+    began = environment.describe() | {"threads": config.threads, "began": _now()}
+    for line in _changes(run, began):
         say(line)
     started = time.monotonic()
     outcome = "failed"
     try:
+        run.append_session(began)
         with _threads(config.threads):
             _train(run, config, data, watch, say, stop)
             summary = _summary(run, config, data)
@@ -107,7 +105,9 @@ def train(
             f"Mend that and go on with: swalp train --resume {run.path}"
         ) from None
     finally:
-        _note(run, session | {"seconds": round(time.monotonic() - started, 1), "outcome": outcome})
+        seconds = round(time.monotonic() - started, 1)
+        with suppress(OSError):  # if the disk failed, the user is being told that
+            run.append_session({"ended": _now(), "seconds": seconds, "outcome": outcome})
 
 
 def evaluate(run: RunDirectory, data: Dataset) -> Record:
@@ -274,8 +274,5 @@ def _last_checkpoint(run: RunDirectory) -> str:
     return "no checkpoint was made yet" if path is None else f"the last good checkpoint is {path}"
 
 
-def _note(run: RunDirectory, session: Record) -> None:
-    try:
-        run.append_session(session)
-    except OSError:
-        return  # the disk failed, which the user is being told
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
