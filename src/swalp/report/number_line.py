@@ -15,9 +15,9 @@ from torch import Tensor
 
 from swalp.formats import BlockFloat, Format, Microscaling, Minifloat
 from swalp.quantize import quantize
-from swalp.report.formats import FEW, KIND
 from swalp.rounding import Nearest, TowardNegative, TowardPositive
 
+_FEW = 64  # strokes that are drawn thick
 _STAIRS = 40  # values whose staircase is drawn whole
 _LONG_MANTISSA = 5  # bits from which on a staircase shows one end of a binade only
 _NEAREST, _EXPECTED, _SUBNORMAL = "#4477aa", "#ee6677", "#ccbb44"
@@ -55,7 +55,7 @@ def _picture(fmt: Format) -> bytes:
         " in a block of exponent 0" if isinstance(fmt, BlockFloat | Microscaling) else ""
     )
     figure.suptitle(
-        f"{fmt}: {KIND[type(fmt)]}, {fmt.bits} bit{'s' * (fmt.bits > 1)}, {count}",
+        f"{fmt}: {fmt.bits} bit{'s' * (fmt.bits > 1)}, {count}",
         fontsize="medium",
     )
     buffer = io.BytesIO()
@@ -107,7 +107,7 @@ def _strokes(axes: Axes, places: Tensor, among: Tensor, colour: str, label: str 
     """A stroke at each place; of those that fall on one pixel, one."""
     pixel = (among[-1] - among[0]).item() / 4000
     shown = {round(place / pixel): place for place in places.tolist()}
-    width = 0.5 if len(among) > FEW else 1.2
+    width = 0.5 if len(among) > _FEW else 1.2
     axes.vlines(list(shown.values()), 0, 1, color=colour, linewidth=width, label=label)
 
 
