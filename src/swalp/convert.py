@@ -89,8 +89,8 @@ def convert(model: _Module, recipe: Recipe, *, seed: int = 0, packed: bool = Fal
         )
     if recipe.weight is not None:
         _round_parameters(model, recipe.weight.format, packed)
-    model._swalp = _Conversion(recipe, clock)  # type: ignore[assignment]
-    model.register_forward_pre_hook(model._swalp)  # type: ignore[arg-type]
+    model._swalp = _Conversion(recipe, clock)  # type: ignore[assignment]  # no tensor or module
+    model.register_forward_pre_hook(model._swalp)  # type: ignore[arg-type]  # typed as above
     return model
 
 

@@ -124,7 +124,7 @@ class QuantizedInput:
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
         """The parent's forward on the quantized input."""
-        result: Tensor = super().forward(self.signal(x, self.training), *args)  # type: ignore[misc]
+        result: Tensor = super().forward(self.signal(x, self.training), *args)  # type: ignore[misc]  # a mixin
         return result
 
 

@@ -127,7 +127,7 @@ class PackedTensor(torch.Tensor):
         return _through_floats(func, args, kwargs) if result is NotImplemented else result
 
 
-def pack(x: Tensor, fmt: Format, rounding: Rounding = Nearest()) -> PackedTensor:  # noqa: B008
+def pack(x: Tensor, fmt: Format, rounding: Rounding = Nearest()) -> PackedTensor:  # noqa: B008  (frozen)
     """Round `x` to values of `fmt` and hold them as codes: ``quantize`` with real storage.
 
     Args:

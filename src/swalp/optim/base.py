@@ -86,7 +86,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             parameter.grad = None
 
         return [
-            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]  # PyTorch has no type
                 lambda parameter, name=name, group=group: hook(parameter, name, group)
             )
             for group, named in self._groups()
