@@ -121,7 +121,7 @@ def _quantize_signals(model: nn.Module, quantize: Callable[[Tensor], Tensor]) ->
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     for layer in layers[1:]:
         layer.register_forward_pre_hook(
-            lambda _module, inputs: (_Signal.apply(inputs[0], quantize),)  # type: ignore[no-untyped-call]
+            lambda _module, inputs: (_Signal.apply(inputs[0], quantize),)  # type: ignore[no-untyped-call]  # as above
         )
 
 

@@ -288,3 +288,42 @@ def test_nan_is_said(packed):
     else:
         optimizer.step()
         assert all(parameter.isnan().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("make", [
+    lambda p, r: swalp.optim.SGD(p, 0.1, momentum=0.9, recipe=r),
+    lambda p, r: swalp.optim.Adam(p, 0.01, recipe=r),
+])  # fmt: skip
+@pytest.mark.parametrize(("first", "then"), [(True, False), (False, True), (True, True)])
+def test_compiled_step_leaves_other_memory_to_the_pure_step(make, first, then, monkeypatch):
+    """Parameters of another format than the recipe's, and state of another kind of run."""
+    small, big = (swalp.recipes.get(f"paper-{size}-block-8") for size in ("small", "big"))
+    results = []
+    for compiled in (False, True):
+        if not compiled:
+            monkeypatch.setattr(fused, "available", lambda: False)
+        model = swalp.convert(network(), big, packed=first)
+        optimizer = make(model.named_parameters(), small)
+        train(model, optimizer)
+        other = swalp.convert(network(), small, packed=then)
+        resumed = make(other.named_parameters(), big if first == then else small)
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        train(other, resumed)
+        results.append([torch.Tensor.detach(p).to(torch.float64) for p in other.parameters()])
+        monkeypatch.undo()
+    assert same(*results)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_momentum_that_is_off_for_a_while_is_kept(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(fused, "available", lambda: False)
+    recipe = swalp.recipes.get("paper-small-block-8")
+    model = swalp.convert(network(), recipe, packed=True)
+    optimizer = swalp.optim.SGD(model.named_parameters(), 0.1, momentum=0.9, recipe=recipe)
+    train(model, optimizer)
+    before = [state["momentum_buffer"].dequantize() for state in optimizer.state.values()]
+    optimizer.param_groups[0]["momentum"] = 0.0
+    train(model, optimizer)
+    after = [state["momentum_buffer"].dequantize() for state in optimizer.state.values()]
+    assert same(before, after)

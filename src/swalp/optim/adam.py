@@ -162,9 +162,12 @@ class Adam(LowPrecisionOptimizer):
             return None
         roles = ("gradient", "momentum", "second_moment", "weight")
         kernel = self._prepared("AdamParameter", roles, name, parameter, gradient)
-        if kernel is None:
-            return None
         state = self.state[parameter]
+        names = {"momentum": "exp_avg", "second_moment": "root"}
+        as_kept = [("weight", parameter)]
+        as_kept += [(role, state[key]) for role, key in names.items() if key in state]
+        if kernel is None or not all(fused.held(x, role, recipe, parameter) for role, x in as_kept):
+            return None
         if not state:
             state["step"] = 0
             state["exp_avg"] = fused.empty_state(recipe, "momentum", parameter)

@@ -142,6 +142,24 @@ def _byte(fmt: Format, role: str) -> bool:
     return isinstance(fmt, FixedPoint) or (isinstance(fmt, BlockFloat) and fmt.exponent_bits <= 8)
 
 
+def held(tensor: Tensor, role: str, recipe: Recipe, parameter: Tensor) -> bool:
+    """Whether memory holds `tensor` as the step keeps that role beside `parameter`.
+
+    The step works on addresses. A parameter packed in another format than the recipe's, or a state
+    from another kind of run, is left to the pure function, which takes anything.
+    """
+    memory = resident(tensor)
+    if tensor.shape != parameter.shape or not (memory.is_cpu and memory.is_contiguous()):
+        return False
+    if not isinstance(parameter, PackedTensor):
+        return type(tensor) is not PackedTensor and tensor.dtype == torch.float32
+    return (
+        isinstance(tensor, PackedTensor)
+        and tensor.format == fit(getattr(recipe, role).format, parameter.dim())
+        and (tensor.exponents is None or tensor.exponents.is_contiguous())
+    )
+
+
 def sgd(
     kernels: list[Any],
     lr: float,

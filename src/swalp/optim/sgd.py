@@ -145,12 +145,15 @@ class SGD(LowPrecisionOptimizer):
             return None
         roles = ("gradient", "momentum", "weight") if group["momentum"] else ("gradient", "weight")
         kernel = self._prepared("SgdParameter", roles, name, parameter, gradient)
-        if kernel is None:
-            return None
         state = self.state[parameter]
+        kept = state.get("momentum_buffer") if group["momentum"] else None
+        as_kept = (
+            [("weight", parameter)] if kept is None else [("weight", parameter), ("momentum", kept)]
+        )
+        if kernel is None or not all(fused.held(x, role, recipe, parameter) for role, x in as_kept):
+            return None
         if not state:
             state["step"] = 0
-        kept = state.get("momentum_buffer")
         if kept is None and group["momentum"]:
             # momentum * 0 + g is g: the same numbers as without a buffer
             kept = state["momentum_buffer"] = fused.empty_state(recipe, "momentum", parameter)
