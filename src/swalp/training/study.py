@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from swalp import to_float
-from swalp.training import checkpoint, environment, loop
+from swalp.training import checkpoint, diagnostics, environment, loop
 from swalp.training.config import RunConfig
 from swalp.training.data import Dataset
 from swalp.training.loop import Trajectory
@@ -179,6 +179,23 @@ def _train(
             )
             if stopping:
                 raise Stopped
+        if trajectory.seed == config.first_seed:
+            run.append_diagnostics(_diagnostics(trajectory, data, config))
+
+
+def _diagnostics(trajectory: Trajectory, data: Dataset, config: RunConfig) -> Record:
+    """What low precision does inside the network that was trained."""
+    recipe = trajectory.optimizer.recipe
+    found = diagnostics.describe(
+        trajectory.model,
+        trajectory.optimizer,
+        trajectory.average.module,
+        data.train_x[: config.batch_size],
+        data.train_y[: config.batch_size],
+        recipe=recipe,
+        seed=trajectory.seed,
+    )
+    return {"arm": trajectory.arm, "seed": trajectory.seed, **found}
 
 
 @contextmanager
