@@ -343,6 +343,19 @@ def test_noise(build, bits, start):
         assert torch.equal(want, random_bits(100, bits, SEED, 3, 7))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+@pytest.mark.parametrize("count", [0, 1, 2, 31, 64, 1001, 2 * cpu.SERIAL + 1])
+@pytest.mark.usefixtures("build")
+def test_two_codes_to_a_byte(count, dtype):
+    lowest = -8 if dtype == torch.int8 else 0
+    values = torch.randint(lowest, lowest + 16, (count,), dtype=dtype)
+    joined = cpu.join(values)
+    assert torch.equal(joined, codes.join(values))
+    for split in (cpu.split, codes.split):
+        assert torch.equal(split(joined, values.shape, dtype), values)
+        assert split(joined, values.shape, dtype).dtype == dtype
+
+
 def test_out_and_in_place():
     x, rule = ugly(4, 33), Stochastic(1)
     fmt = BlockFloat(8, axes=(0,))

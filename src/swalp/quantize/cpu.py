@@ -274,6 +274,25 @@ def unpack(
     return out
 
 
+def join(codes: Tensor) -> Tensor:
+    """`codes.join`, fast."""
+    codes = codes.contiguous()
+    joined = torch.empty(-(-codes.numel() // 2), dtype=torch.uint8)
+    _kernels.join(codes.data_ptr(), codes.numel(), joined.data_ptr(), torch.get_num_threads())
+    return joined
+
+
+def split(joined: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`codes.split`, fast."""
+    joined = joined.contiguous()
+    codes = torch.empty(tuple(shape), dtype=dtype)
+    _kernels.split(
+        joined.data_ptr(), codes.numel(), dtype == torch.int8, codes.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return codes
+
+
 def rule_arguments(rounding: Rounding) -> tuple[int, int, int, int, int]:
     """Rule, random bits, seed, step, call: as the kernels take them."""
     if type(rounding) is Stochastic:
