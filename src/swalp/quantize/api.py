@@ -213,7 +213,7 @@ def _is_plain(x: Tensor) -> bool:
 
 
 def _is_alike(x: Tensor, out: Tensor) -> bool:
-    """Whether the kernel can write to `out` what it reads from `x`, which is plain and contiguous."""
+    """Whether the kernel can write to `out` what it reads from a plain, contiguous `x`."""
     return (
         _is_plain(out)
         and cpu.is_plain(out)
