@@ -440,6 +440,11 @@ def test_the_short_way_through_quantize():
             want = reference.quantize(x, fmt, rule)
             for _ in range(2):  # the first call checks, the second knows
                 assert same_bits(swalp.quantize(x, fmt, rule), want)
+                out, place = torch.empty_like(x), x.clone()
+                assert swalp.quantize(x, fmt, rule, out=out) is out
+                assert swalp.quantize(place, fmt, rule, out=place) is place
+                assert same_bits(out, want)
+                assert same_bits(place, want)
     fmt = FixedPoint(8, 4)
     swalp.quantize(x, fmt)
     assert cpu.plan_of(fmt).checked
@@ -447,6 +452,11 @@ def test_the_short_way_through_quantize():
         swalp.quantize(x, fmt, "nearest")
     with pytest.raises(ValueError, match="gradient="):
         swalp.quantize(x, fmt, gradient="none")
+    with pytest.raises(ValueError, match="out is"):
+        swalp.quantize(x, fmt, out=torch.empty(40, 6))
+    storage = torch.cat([x.reshape(-1), x.new_zeros(8)])
+    swalp.quantize(storage[:240], fmt, out=storage[8:])  # memory of both
+    assert same_bits(storage[8:].view(6, 40), reference.quantize(x, fmt, Nearest()))
     recorded = swalp.quantize(x.clone().requires_grad_(), fmt)
     assert recorded.requires_grad
     torch.manual_seed(1)
