@@ -136,7 +136,7 @@ class Adam(LowPrecisionOptimizer):
     def _update(
         self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
     ) -> None:
-        recipe = self._recipe_of(name)
+        recipe = self.recipe_of(name)
         state = self.state[parameter]
         if not state:
             state["step"] = 0
@@ -162,7 +162,7 @@ class Adam(LowPrecisionOptimizer):
     def _kernel(
         self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
     ) -> Any | None:
-        recipe = self._recipe_of(name)
+        recipe = self.recipe_of(name)
         if recipe is None:
             return None
         roles = ("gradient", "momentum", "second_moment", "weight")

@@ -66,10 +66,10 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
                     f"model.named_parameters()"
                 )
             for name in names:
-                self._recipe_of(name)
+                self.recipe_of(name)
 
-    def _recipe_of(self, name: str) -> Recipe | None:
-        """The recipe that holds for the parameter of that name."""
+    def recipe_of(self, name: str) -> Recipe | None:
+        """The recipe that holds for the parameter of that name; None: float."""
         if self.recipe is None or not self.recipe.overrides:
             return self.recipe
         if name not in self._recipes:
@@ -143,7 +143,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             if kernel is None:
                 self._update(name, parameter, gradient, group)
             else:
-                recipe = self._recipe_of(name)
+                recipe = self.recipe_of(name)
                 rounds = recipe is not None and recipe.gradient is not None
                 kernels.append((kernel, (isinstance(parameter, PackedTensor), rounds)))
         for packed, rounds in product((False, True), repeat=2):
@@ -186,7 +186,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         self, kind: str, roles: tuple[str, ...], name: str, parameter: Tensor, gradient: Tensor
     ) -> Any | None:
         """The kernel's object for one parameter, made once; None if the kernel cannot take it."""
-        recipe = self._recipe_of(name)
+        recipe = self.recipe_of(name)
         if recipe is None or not fused.reads(gradient):
             return None
         memory = fused.resident(parameter)
@@ -202,7 +202,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
 
     def _quantizer(self, name: str, step: int, packed: bool) -> Quantize:
         """Q of each role for one parameter at one step; `packed`: what is kept is held as codes."""
-        recipe = self._recipe_of(name)
+        recipe = self.recipe_of(name)
 
         def quantized(role: str, tensor: Tensor) -> Tensor:
             quantizer = None if recipe is None else getattr(recipe, role)

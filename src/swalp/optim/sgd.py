@@ -119,7 +119,7 @@ class SGD(LowPrecisionOptimizer):
         state = self.state[parameter]
         if not state:
             state["step"] = 0
-            recipe = self._recipe_of(name)
+            recipe = self.recipe_of(name)
             if recipe is not None and recipe.accumulator is not None:
                 state["accumulator"] = parameter.detach().clone()
         weight, momentum_buffer, accumulator = sgd_step(
@@ -143,7 +143,7 @@ class SGD(LowPrecisionOptimizer):
     def _kernel(
         self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
     ) -> Any | None:
-        recipe = self._recipe_of(name)
+        recipe = self.recipe_of(name)
         if recipe is None or recipe.accumulator is not None:
             return None
         roles = ("gradient", "momentum", "weight") if group["momentum"] else ("gradient", "weight")
