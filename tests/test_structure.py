@@ -20,6 +20,7 @@ FLOORS = [
     {"optim", "averaging", "batchnorm", "schedules"},
     {"the front door"},
     {"training"},
+    {"lab"},
     {"report"},
     {"cli"},
 ]
