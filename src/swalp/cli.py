@@ -201,6 +201,7 @@ def reproduce(
     name = f"{claim}-quick" if quick else claim
     words = ["swalp", "reproduce", claim, *(["--quick"] if quick else [])]
     words += [] if seeds is None else ["--seeds", str(seeds)]
+    words += [] if data_dir is None else ["--data-dir", "DIR"]  # a path means nothing elsewhere
     with _signals() as asked, parts(claim) as progress:
         try:
             verdict = lab.reproduce(
