@@ -76,9 +76,10 @@ def train(
         UserError: the loss is not finite, or the disk fails; the text names the last checkpoint.
     """
     config = run.config()
-    if config.batch_size > len(data.train_x):
+    examples = len(data.train.labels)
+    if config.batch_size > examples:
         raise UserError(
-            f"batch_size = {config.batch_size} exceeds the {len(data.train_x)} training examples"
+            f"batch_size = {config.batch_size} exceeds the {examples} training examples"
         )
     began = environment.describe() | {"threads": config.threads, "began": _now()}
     for line in _changes(run, began):
@@ -128,7 +129,7 @@ def evaluate(run: RunDirectory, data: Dataset) -> Record:
             path = run.model_path(row["arm"], seed, row["model"])
             model.load_state_dict(run.load_model(path, sha256))
             with _threads(config.threads):
-                errors.append(loop.error(model, data.test_x, data.test_y))
+                errors.append(loop.error(model, data.test))
         rows.append(row | {"test_error": errors})
     return summary | {"rows": rows}
 
@@ -252,8 +253,8 @@ def _summary(run: RunDirectory, config: RunConfig, data: Dataset) -> Record:
             )
     return {
         "data": config.data,
-        "train_examples": len(data.train_x),
-        "test_examples": len(data.test_x),
+        "train_examples": len(data.train.labels),
+        "test_examples": len(data.test.labels),
         "rows": rows,
     }
 
