@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from swalp.training.augmentation import Draws
-from swalp.training.data import epoch_order, in_order
+from swalp.training.data import epoch_order, evaluation_batches
+from swalp.training.datasets import images as module
 from swalp.training.datasets.images import MemoryImages
 
 
@@ -55,12 +56,23 @@ def test_an_image_is_augmented_alike_in_any_batch():
         assert not torch.equal(together, other)
 
 
-def test_in_order():
-    assert [rows.tolist() for rows in in_order(images(1), 4)] == [
-        [0, 1, 2, 3],
-        [4, 5, 6, 7],
-        [8, 9],
-    ]
+def test_evaluation_takes_all_in_order_and_few_large_ones_at_once(monkeypatch):
+    monkeypatch.setattr(module, "EVALUATION_BATCH", 4)
+    batches = list(evaluation_batches(images(1)))
+    assert [y.tolist() for _, y in batches] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    ((plain, _),) = images(1).batches([torch.arange(10)])
+    assert torch.equal(torch.cat([x for x, _ in batches]), plain)
+    monkeypatch.setattr(module, "EVALUATION_PIXELS", 2 * 30 + 29)
+    assert [len(y) for _, y in evaluation_batches(images(1))] == [2] * 5
+
+
+def test_a_part_of_the_images():
+    part = images(3).between(4, 7)
+    assert part.labels.tolist() == [4, 5, 6]
+    ((x, y),) = part.batches([torch.tensor([2])])
+    ((expected, _),) = images(3).batches([torch.tensor([6])])
+    assert torch.equal(x, expected)
+    assert y.tolist() == [6]
 
 
 def test_epoch_order_is_a_keyed_permutation():

@@ -5,10 +5,12 @@
 #include <nanobind/stl/vector.h>
 
 #include <new>
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
 #include "kernels.h"
+#include "matmul.h"
 
 namespace nb = nanobind;
 
@@ -98,14 +100,27 @@ void unpack(const swalp_format& f, const swalp_layout& l, uintptr_t codes, int32
                reinterpret_cast<float*>(out), threads);
 }
 
+void split(uintptr_t halves, int64_t count, bool is_signed, uintptr_t codes, int threads) {
+  nb::gil_scoped_release unlocked;
+  swalp_split(reinterpret_cast<const void*>(halves), count, is_signed,
+              reinterpret_cast<void*>(codes), threads);
+}
+
+void join(uintptr_t codes, int64_t count, uintptr_t halves, int threads) {
+  nb::gil_scoped_release unlocked;
+  swalp_join(reinterpret_cast<const void*>(codes), count, reinterpret_cast<void*>(halves), threads);
+}
+
 void noise(uintptr_t out, int64_t start, int64_t count, int32_t bits, uint64_t seed, uint32_t step,
            uint32_t call) {
   const swalp_rounding r = {SWALP_STOCHASTIC, bits, seed, step, call};
   swalp_noise(&r, start, count, reinterpret_cast<uint32_t*>(out));
 }
 
-void set(swalp_role& role, const swalp_format& f, int32_t rule, int32_t bits, uint64_t seed) {
+void set(swalp_role& role, const swalp_format& f, int32_t rule, int32_t bits, uint64_t seed,
+         bool halved) {
   role.format = f;
+  role.halved = halved;
   role.rounding = {rule, bits, seed, 0, 0};
 }
 
@@ -148,6 +163,35 @@ bool optimize(int (*step)(const Hyper*, const Parameter*, int64_t, int), const H
   return lost != 0;
 }
 
+// Strides are of (matrix, outer index, contracted index).
+using Strides = std::tuple<int64_t, int64_t, int64_t>;
+
+void matmul(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, uintptr_t left,
+            Strides left_strides, uintptr_t right, Strides right_strides, int64_t exponent,
+            uintptr_t left_exponents, bool left_each, uintptr_t right_exponents, bool right_each,
+            uintptr_t bias, uintptr_t out, bool integers, int threads) {
+  swalp_matmul t = {};
+  std::tie(t.batch, t.m, t.n, t.k) = sizes;
+  std::tie(t.left_batch, t.left_outer, t.left_inner) = left_strides;
+  std::tie(t.right_batch, t.right_outer, t.right_inner) = right_strides;
+  t.left = at<int8_t>(left);
+  t.right = at<int8_t>(right);
+  t.exponent = exponent;
+  t.left_exponents = at<int8_t>(left_exponents);
+  t.right_exponents = at<int8_t>(right_exponents);
+  t.left_exponent_each = left_each;
+  t.right_exponent_each = right_each;
+  t.bias = at<float>(bias);
+  t.out = at<void>(out);
+  t.integers = integers;
+  t.out_batch = t.m * t.n;
+  t.out_outer = t.n;
+  nb::gil_scoped_release unlocked;
+  const int status = swalp_multiply(&t, threads);
+  if (status < 0) throw std::bad_alloc();
+  if (status > 0) throw std::runtime_error("this machine has no integer products");
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -159,9 +203,9 @@ NB_MODULE(_kernels, m) {
         p->length = length;
       })
       .def("set_role", [](swalp_sgd_parameter& p, const std::string& role, const swalp_format& f,
-                          int32_t rule, int32_t bits, uint64_t seed) {
+                          int32_t rule, int32_t bits, uint64_t seed, bool halved) {
         set(role == "gradient" ? p.gradient_role : role == "momentum" ? p.momentum_role : p.weight_role,
-            f, rule, bits, seed);
+            f, rule, bits, seed, halved);
       })
       .def("bind", &bind_sgd);
   nb::class_<swalp_adam_parameter>(m, "AdamParameter", nb::dynamic_attr())
@@ -171,12 +215,12 @@ NB_MODULE(_kernels, m) {
         p->length = length;
       })
       .def("set_role", [](swalp_adam_parameter& p, const std::string& role, const swalp_format& f,
-                          int32_t rule, int32_t bits, uint64_t seed) {
+                          int32_t rule, int32_t bits, uint64_t seed, bool halved) {
         set(role == "gradient"        ? p.gradient_role
             : role == "momentum"      ? p.moment_role
             : role == "second_moment" ? p.root_role
                                       : p.weight_role,
-            f, rule, bits, seed);
+            f, rule, bits, seed, halved);
       })
       .def("bind", &bind_adam);
   m.def("sgd", [](const std::vector<swalp_sgd_parameter*>& parameters, float lr, float momentum,
@@ -215,7 +259,11 @@ NB_MODULE(_kernels, m) {
   m.def("quantize_flat", &quantize_flat);
   m.def("quantize_many", &quantize_many);
   m.def("unpack", &unpack);
+  m.def("split", &split);
+  m.def("join", &join);
   m.def("noise", &noise);
+  m.def("matmul", &matmul);
+  m.def("has_matmul", [] { return swalp_has_multiply() != 0; });
   m.def("use", [](const std::string& name) {
     if (!swalp_use(name.c_str()))
       throw nb::value_error(("this machine or build has no '" + name + "' kernels").c_str());

@@ -55,6 +55,7 @@ class Plan:
         layouts: where elements lie, by shape and stride.
         rows: the same of contiguous tensors, by shape alone.
         table: values of its bit patterns, if codes are such: 256 or 65536, for any 1 or 2 bytes.
+        integers: as `kernel`, of a format that has no code for NaN.
     """
 
     fmt: Format
@@ -66,6 +67,7 @@ class Plan:
     )
     rows: dict[torch.Size, _kernels.Layout] = field(default_factory=dict)
     table: Tensor | None = None
+    integers: _kernels.Format | None = None
 
 
 # By identity, as hashing a dataclass costs more than quantizing a thousand numbers. A plan found by
@@ -130,7 +132,7 @@ def quantize(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = No
         return torch.empty_like(x).copy_(result) if out is None else out.copy_(result)
     if out is None:
         out = torch.empty_like(x)
-    elif out.stride() != x.stride() or out.is_neg() or _partly_the_same(x, out):
+    elif out.stride() != x.stride() or out.is_neg() or partly_the_same(x, out):
         return out.copy_(quantize(x, fmt, rounding))
     assert plan.kernel is not None  # `supports`
     _kernels.quantize(
@@ -140,16 +142,20 @@ def quantize(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = No
     return out
 
 
-def quantize_contiguous(plan: Plan, x: Tensor, rounding: Rounding) -> Tensor:
-    """`quantize` into a new tensor with as little as possible around the kernel.
+def quantize_contiguous(
+    plan: Plan, x: Tensor, rounding: Rounding, out: Tensor | None = None
+) -> Tensor:
+    """`quantize` with as little as possible around the kernel.
 
     Args:
         plan: `checked`.
         x: a plain float32 tensor on the CPU, contiguous, without a negative bit.
         rounding: the rule.
+        out: like `x`, and `x` or apart from it; None: a new tensor.
     """
     assert plan.kernel is not None  # `checked`
-    out = torch.empty_like(x)
+    if out is None:
+        out = torch.empty_like(x)
     count = x.numel()
     threads = 1 if count < SERIAL else torch.get_num_threads()
     if type(rounding) is Stochastic and (seed := rounding.seed) is not None:
@@ -237,6 +243,40 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | N
     return codes, exponents
 
 
+def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None, bool]:
+    """`pack` to a format of int8 integers times a power of two; and whether `x` has a NaN.
+
+    A NaN gets the code 0, whether or not `fmt` has a code for it.
+
+    Args:
+        x: float32 on the CPU, any shape.
+        fmt: `FixedPoint` or `BlockFloat` of at most 8 bits that `supports` accepts.
+        rounding: the rule.
+    """
+    codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
+    plan = plan_of(fmt)
+    if x.numel() == 0:
+        return codes, definition.pack(x, fmt, rounding)[1], False
+    if plan.integers is None:
+        plan.integers = _numbers(fmt)
+        plan.integers.has_nan = 0
+    blocked = isinstance(fmt, BlockFloat)
+    if x.is_neg() or not x.is_contiguous():
+        x = x.resolve_neg().contiguous()
+    found = _layout(plan, x)
+    assert found is not None  # a contiguous tensor has one
+    exponents = torch.empty(found[0].grid, dtype=torch.int32) if blocked else None
+    lost = _kernels.quantize(
+        plan.integers, found[1], x.data_ptr(), codes.data_ptr(), _kernels.CODE8,
+        0 if exponents is None else exponents.data_ptr(),
+        *rule_arguments(rounding), torch.get_num_threads(),
+    )  # fmt: skip
+    if exponents is not None:
+        assert isinstance(fmt, BlockFloat)
+        exponents = exponents.to(definition.exponent_dtype(fmt))
+    return codes, exponents, lost
+
+
 def unpack(
     codes: Tensor, exponents: Tensor | None, fmt: Format, out: Tensor | None = None
 ) -> Tensor:
@@ -272,6 +312,25 @@ def unpack(
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def join(codes: Tensor) -> Tensor:
+    """`codes.join`, fast."""
+    codes = codes.contiguous()
+    joined = torch.empty(-(-codes.numel() // 2), dtype=torch.uint8)
+    _kernels.join(codes.data_ptr(), codes.numel(), joined.data_ptr(), torch.get_num_threads())
+    return joined
+
+
+def split(joined: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`codes.split`, fast."""
+    joined = joined.contiguous()
+    codes = torch.empty(tuple(shape), dtype=dtype)
+    _kernels.split(
+        joined.data_ptr(), codes.numel(), dtype == torch.int8, codes.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return codes
 
 
 def rule_arguments(rounding: Rounding) -> tuple[int, int, int, int, int]:
@@ -314,7 +373,7 @@ def _rows(plan: Plan, x: Tensor) -> _kernels.Layout:
     return layout
 
 
-def _partly_the_same(x: Tensor, out: Tensor) -> bool:
+def partly_the_same(x: Tensor, out: Tensor) -> bool:
     """Whether two tensors of one dense layout share some memory, but not all of it."""
     return 0 < abs(x.data_ptr() - out.data_ptr()) < 4 * x.numel()
 

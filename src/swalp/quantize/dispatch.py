@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from swalp.formats import Format
@@ -51,6 +52,15 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | N
     return definition.pack(x, fmt, rounding)
 
 
+def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None, bool]:
+    """int8 codes and exponents of `x`, float32, and whether it has a NaN: see `cpu`."""
+    if x.is_cpu and _has_kernels() and cpu.supports(fmt, rounding, x.dtype):
+        return cpu.pack_integers(x, fmt, rounding)
+    missing = x.isnan()
+    codes, exponents = definition.pack(x.masked_fill(missing, 0.0).contiguous(), fmt, rounding)
+    return codes, exponents, bool(missing.any())
+
+
 def unpack(
     codes: Tensor, exponents: Tensor | None, fmt: Format, out: Tensor | None = None
 ) -> Tensor:
@@ -59,6 +69,18 @@ def unpack(
         return cpu.unpack(codes, exponents, fmt, out)
     result = definition.unpack(codes, exponents, fmt)
     return result if out is None else out.copy_(result)
+
+
+def join(codes: Tensor) -> Tensor:
+    """Codes of up to 4 bits, two to a byte: see `codes.join`."""
+    return cpu.join(codes) if codes.is_cpu and _has_kernels() else definition.join(codes)
+
+
+def split(joined: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The inverse of `join`: see `codes.split`."""
+    if joined.is_cpu and _has_kernels():
+        return cpu.split(joined, shape, dtype)
+    return definition.split(joined, shape, dtype)
 
 
 def _has_kernels() -> bool:

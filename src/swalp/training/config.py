@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from swalp import recipes
+from swalp import parse_format, recipes
+from swalp.training import averages
 from swalp.training.mistakes import UserError
 
 FLOAT = "float"  # the arm without a recipe
@@ -53,6 +54,21 @@ class RunConfig(BaseModel):
     average_every: Annotated[int, Field(ge=1)] | Literal["epoch"] = Field(
         description='steps between two iterates that are averaged, or "epoch": one an epoch'
     )
+    averages: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description="further averages of the same training, each a row of the table: "
+        + averages.FORM,
+    )
+    export_format: str = Field(
+        default="bfp8[0]",
+        description="format of the quantized average in the table, and of the exported model",
+    )
+    validation_examples: int = Field(
+        default=0,
+        ge=0,
+        description="last training examples held out to choose the best average; 0: none is chosen",
+    )
     learning_rate: float = Field(
         gt=0,
         description="at first: constant for half of averaging_start, then falling to a hundredth",
@@ -66,6 +82,13 @@ class RunConfig(BaseModel):
     checkpoint_seconds: float = Field(
         ge=0, description="seconds between two checkpoints; no result depends on it"
     )
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="how many of the last checkpoints stay; two survive a bad disk"
+    )
+
+    def average_steps(self, per_epoch: int) -> int:
+        """`average_every` in steps, of which an epoch has `per_epoch`."""
+        return per_epoch if self.average_every == "epoch" else self.average_every
 
     @field_validator("arms")
     @classmethod
@@ -76,6 +99,22 @@ class RunConfig(BaseModel):
         if len(set(arms)) < len(arms):
             raise ValueError("each arm may be named once")
         return arms
+
+    @field_validator("averages")
+    @classmethod
+    def _readable_averages(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        found = tuple(averages.parse(text).text for text in texts)
+        if len(set(found)) < len(found):
+            raise ValueError("each average may be named once")
+        return found
+
+    @field_validator("export_format")
+    @classmethod
+    def _short_format(cls, text: str) -> str:
+        fmt = parse_format(text)
+        if fmt.bits > 16:
+            raise ValueError(f"{fmt} has {fmt.bits} bits; an exported weight has at most 16")
+        return str(fmt)
 
     @model_validator(mode="after")
     def _augments_what_may_be_flipped(self) -> RunConfig:
@@ -93,6 +132,8 @@ class RunConfig(BaseModel):
                 f"averaging_start = {self.averaging_start} must be less than "
                 f"epochs = {self.epochs}, or nothing is averaged"
             )
+        for text in self.averages:
+            averages.parse(text).check(self.arms, self.epochs)
         return self
 
 

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from swalp.training.datasets import cifar, grey
-from swalp.training.datasets.images import Dataset, Images, epoch_order, in_order
+from swalp.training.datasets.images import (
+    Dataset,
+    Images,
+    epoch_order,
+    evaluation_batches,
+)
 from swalp.training.datasets.published import cache_dir
+from swalp.training.mistakes import UserError
 
-__all__ = ["Dataset", "Images", "cache_dir", "epoch_order", "in_order", "load"]
+__all__ = [
+    "Dataset",
+    "Images",
+    "cache_dir",
+    "epoch_order",
+    "evaluation_batches",
+    "hold_out",
+    "load",
+]
 
 
 def load(name: str, data_dir: Path | None = None, *, download: bool = False) -> Dataset:
@@ -28,3 +43,23 @@ def load(name: str, data_dir: Path | None = None, *, download: bool = False) -> 
     if name in grey.PUBLISHED:
         return grey.load(name, data_dir, fetch=download)
     return cifar.load(name, data_dir, fetch=download)
+
+
+def hold_out(data: Dataset, examples: int) -> Dataset:
+    """`data` with its last training examples set aside for validation; 0: as it is.
+
+    Raises:
+        UserError: no example would be left to train on.
+    """
+    if examples == 0:
+        return data
+    have = len(data.train.labels)
+    if examples >= have:
+        raise UserError(
+            f"validation_examples = {examples} leaves none of the {have} training examples to "
+            f"train on"
+        )
+    left = have - examples
+    return replace(
+        data, train=data.train.between(0, left), validation=data.train.between(left, have)
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor
 
 from swalp.noise import stream_seed
 from swalp.training.augmentation import Draws, crop_flip
+
+EVALUATION_BATCH = 1000  # images, at most, at once
+EVALUATION_PIXELS = 2**22  # likewise: 83 images of 224 x 224
 
 
 class Images(Protocol):
@@ -36,6 +39,9 @@ class Images(Protocol):
         Yields:
             float32 (n, channels, height, width), shifted and scaled, and int64 (n,).
         """
+
+    def between(self, first: int, last: int) -> Images:
+        """The images from `first` to before `last`, which shares their memory."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,6 +76,11 @@ class MemoryImages:
                 pixels = crop_flip(pixels, draws.words(examples))
             yield as_batch(pixels, self.mean, self.scale), self.labels[examples]
 
+    def between(self, first: int, last: int) -> MemoryImages:
+        """As of `Images`."""
+        part = slice(first, last)
+        return replace(self, pixels=self.pixels[part], labels=self.labels[part])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
@@ -80,12 +91,14 @@ class Dataset:
         test: the test images, shifted and scaled likewise.
         classes: how many; labels are smaller.
         origin: where the files were found.
+        validation: of the training images, those held out from training.
     """
 
     train: Images
     test: Images
     classes: int
     origin: str
+    validation: Images | None = None
 
 
 def as_batch(pixels: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
@@ -97,9 +110,15 @@ def as_batch(pixels: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     return x.view(n, 1, height, width) if channels == 1 else x.permute(0, 3, 1, 2)
 
 
-def in_order(images: Images, batch: int) -> list[Tensor]:
-    """The rows of all examples, in order, `batch` at a time."""
-    return list(torch.split(torch.arange(len(images.labels)), batch))
+def evaluation_batches(images: Images) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images in order, as they are.
+
+    The size of a batch is a function of that of an image alone, so that an evaluation gives the
+    same bits again.
+    """
+    _, height, width = images.shape
+    size = max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // (height * width)))
+    return images.batches(torch.split(torch.arange(len(images.labels)), size))
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:
