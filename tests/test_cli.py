@@ -42,6 +42,8 @@ def test_train_and_evaluate(run_swalp, tmp_path):
         r"^(float|paper-small-block-\d+) (SGD.*?|SWA|SWALP)  +(\d+\.\d\d) ± ", out, re.M
     )
     assert len(rows) == 9
+    assert len(re.findall(r"(SWA|SWALP), bfp8\[0\] weights  +\d", out)) == 3
+    assert len(re.findall(r"(SWA|SWALP), and bfp\S+ activations  +\d", out)) == 3
     assert (
         "digits: 1,000 training and 797 test images; mean ± standard deviation of 2 seeds." in out
     )
@@ -129,6 +131,8 @@ MISTAKES = [
     (["train", "--out", "/proc/none"], "/proc/none: cannot make the run directory: "),
     (["train", "--resume", "none"], "none: not a run directory (it has no run.json)"),
     (["train", "--resume", "full"], "full: not a run directory (it has no run.json)"),
+    (["resume", "OLD"], "this run is finished; see it again with: swalp evaluate "),
+    (["resume", "none"], "none: not a run directory (it has no run.json)"),
     (["train", "--resume", "OLD"], "this run is finished; see it again with: swalp evaluate "),
     (["train", "digits", "--resume", "OLD"], "takes the settings of that run: leave out"),
     (["train", "--resume", "OLD", "--set", "epochs=9"], "takes the settings of that run"),
@@ -215,12 +219,12 @@ def test_interrupted_and_resumed(tmp_path, run_swalp, number):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (128 + number, "")
-    assert err == f"stopped; go on with: swalp train --resume {path}\n"
+    assert err == f"stopped; go on with: swalp resume {path}\n"
 
     run = run_directory.open_run(path)
     (saved,) = run.checkpoints.iterdir()
     with run.locked():
-        status, _, err = run_swalp("train", "--resume", path)
+        status, _, err = run_swalp("resume", path)
         assert (status, err) == (2, f"swalp: {path}: another process is working on this run\n")
     assert [saved] == list(run.checkpoints.iterdir())
 

@@ -343,6 +343,19 @@ def test_noise(build, bits, start):
         assert torch.equal(want, random_bits(100, bits, SEED, 3, 7))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
+@pytest.mark.parametrize("count", [0, 1, 2, 31, 64, 1001, 2 * cpu.SERIAL + 1])
+@pytest.mark.usefixtures("build")
+def test_two_codes_to_a_byte(count, dtype):
+    lowest = -8 if dtype == torch.int8 else 0
+    values = torch.randint(lowest, lowest + 16, (count,), dtype=dtype)
+    joined = cpu.join(values)
+    assert torch.equal(joined, codes.join(values))
+    for split in (cpu.split, codes.split):
+        assert torch.equal(split(joined, values.shape, dtype), values)
+        assert split(joined, values.shape, dtype).dtype == dtype
+
+
 def test_out_and_in_place():
     x, rule = ugly(4, 33), Stochastic(1)
     fmt = BlockFloat(8, axes=(0,))
@@ -427,6 +440,11 @@ def test_the_short_way_through_quantize():
             want = reference.quantize(x, fmt, rule)
             for _ in range(2):  # the first call checks, the second knows
                 assert same_bits(swalp.quantize(x, fmt, rule), want)
+                out, place = torch.empty_like(x), x.clone()
+                assert swalp.quantize(x, fmt, rule, out=out) is out
+                assert swalp.quantize(place, fmt, rule, out=place) is place
+                assert same_bits(out, want)
+                assert same_bits(place, want)
     fmt = FixedPoint(8, 4)
     swalp.quantize(x, fmt)
     assert cpu.plan_of(fmt).checked
@@ -434,6 +452,11 @@ def test_the_short_way_through_quantize():
         swalp.quantize(x, fmt, "nearest")
     with pytest.raises(ValueError, match="gradient="):
         swalp.quantize(x, fmt, gradient="none")
+    with pytest.raises(ValueError, match="out is"):
+        swalp.quantize(x, fmt, out=torch.empty(40, 6))
+    storage = torch.cat([x.reshape(-1), x.new_zeros(8)])
+    swalp.quantize(storage[:240], fmt, out=storage[8:])  # memory of both
+    assert same_bits(storage[8:].view(6, 40), reference.quantize(x, fmt, Nearest()))
     recorded = swalp.quantize(x.clone().requires_grad_(), fmt)
     assert recorded.requires_grad
     torch.manual_seed(1)

@@ -61,6 +61,12 @@ def test_the_last_two_are_kept(tmp_path):
     assert checkpoint.load_newest(tmp_path).state["number"] == 300
 
 
+def test_as_many_are_kept_as_asked(tmp_path):
+    for step in range(1, 8):
+        checkpoint.save(tmp_path, step, example(step), keep=1 if step == 3 else 3)
+    assert names(tmp_path) == [f"step-{step:012d}" for step in (5, 6, 7)]
+
+
 def damage_nothing_but(name, change):
     def damage(path):
         content = bytearray((path / name).read_bytes())

@@ -76,6 +76,13 @@ def test_changes_are_toml_values_or_bare_words():
         (["averaging_start=30"], "averaging_start = 30 must be less than epochs = 30"),
         (["epochs=0", "width=0"], "digits: width = 0: should be greater than or equal to 1"),
         (["epochs=0", "width=0"], "(and 1 more)"),
+        (['averages=["evry=3"]'], "average 'evry=3': 'evry=3' is not one of words such as every="),
+        (['averages=["start=30"]'], "'start=30': start must be less than epochs = 30"),
+        (['averages=["precision=exact"]'], "needs weights in fixed point, and the arm 'float'"),
+        (['averages=["every=1", "every=1 "]'], "each average may be named once"),
+        (["export_format=bfp9x"], 'export_format = "bfp9x": '),
+        (["export_format=bfp24"], "an exported weight has at most 16"),
+        (["keep_checkpoints=0"], "keep_checkpoints = 0: should be greater than or equal to 1"),
     ],
 )
 def test_mistakes_get_one_line(changes, message):

@@ -94,9 +94,7 @@ def test_models_are_stored_packed_and_checked(run):
 
 
 def test_the_summary_marks_the_end(run):
-    with pytest.raises(
-        UserError, match="the run is not finished; go on with: swalp train --resume"
-    ):
+    with pytest.raises(UserError, match="the run is not finished; go on with: swalp resume"):
         run.summary()
     run.finish({"rows": []})
     assert run.finished

@@ -30,7 +30,9 @@ def results(run):
 def test_a_run_leaves_metrics_models_and_summary(whole):
     rows = whole.summary()["rows"]
     assert [(row["arm"], row["model"]) for row in rows] == [
-        (arm, model) for arm in ARMS for model in ("sgd", "last", "average")
+        (arm, model)
+        for arm in ARMS
+        for model in ("sgd", "last", "average", "quantized", "quantized-activations")
     ]
     metrics = {(row["arm"], row["epoch"]): row for row in whole.metrics()}
     assert len(metrics) == 6
@@ -64,6 +66,60 @@ def test_sizes_are_those_of_the_tensors(whole):
     assert rows[ARMS[1], "average"]["averaging_bytes"] == 8 * (weights + vectors)
 
 
+FURTHER = (
+    "every=epoch",
+    "start=0 every=2",
+    "every=1 precision=bfp4[0]",
+    "precision=float64",
+    "decay=0.8",
+    "window=3",
+)
+
+
+def test_several_averages_and_the_best_epoch_from_one_run(tmp_path):
+    changes = {"averages": FURTHER, "validation_examples": 100, "batch_size": 150, "epochs": 4}
+    whole = finished(tmp_path / "whole", **changes)
+    summary = whole.summary()
+    rows = {(row["arm"], row["model"]): row for row in summary["rows"]}
+    assert (summary["train_examples"], summary["validation_examples"]) == (900, 100)
+    # Six steps an epoch, averaged in the last two epochs.
+    taken = {"every=epoch": 2, "start=0 every=2": 12}
+    for arm in ARMS:
+        for text in FURTHER:
+            row = rows[arm, f"average {text}"]
+            assert row["averaged"] == [taken.get(text, 12)]
+            assert row["test_error"][0] < 60
+        alike = rows[arm, "average precision=float64"]["test_error"]
+        assert alike == pytest.approx(rows[arm, "average"]["test_error"], abs=0.2)
+        coarse = rows[arm, "average every=1 precision=bfp4[0]"]
+        assert coarse["test_error"] != rows[arm, "average"]["test_error"]
+        errors = {
+            record["epoch"]: record["average_validation_error"]
+            for record in whole.metrics()
+            if record["arm"] == arm
+        }
+        assert errors[2] is None
+        (best,) = rows[arm, "best"]["epochs"]
+        assert errors[best] == min(errors[3], errors[4])
+    assert rows[ARMS[1], "quantized"]["weight"] == "bfp8[0]"
+    assert rows[ARMS[1], "quantized"]["activation"] is None
+    assert rows[ARMS[1], "quantized-activations"]["activation"] == "bfp8t[0,1]"
+    assert rows["float", "quantized"]["model_bytes"] < rows["float", "average"]["model_bytes"] / 3
+    assert study.evaluate(whole, data.load("digits")) == summary
+    again = run_directory.create(tmp_path / "again", settings(**changes))
+    for _ in range(3):
+        with pytest.raises(study.Stopped):
+            train(again, stop_at=11)
+    train(again)
+    assert results(again) == results(whole)
+
+
+def test_an_average_that_takes_nothing_is_refused(tmp_path):
+    run = run_directory.create(tmp_path, settings(averages=("start=2 every=2epochs",)))
+    with pytest.raises(UserError, match="takes nothing: it starts after step 10 and takes every"):
+        train(run)
+
+
 def test_evaluation_gives_the_same_errors(whole):
     assert study.evaluate(whole, data.load("digits")) == whole.summary()
 
@@ -73,7 +129,7 @@ def test_evaluation_looks_at_the_models(whole, tmp_path):
     assert results(run) == results(whole)
     summary = run.summary()
     row = summary["rows"][-1]
-    row["sha256"] = summary["rows"][-3]["sha256"]
+    row["sha256"] = summary["rows"][-5]["sha256"]
     run.finish(summary)
     with pytest.raises(UserError, match="damaged: it does not match the SHA-256"):
         study.evaluate(run, data.load("digits"))
@@ -178,7 +234,7 @@ def test_a_full_disk_stops_the_run_and_leaves_it_resumable(whole, tmp_path, monk
         with pytest.raises(UserError) as caught:
             train(run)
     assert "No space left on device; the last good checkpoint is" in str(caught.value)
-    assert str(caught.value).endswith(f"go on with: swalp train --resume {tmp_path}")
+    assert str(caught.value).endswith(f"go on with: swalp resume {tmp_path}")
     train(run)
     assert results(run) == results(whole)
 

@@ -44,7 +44,9 @@ class Layout:
 
 class SgdParameter:
     def __init__(self, blocks: int, length: int, /) -> None: ...
-    def set_role(self, role: str, fmt: Format, rule: int, bits: int, seed: int, /) -> None: ...
+    def set_role(
+        self, role: str, fmt: Format, rule: int, bits: int, seed: int, halved: bool, /
+    ) -> None: ...
     def bind(
         self, step: int, gradient: int, weight: int, weight_exponents: int,
         momentum: int, momentum_exponents: int, /,
@@ -53,7 +55,9 @@ class SgdParameter:
 class AdamParameter:
     step: int
     def __init__(self, blocks: int, length: int, /) -> None: ...
-    def set_role(self, role: str, fmt: Format, rule: int, bits: int, seed: int, /) -> None: ...
+    def set_role(
+        self, role: str, fmt: Format, rule: int, bits: int, seed: int, halved: bool, /
+    ) -> None: ...
     def bind(
         self, step: int, gradient: int, weight: int, weight_exponents: int,
         moment: int, moment_exponents: int, root: int, root_table: int, /,
@@ -84,6 +88,8 @@ def unpack(
     fmt: Format, layout: Layout, codes: int, code_type: int, exponents: int, table: int,
     out: int, threads: int, /,
 ) -> None: ...  # fmt: skip
+def split(halves: int, count: int, is_signed: bool, codes: int, threads: int, /) -> None: ...
+def join(codes: int, count: int, halves: int, threads: int, /) -> None: ...
 def noise(
     out: int, start: int, count: int, bits: int, seed: int, step: int, call: int, /
 ) -> None: ...

@@ -198,6 +198,11 @@ class WeightAverage:
                 for buffer, before in buffers:
                     buffer.copy_(before)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the average keeps beside the network, of which it has one copy."""
+        return sum(value.nbytes for state in self._state.values() for value in state.values())
+
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to go on: counts, what is kept of each parameter, the buffers."""
         return {

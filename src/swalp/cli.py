@@ -133,7 +133,7 @@ def train(
                 directory, examples, watch=display, say=display.say, stop=lambda: bool(asked)
             )
         except study.Stopped:
-            display.say(f"stopped; go on with: swalp train --resume {directory.path}")
+            display.say(f"stopped; go on with: swalp resume {directory.path}")
             return 128 + asked[0]
         directory.save_curves(
             curves.png(
@@ -146,6 +146,16 @@ def train(
     print(tables.render(summary))
     print(f"\nSaved in {directory.path}; README.txt there says what is what.")
     return 0
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="The directory of a run that was stopped.")],
+    data_dir: DataDir = None,
+    download: Download = False,
+) -> int:
+    """Go on with a run that was stopped or killed: it ends as if it had never been."""
+    return train(resume=run, data_dir=data_dir, download=download)
 
 
 @app.command()

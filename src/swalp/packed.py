@@ -74,7 +74,9 @@ class PackedTensor(torch.Tensor):
         return f"PackedTensor({self.dequantize()!r}, format={self.format}, nbytes={self.nbytes})"
 
     def _element_codes(self) -> Tensor:
-        return _split(self.codes, self.shape, self.format) if _joined(self.format) else self.codes
+        if not joined(self.format):
+            return self.codes
+        return dispatch.split(self.codes, self.shape, code_dtype(self.format))
 
     def _write(self, values: Tensor, rounding: Rounding) -> None:
         if self.readonly:
@@ -148,7 +150,7 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding = Nearest()) -> PackedTensor
     if fmt.bits > 16:
         raise ValueError(f"pack: {fmt} has {fmt.bits} bits; codes have at most 16")
     codes, exponents = dispatch.pack(x.detach(), fmt, rounding)
-    return PackedTensor(_join(codes) if _joined(fmt) else codes, exponents, fmt, x.shape)
+    return PackedTensor(dispatch.join(codes) if joined(fmt) else codes, exponents, fmt, x.shape)
 
 
 def to_plain(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -198,7 +200,7 @@ def storage_bytes(shape: Sequence[int], fmt: Format | None) -> int:
     elements = math.prod(shape)
     if fmt is None:
         return 4 * elements
-    total = -(-elements // 2) if _joined(fmt) else elements * code_dtype(fmt).itemsize
+    total = -(-elements // 2) if joined(fmt) else elements * code_dtype(fmt).itemsize
     if isinstance(fmt, BlockFloat | Microscaling) and elements:
         extents = block_extents(fmt, shape)
         blocks = math.prod(size // extent for size, extent in zip(shape, extents, strict=True))
@@ -206,25 +208,9 @@ def storage_bytes(shape: Sequence[int], fmt: Format | None) -> int:
     return total
 
 
-def _joined(fmt: Format) -> bool:
+def joined(fmt: Format) -> bool:
     """Whether two codes share a byte."""
     return fmt.bits <= 4
-
-
-def _join(codes: Tensor) -> Tensor:
-    flat = codes.reshape(-1).view(torch.uint8)
-    if flat.numel() % 2:
-        flat = torch.cat([flat, flat.new_zeros(1)])
-    return (flat[0::2] & 15) | (flat[1::2] << 4)
-
-
-def _split(joined: Tensor, shape: Sequence[int], fmt: Format) -> Tensor:
-    signed = code_dtype(fmt) == torch.int8
-    low, high = joined & 15, joined >> 4
-    flat = torch.stack([low, high], dim=1).reshape(-1)[: math.prod(shape)].reshape(tuple(shape))
-    if not signed:
-        return flat
-    return (flat ^ 8).view(torch.int8) - 8  # the fourth bit is the sign
 
 
 def _detach(x: PackedTensor) -> PackedTensor:
@@ -260,7 +246,7 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 
 def _permute(x: PackedTensor, order: Sequence[int]) -> Any:
     """Codes and exponents in another order of axes; the axes of the format follow."""
-    if _joined(x.format):
+    if joined(x.format):
         return NotImplemented
     order = [axis % x.dim() for axis in order]
     fmt = x.format
@@ -290,7 +276,7 @@ def _slice(
 ) -> Any:
     dim = dim % x.dim()
     first, last, _ = slice(start, end).indices(x.shape[dim])
-    if _joined(x.format) or step != 1 or last <= first:
+    if joined(x.format) or step != 1 or last <= first:
         return NotImplemented
     shape = (*x.shape[:dim], last - first, *x.shape[dim + 1 :])
 

@@ -98,14 +98,27 @@ void unpack(const swalp_format& f, const swalp_layout& l, uintptr_t codes, int32
                reinterpret_cast<float*>(out), threads);
 }
 
+void split(uintptr_t halves, int64_t count, bool is_signed, uintptr_t codes, int threads) {
+  nb::gil_scoped_release unlocked;
+  swalp_split(reinterpret_cast<const void*>(halves), count, is_signed,
+              reinterpret_cast<void*>(codes), threads);
+}
+
+void join(uintptr_t codes, int64_t count, uintptr_t halves, int threads) {
+  nb::gil_scoped_release unlocked;
+  swalp_join(reinterpret_cast<const void*>(codes), count, reinterpret_cast<void*>(halves), threads);
+}
+
 void noise(uintptr_t out, int64_t start, int64_t count, int32_t bits, uint64_t seed, uint32_t step,
            uint32_t call) {
   const swalp_rounding r = {SWALP_STOCHASTIC, bits, seed, step, call};
   swalp_noise(&r, start, count, reinterpret_cast<uint32_t*>(out));
 }
 
-void set(swalp_role& role, const swalp_format& f, int32_t rule, int32_t bits, uint64_t seed) {
+void set(swalp_role& role, const swalp_format& f, int32_t rule, int32_t bits, uint64_t seed,
+         bool halved) {
   role.format = f;
+  role.halved = halved;
   role.rounding = {rule, bits, seed, 0, 0};
 }
 
@@ -159,9 +172,9 @@ NB_MODULE(_kernels, m) {
         p->length = length;
       })
       .def("set_role", [](swalp_sgd_parameter& p, const std::string& role, const swalp_format& f,
-                          int32_t rule, int32_t bits, uint64_t seed) {
+                          int32_t rule, int32_t bits, uint64_t seed, bool halved) {
         set(role == "gradient" ? p.gradient_role : role == "momentum" ? p.momentum_role : p.weight_role,
-            f, rule, bits, seed);
+            f, rule, bits, seed, halved);
       })
       .def("bind", &bind_sgd);
   nb::class_<swalp_adam_parameter>(m, "AdamParameter", nb::dynamic_attr())
@@ -171,12 +184,12 @@ NB_MODULE(_kernels, m) {
         p->length = length;
       })
       .def("set_role", [](swalp_adam_parameter& p, const std::string& role, const swalp_format& f,
-                          int32_t rule, int32_t bits, uint64_t seed) {
+                          int32_t rule, int32_t bits, uint64_t seed, bool halved) {
         set(role == "gradient"        ? p.gradient_role
             : role == "momentum"      ? p.moment_role
             : role == "second_moment" ? p.root_role
                                       : p.weight_role,
-            f, rule, bits, seed);
+            f, rule, bits, seed, halved);
       })
       .def("bind", &bind_adam);
   m.def("sgd", [](const std::vector<swalp_sgd_parameter*>& parameters, float lr, float momentum,
@@ -215,6 +228,8 @@ NB_MODULE(_kernels, m) {
   m.def("quantize_flat", &quantize_flat);
   m.def("quantize_many", &quantize_many);
   m.def("unpack", &unpack);
+  m.def("split", &split);
+  m.def("join", &join);
   m.def("noise", &noise);
   m.def("use", [](const std::string& name) {
     if (!swalp_use(name.c_str()))

@@ -107,6 +107,26 @@ void unpack(const swalp_format* f, const swalp_layout* l, const void* codes, int
     unpack_codes(*f, *l, static_cast<const int16_t*>(codes), exponents, table, out, threads);
 }
 
+void split(const void* halves, int64_t count, int32_t is_signed, void* codes, int threads) {
+  if (count < kSerial) threads = 1;
+  parallel((count + 1) / 2, threads, [&](int64_t b, int64_t e) {
+    const int64_t last = 2 * e < count ? 2 * e : count;
+    split_halves(static_cast<const uint8_t*>(halves) + b, last - 2 * b, is_signed,
+                 static_cast<int8_t*>(codes) + 2 * b);
+    return false;
+  });
+}
+
+void join(const void* codes, int64_t count, void* halves, int threads) {
+  if (count < kSerial) threads = 1;
+  parallel((count + 1) / 2, threads, [&](int64_t b, int64_t e) {
+    const int64_t last = 2 * e < count ? 2 * e : count;
+    join_halves(static_cast<const int8_t*>(codes) + 2 * b, last - 2 * b,
+                static_cast<uint8_t*>(halves) + b);
+    return false;
+  });
+}
+
 void noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out) {
   const Noise stream(*r);
   alignas(64) uint32_t buffer[kChunk + kPadding];
@@ -126,5 +146,5 @@ void noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out)
 #define SWALP_JOIN_(name) swalp_build_##name
 #define SWALP_JOIN(name) SWALP_JOIN_(name)
 extern const swalp_build SWALP_JOIN(SWALP_BUILD);
-const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, unpack, noise,
-                                             sgd, adam};
+const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, unpack, split,
+                                             join, noise, sgd, adam};

@@ -73,6 +73,14 @@ void swalp_unpack(const swalp_format* f, const swalp_layout* l, const void* code
   active->unpack(f, l, codes, code_type, exponents, table, out, threads);
 }
 
+void swalp_split(const void* halves, int64_t count, int32_t is_signed, void* codes, int threads) {
+  active->split(halves, count, is_signed, codes, threads);
+}
+
+void swalp_join(const void* codes, int64_t count, void* halves, int threads) {
+  active->join(codes, count, halves, threads);
+}
+
 void swalp_noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out) {
   active->noise(r, start, count, out);
 }

@@ -66,6 +66,11 @@ int swalp_quantize_many(const swalp_format*, int64_t count, const swalp_rounding
 void swalp_unpack(const swalp_format*, const swalp_layout*, const void* codes, int32_t code_type,
                   const int32_t* exponents, const float* table, float* out, int threads);
 
+// `count` codes, a byte each, from two to a byte (the even one low), and back. With `is_signed` the
+// fourth bit is the sign.
+void swalp_split(const void* halves, int64_t count, int32_t is_signed, void* codes, int threads);
+void swalp_join(const void* codes, int64_t count, void* halves, int threads);
+
 // `count` elements of noise as the kernels see it, from element `start` on: 16-bit or 32-bit words.
 void swalp_noise(const swalp_rounding*, int64_t start, int64_t count, uint32_t* out);
 
@@ -73,10 +78,12 @@ void swalp_noise(const swalp_rounding*, int64_t start, int64_t count, uint32_t* 
 typedef struct {
   swalp_format format;
   swalp_rounding rounding;
+  int32_t halved;  // two codes lie in each byte
 } swalp_role;
 
-// What is kept lies in `packed` codes of 8 bits with exponents, or in floats on their grid without.
-// A parameter has `blocks` blocks of `length` elements, one after the other.
+// What is kept lies in `packed` codes of 4 or 8 bits with exponents, or in floats on their grid without.
+// A parameter has `blocks` blocks of `length` elements, one after the other; halved codes need an even
+// length, or one block.
 typedef struct {
   float lr, momentum, weight_decay;
   int32_t nesterov, packed, has_gradient, has_momentum;
@@ -123,6 +130,8 @@ struct swalp_build {
   const char* name;
   decltype(&swalp_quantize) quantize;
   decltype(&swalp_unpack) unpack;
+  decltype(&swalp_split) split;
+  decltype(&swalp_join) join;
   decltype(&swalp_noise) noise;
   decltype(&swalp_sgd_step) sgd;
   decltype(&swalp_adam_step) adam;

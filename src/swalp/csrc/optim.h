@@ -7,6 +7,7 @@
 #pragma once
 #include <type_traits>
 
+#include "halves.h"
 #include "layout.h"
 
 namespace {
@@ -17,16 +18,45 @@ struct Role {
   const Rule rule;
   const Noise noise;
   const Kernel kernel;
+  const bool halved;
 
   Role(const swalp_role& role, int output)
       : format(role.format), rule(role.rounding), noise(role.rounding),
-        kernel(choose(role.format, role.rounding, output)) {}
+        kernel(choose(role.format, role.rounding, output)), halved(role.halved) {}
 
   bool span(const float* x, void* out, int64_t at, int64_t n, int32_t shared, uint32_t* buffer) const {
     return kernel.span(format, rule, x, out, n, noise.used ? fill(noise, at, n, buffer) : nullptr,
                        shared);
   }
+
+  // The numbers from element `at` of what is kept on: there, or split into `room`.
+  template <class Kept> const Kept* kept(const void* all, int64_t at, int64_t n, Kept* room) const {
+    if constexpr (sizeof(Kept) == 1) {
+      if (halved) {
+        split_halves(static_cast<const uint8_t*>(all) + at / 2, n, true, room);
+        return room;
+      }
+    }
+    return static_cast<const Kept*>(all) + at;
+  }
+
+  // Rounds n numbers to their places from element `at` of what is kept on.
+  template <class Kept>
+  bool keep(const float* x, void* all, int64_t at, int64_t n, int32_t shared, uint32_t* buffer) const {
+    if constexpr (sizeof(Kept) == 1) {
+      if (halved) {
+        alignas(64) int8_t codes[kChunk];
+        const bool lost = span(x, codes, at, n, shared, buffer);
+        join_halves(codes, n, static_cast<uint8_t*>(all) + at / 2);
+        return lost;
+      }
+    }
+    return span(x, static_cast<Kept*>(all) + at, at, n, shared, buffer);
+  }
 };
+
+// Elements of a chunk that may have to be split into codes of a byte.
+template <class Kept> constexpr int64_t kRoom = sizeof(Kept) == 1 ? kChunk : 1;
 
 // A vector from memory. The last one of a stretch may not be `whole`: n elements are there, and the
 // others count as 0.
@@ -140,8 +170,6 @@ template <class Kept> struct SgdStep {
     const int64_t block = b.base / b.length;
     const Stored<Kept> weights(weight.format, p.weight_exponents, block);
     const Stored<Kept> velocities(momentum.format, p.momentum_exponents, block);
-    const Kept* const kept_weight = static_cast<Kept*>(p.weight) + b.base;
-    const Kept* const kept_momentum = static_cast<Kept*>(p.momentum) + b.base;
     const F decay = Lanes::set(h.weight_decay), rho = Lanes::set(h.momentum), rate = Lanes::set(-h.lr);
     const bool decays = h.weight_decay != 0, has_momentum = h.has_momentum, nesterov = h.nesterov;
     I most_velocity = Lanes::set(0), most_moved = Lanes::set(0);
@@ -152,7 +180,9 @@ template <class Kept> struct SgdStep {
       // Locals: what lies behind a pointer would be read again after every store.
       float* const velocity = b.kept[kVelocity] + at;
       float* const next = b.kept[kMoved] + at;
-      const Kept *const w0 = kept_weight + at, *const m0 = kept_momentum + at;
+      alignas(64) Kept weight_room[kRoom<Kept>], momentum_room[kRoom<Kept>];
+      const Kept* const w0 = weight.kept(p.weight, b.base + at, n, weight_room);
+      const Kept* const m0 = has_momentum ? momentum.kept(p.momentum, b.base + at, n, momentum_room) : nullptr;
       vectors(n, [&, weights, velocities](int64_t i, int64_t left, auto is_whole)
                      __attribute__((always_inline)) {
         constexpr bool whole = decltype(is_whole)::value;
@@ -182,8 +212,8 @@ template <class Kept> struct SgdStep {
       const int64_t at = begin + done, left = count - done, n = left < kChunk ? left : kChunk;
       const int64_t place = b.base + at;
       if (h.has_momentum)
-        lost |= momentum.span(b.kept[kVelocity] + at, static_cast<Kept*>(p.momentum) + place, place, n, v, buffer);
-      lost |= weight.span(b.kept[kMoved] + at, static_cast<Kept*>(p.weight) + place, place, n, w, buffer);
+        lost |= momentum.template keep<Kept>(b.kept[kVelocity] + at, p.momentum, place, n, v, buffer);
+      lost |= weight.template keep<Kept>(b.kept[kMoved] + at, p.weight, place, n, w, buffer);
     }
     if (lost) __atomic_store_n(&b.lost, 1, __ATOMIC_RELAXED);
   }
@@ -218,8 +248,6 @@ template <class Kept> struct AdamStep {
     const int64_t block = b.base / b.length;
     const Stored<Kept> weights(weight.format, p.weight_exponents, block);
     const Stored<Kept> moments(moment.format, p.moment_exponents, block);
-    const Kept* const kept_weight = static_cast<Kept*>(p.weight) + b.base;
-    const Kept* const kept_moment = static_cast<Kept*>(p.moment) + b.base;
     const Kept* const kept_root = static_cast<Kept*>(p.root) + b.base;
     const F decay = Lanes::set(h.weight_decay), share = Lanes::set(h.share1), beta2 = Lanes::set(h.beta2);
     const F share2 = Lanes::set(h.share2), correction = Lanes::set(h.correction2);
@@ -237,7 +265,9 @@ template <class Kept> struct AdamStep {
       }
       float *const moment_to = b.kept[kMoment] + at, *const root_to = b.kept[kRoot] + at;
       float* const next = b.kept[kMoved] + at;
-      const Kept *const w0 = kept_weight + at, *const m0 = kept_moment + at;
+      alignas(64) Kept weight_room[kRoom<Kept>], moment_room[kRoom<Kept>];
+      const Kept* const w0 = weight.kept(p.weight, b.base + at, n, weight_room);
+      const Kept* const m0 = moment.kept(p.moment, b.base + at, n, moment_room);
       vectors(n, [&, weights, moments](int64_t i, int64_t left, auto is_whole)
                      __attribute__((always_inline)) {
         constexpr bool whole = decltype(is_whole)::value;
@@ -273,9 +303,9 @@ template <class Kept> struct AdamStep {
     for (int64_t done = 0; done < count; done += kChunk) {
       const int64_t at = begin + done, left = count - done, n = left < kChunk ? left : kChunk;
       const int64_t place = b.base + at;
-      lost |= moment.span(b.kept[kMoment] + at, static_cast<Kept*>(p.moment) + place, place, n, m, buffer);
-      lost |= root.span(b.kept[kRoot] + at, static_cast<Kept*>(p.root) + place, place, n, 0, buffer);
-      lost |= weight.span(b.kept[kMoved] + at, static_cast<Kept*>(p.weight) + place, place, n, w, buffer);
+      lost |= moment.template keep<Kept>(b.kept[kMoment] + at, p.moment, place, n, m, buffer);
+      lost |= root.template keep<Kept>(b.kept[kRoot] + at, p.root, place, n, 0, buffer);
+      lost |= weight.template keep<Kept>(b.kept[kMoved] + at, p.weight, place, n, w, buffer);
     }
     if (lost) __atomic_store_n(&b.lost, 1, __ATOMIC_RELAXED);
   }

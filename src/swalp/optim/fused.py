@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from swalp.formats import BlockFloat, FixedPoint, Format, Microscaling, Minifloat
-from swalp.packed import PackedTensor, pack
+from swalp.packed import PackedTensor, joined, pack
 from swalp.quantize import cpu, dispatch
 from swalp.quantize.blocks import block_extents
 from swalp.recipes import Quantizer, Recipe, fit
@@ -89,7 +89,8 @@ def prepare(
         if isinstance(rounding, Stochastic):
             rounding = rounding.seeded(seed).stream(role, name)
         plan = cpu.plan_of(fit(quantizer.format, parameter.dim()))
-        kernel.set_role(role, plan.kernel, *cpu.rule_arguments(rounding)[:3])
+        halved = isinstance(parameter, PackedTensor) and joined(plan.fmt)
+        kernel.set_role(role, plan.kernel, *cpu.rule_arguments(rounding)[:3], halved)
     return kernel
 
 
@@ -113,6 +114,7 @@ def fits(recipe: Recipe, roles: Sequence[str], parameter: Tensor) -> tuple[int, 
     if parameter.dtype != torch.float32:
         return None
     found: tuple[int, int] | None = None
+    halved = False
     for role in roles:
         quantizer: Quantizer | None = getattr(recipe, role)
         if quantizer is None:
@@ -123,22 +125,26 @@ def fits(recipe: Recipe, roles: Sequence[str], parameter: Tensor) -> tuple[int, 
         if not cpu.supports(fmt, quantizer.rounding, torch.float32):
             return None
         kept = role != "gradient"
-        if kept and isinstance(parameter, PackedTensor) and not _byte(fmt, role):
-            return None
+        if kept and isinstance(parameter, PackedTensor):
+            if not _byte(fmt, role):
+                return None
+            halved = halved or joined(fmt)
         if isinstance(fmt, BlockFloat | Microscaling):
             own = blocks(fmt, parameter.shape)
             if own is None or (found is not None and own != found):
                 return None
             found = own
-    return found or (1, parameter.numel())
+    found = found or (1, parameter.numel())
+    # Two codes share a byte, but no two blocks do.
+    return None if halved and found[0] > 1 and found[1] % 2 else found
 
 
 def _byte(fmt: Format, role: str) -> bool:
-    """Whether codes lie one to a byte, with exponents of one byte, as the step reads them."""
-    if not 4 < fmt.bits <= 8:
+    """Whether codes lie one or two to a byte, exponents one, as the step reads them."""
+    if fmt.bits > 8:
         return False
     if role == "second_moment":
-        return isinstance(fmt, Minifloat)
+        return isinstance(fmt, Minifloat) and not joined(fmt)
     return isinstance(fmt, FixedPoint) or (isinstance(fmt, BlockFloat) and fmt.exponent_bits <= 8)
 
 

@@ -62,7 +62,6 @@ def quantize(
         if (
             found is not None
             and found[0].checked
-            and out is None
             and type(rounding) in cpu.RULES
             and gradient in _GRADIENTS
             and _is_plain(x)
@@ -70,8 +69,9 @@ def quantize(
             and x.is_cpu
             and x.is_contiguous()
             and not x.is_neg()
+            and (out is None or out is x or _is_alike(x, out))
         ):
-            return cpu.quantize_contiguous(found[0], x, rounding)
+            return cpu.quantize_contiguous(found[0], x, rounding, out)
         check(x, fmt, rounding)
     if gradient not in _GRADIENTS:
         raise ValueError(f"gradient={gradient!r} must be 'straight-through' or 'clipped'")
@@ -209,6 +209,16 @@ def _is_plain(x: Tensor) -> bool:
         and not x.is_meta
         and not torch._C._are_functorch_transforms_active()
         and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def _is_alike(x: Tensor, out: Tensor) -> bool:
+    """Whether the kernel can write to `out` what it reads from a plain, contiguous `x`."""
+    return (
+        _is_plain(out)
+        and cpu.is_plain(out)
+        and out.shape == x.shape
+        and not cpu.partly_the_same(x, out)
     )
 
 

@@ -10,6 +10,9 @@ Exponents are those of `reference.shared_exponents`.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,6 +44,28 @@ def holds_nan(fmt: Format) -> bool:
             element.specials != "ieee" or element.mantissa_bits > 0
         )
     return not isinstance(element, Binary) and element.symmetric
+
+
+def join(codes: Tensor) -> Tensor:
+    """Codes of up to 4 bits, two to a byte: the even element, in row-major order, in the low half.
+
+    Args:
+        codes: int8 or uint8, any shape.
+
+    Returns:
+        uint8, one dimension; the last byte of an odd number of codes has an empty high half.
+    """
+    flat = codes.reshape(-1).view(torch.uint8)
+    if flat.numel() % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    return (flat[0::2] & 15) | (flat[1::2] << 4)
+
+
+def split(joined: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The inverse of `join`; the fourth bit of int8 codes is the sign."""
+    low, high = joined & 15, joined >> 4
+    flat = torch.stack([low, high], dim=1).reshape(-1)[: math.prod(shape)].reshape(tuple(shape))
+    return flat if dtype == torch.uint8 else (flat ^ 8).view(torch.int8) - 8
 
 
 def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None]:

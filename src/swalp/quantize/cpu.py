@@ -130,7 +130,7 @@ def quantize(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = No
         return torch.empty_like(x).copy_(result) if out is None else out.copy_(result)
     if out is None:
         out = torch.empty_like(x)
-    elif out.stride() != x.stride() or out.is_neg() or _partly_the_same(x, out):
+    elif out.stride() != x.stride() or out.is_neg() or partly_the_same(x, out):
         return out.copy_(quantize(x, fmt, rounding))
     assert plan.kernel is not None  # `supports`
     _kernels.quantize(
@@ -140,16 +140,20 @@ def quantize(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = No
     return out
 
 
-def quantize_contiguous(plan: Plan, x: Tensor, rounding: Rounding) -> Tensor:
-    """`quantize` into a new tensor with as little as possible around the kernel.
+def quantize_contiguous(
+    plan: Plan, x: Tensor, rounding: Rounding, out: Tensor | None = None
+) -> Tensor:
+    """`quantize` with as little as possible around the kernel.
 
     Args:
         plan: `checked`.
         x: a plain float32 tensor on the CPU, contiguous, without a negative bit.
         rounding: the rule.
+        out: like `x`, and `x` or apart from it; None: a new tensor.
     """
     assert plan.kernel is not None  # `checked`
-    out = torch.empty_like(x)
+    if out is None:
+        out = torch.empty_like(x)
     count = x.numel()
     threads = 1 if count < SERIAL else torch.get_num_threads()
     if type(rounding) is Stochastic and (seed := rounding.seed) is not None:
@@ -274,6 +278,25 @@ def unpack(
     return out
 
 
+def join(codes: Tensor) -> Tensor:
+    """`codes.join`, fast."""
+    codes = codes.contiguous()
+    joined = torch.empty(-(-codes.numel() // 2), dtype=torch.uint8)
+    _kernels.join(codes.data_ptr(), codes.numel(), joined.data_ptr(), torch.get_num_threads())
+    return joined
+
+
+def split(joined: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """`codes.split`, fast."""
+    joined = joined.contiguous()
+    codes = torch.empty(tuple(shape), dtype=dtype)
+    _kernels.split(
+        joined.data_ptr(), codes.numel(), dtype == torch.int8, codes.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return codes
+
+
 def rule_arguments(rounding: Rounding) -> tuple[int, int, int, int, int]:
     """Rule, random bits, seed, step, call: as the kernels take them."""
     if type(rounding) is Stochastic:
@@ -314,7 +337,7 @@ def _rows(plan: Plan, x: Tensor) -> _kernels.Layout:
     return layout
 
 
-def _partly_the_same(x: Tensor, out: Tensor) -> bool:
+def partly_the_same(x: Tensor, out: Tensor) -> bool:
     """Whether two tensors of one dense layout share some memory, but not all of it."""
     return 0 < abs(x.data_ptr() - out.data_ptr()) < 4 * x.numel()
 

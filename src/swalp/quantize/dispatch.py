@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cache
 
+import torch
 from torch import Tensor
 
 from swalp.formats import Format
@@ -59,6 +60,18 @@ def unpack(
         return cpu.unpack(codes, exponents, fmt, out)
     result = definition.unpack(codes, exponents, fmt)
     return result if out is None else out.copy_(result)
+
+
+def join(codes: Tensor) -> Tensor:
+    """Codes of up to 4 bits, two to a byte: see `codes.join`."""
+    return cpu.join(codes) if codes.is_cpu and _has_kernels() else definition.join(codes)
+
+
+def split(joined: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The inverse of `join`: see `codes.split`."""
+    if joined.is_cpu and _has_kernels():
+        return cpu.split(joined, shape, dtype)
+    return definition.split(joined, shape, dtype)
 
 
 def _has_kernels() -> bool:

@@ -57,8 +57,14 @@ def render(summary: dict[str, Any]) -> str:
         f"{summary['test_examples']:,} test images; mean ± standard deviation of {count(seeds)}.\n"
         f"SGD: the iterate where averaging starts, after the whole decay of the rate.\n"
         f"Last iterate: at the end of the averaging phase, so for the same budget as the average.\n"
-        f"SWA, SWALP: the mean of that phase's iterates, kept in float."
+        f"SWA, SWALP: the mean of that phase's iterates, kept in float"
     )
+    models = {row["model"] for row in rows}
+    note += "; below it, rounded to nearest as it\nis shipped." if "quantized" in models else "."
+    if "best" in models:
+        note += (
+            f"\nBest epoch: chosen by {summary['validation_examples']:,} held-out training images."
+        )
     sentences = [textwrap.fill(sentence, 100) for sentence in findings(rows)]
     return "\n".join([aligned(header, body), note, "", *sentences])
 
@@ -66,7 +72,15 @@ def render(summary: dict[str, Any]) -> str:
 def label(row: Row) -> str:
     """What a row is called."""
     average = "SWA" if row["arm"] == "float" else "SWALP"
-    name = {"sgd": "SGD", "last": "SGD, last iterate", "average": average}[row["model"]]
+    names = {
+        "sgd": "SGD",
+        "last": "SGD, last iterate",
+        "average": average,
+        "best": f"{average}, best epoch",
+        "quantized": f"{average}, {row.get('weight')} weights",
+        "quantized-activations": f"{average}, and {row.get('activation')} activations",
+    }
+    name = names.get(row["model"], f"{average}, {row.get('average')}")
     return f"{row['arm']} {name}"
 
 

@@ -23,7 +23,6 @@ from swalp.training.durable import write_directory
 from swalp.training.mistakes import UserError
 
 VERSION = 1
-KEPT = 2
 
 _NAME = re.compile(r"step-(\d{12})")
 _TENSOR, _ITEMS = "$tensor", "$items"
@@ -39,13 +38,14 @@ class Loaded:
     """One line for each newer checkpoint that was passed over."""
 
 
-def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
-    """Save `state` as the checkpoint of `step`, and keep the one before it.
+def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
+    """Save `state` as the checkpoint of `step`, and keep some of those before it.
 
     Args:
         folder: where the checkpoints of a run lie.
         step: of the run; a later one has a higher number.
         state: dicts, lists, numbers, strings and tensors, packed or not.
+        keep: how many checkpoints remain, this one included.
 
     Returns:
         The checkpoint's path.
@@ -64,9 +64,9 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     path = folder / f"step-{step:012d}"
     write_directory(path, parts | {"manifest.json": json.dumps(manifest, indent=1).encode()})
     older = [other for other in _newest_first(folder) if other.name < path.name]
-    keep = {path, *older[: KEPT - 1]}
+    kept = {path, *older[: keep - 1]}
     for other in _newest_first(folder):
-        if other not in keep:
+        if other not in kept:
             shutil.rmtree(other)
     return path
 

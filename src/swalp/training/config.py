@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from swalp import recipes
+from swalp import parse_format, recipes
+from swalp.training import averages
 from swalp.training.mistakes import UserError
 
 FLOAT = "float"  # the arm without a recipe
@@ -44,6 +45,21 @@ class RunConfig(BaseModel):
         ge=1, description="epochs before averaging starts; less than epochs"
     )
     average_every: int = Field(ge=1, description="steps between two iterates that are averaged")
+    averages: tuple[str, ...] = Field(
+        default=(),
+        strict=False,
+        description="further averages of the same training, each a row of the table: "
+        + averages.FORM,
+    )
+    export_format: str = Field(
+        default="bfp8[0]",
+        description="format of the quantized average in the table, and of the exported model",
+    )
+    validation_examples: int = Field(
+        default=0,
+        ge=0,
+        description="last training examples held out to choose the best average; 0: none is chosen",
+    )
     learning_rate: float = Field(
         gt=0,
         description="at first: constant for half of averaging_start, then falling to a hundredth",
@@ -57,6 +73,9 @@ class RunConfig(BaseModel):
     checkpoint_seconds: float = Field(
         ge=0, description="seconds between two checkpoints; no result depends on it"
     )
+    keep_checkpoints: int = Field(
+        default=2, ge=1, description="how many of the last checkpoints stay; two survive a bad disk"
+    )
 
     @field_validator("arms")
     @classmethod
@@ -68,6 +87,22 @@ class RunConfig(BaseModel):
             raise ValueError("each arm may be named once")
         return arms
 
+    @field_validator("averages")
+    @classmethod
+    def _readable_averages(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        found = tuple(averages.parse(text).text for text in texts)
+        if len(set(found)) < len(found):
+            raise ValueError("each average may be named once")
+        return found
+
+    @field_validator("export_format")
+    @classmethod
+    def _short_format(cls, text: str) -> str:
+        fmt = parse_format(text)
+        if fmt.bits > 16:
+            raise ValueError(f"{fmt} has {fmt.bits} bits; an exported weight has at most 16")
+        return str(fmt)
+
     @model_validator(mode="after")
     def _averages_something(self) -> RunConfig:
         if self.averaging_start >= self.epochs:
@@ -75,6 +110,8 @@ class RunConfig(BaseModel):
                 f"averaging_start = {self.averaging_start} must be less than "
                 f"epochs = {self.epochs}, or nothing is averaged"
             )
+        for text in self.averages:
+            averages.parse(text).check(self.arms, self.epochs)
         return self
 
 

@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,8 @@ class Dataset:
         test_x: as `train_x`, with the same shift and scale.
         test_y: as `train_y`.
         origin: where the files were found.
+        validation_x: as `train_x`, of examples held out from training by `hold_out`.
+        validation_y: as `train_y`.
     """
 
     train_x: Tensor
@@ -36,6 +38,8 @@ class Dataset:
     test_x: Tensor
     test_y: Tensor
     origin: str
+    validation_x: Tensor | None = None
+    validation_y: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +139,29 @@ def load(name: str, data_dir: Path | None = None, *, download: bool = False) -> 
             for file in published.files
         ),
         origin=str(paths[published.train_x].parent),
+    )
+
+
+def hold_out(data: Dataset, examples: int) -> Dataset:
+    """`data` with its last training examples set aside for validation; 0: as it is.
+
+    Raises:
+        UserError: no example would be left to train on.
+    """
+    if examples == 0:
+        return data
+    left = len(data.train_x) - examples
+    if left < 1:
+        raise UserError(
+            f"validation_examples = {examples} leaves none of the {len(data.train_x)} training "
+            f"examples to train on"
+        )
+    return replace(
+        data,
+        train_x=data.train_x[:left],
+        train_y=data.train_y[:left],
+        validation_x=data.train_x[left:],
+        validation_y=data.train_y[left:],
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import swalp
 from swalp.optim import SGD
-from swalp.training import models
+from swalp.training import averages, deployment, models
 from swalp.training.config import FLOAT, RunConfig
 from swalp.training.data import CLASSES, Dataset, epoch_order
 
@@ -33,6 +33,7 @@ class Trajectory:
         model: the iterate.
         optimizer: with its momentum.
         average: of the iterates since averaging started.
+        averages: the further ones that the settings ask for, by their text.
         step: steps taken.
         loss_sum: of the steps taken in this epoch.
     """
@@ -42,6 +43,7 @@ class Trajectory:
     model: nn.Module
     optimizer: SGD
     average: swalp.WeightAverage
+    averages: dict[str, swalp.WeightAverage] = field(default_factory=dict)
     step: int = 0
     loss_sum: float = 0.0
 
@@ -55,6 +57,7 @@ class Trajectory:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict(),
+            "averages": {text: each.state_dict() for text, each in self.averages.items()},
             "noise": None if self.arm == FLOAT else swalp.noise_clock(self.model).state_dict(),
         }
 
@@ -65,6 +68,8 @@ class Trajectory:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.load_state_dict(state["average"])
+        for text, each in self.averages.items():
+            each.load_state_dict(state["averages"][text])
         if state["noise"] is not None:
             swalp.noise_clock(self.model).load_state_dict(state["noise"])
 
@@ -98,9 +103,22 @@ def begin(config: RunConfig, data: Dataset, arm: str, seed: int) -> Trajectory:
         recipe=None if arm == FLOAT else swalp.recipes.get(arm),
         seed=seed,
     )
-    start = config.averaging_start * steps_per_epoch(config, data)
-    average = swalp.WeightAverage(model, start=start, every=config.average_every)
-    return Trajectory(arm, seed, model, optimizer, average)
+    per_epoch = steps_per_epoch(config, data)
+    average = swalp.WeightAverage(
+        model, start=config.averaging_start * per_epoch, every=config.average_every
+    )
+    further = {
+        text: averages.parse(text).begin(
+            model,
+            arm,
+            start=config.averaging_start,
+            every=config.average_every,
+            per_epoch=per_epoch,
+            seed=seed,
+        )
+        for text in config.averages
+    }
+    return Trajectory(arm, seed, model, optimizer, average, further)
 
 
 def steps_per_epoch(config: RunConfig, data: Dataset) -> int:
@@ -145,6 +163,8 @@ def train(run: Trajectory, data: Dataset, config: RunConfig) -> Iterator[Step]:
         loss.backward()  # type: ignore[no-untyped-call]  # PyTorch ships no type
         run.optimizer.step()
         run.average.update_parameters(run.model)
+        for each in run.averages.values():
+            each.update_parameters(run.model)
         run.step += 1
         run.loss_sum += value
 
@@ -157,15 +177,40 @@ def train(run: Trajectory, data: Dataset, config: RunConfig) -> Iterator[Step]:
                 "step": run.step,
                 "learning_rate": group["lr"],
                 "train_loss": run.loss_sum / per_epoch,
-                "test_error": error(run.model, data.test_x, data.test_y),
-                "average_error": None,
-                "averaged": run.average.count,
+                **_errors(run, data, config, last=epoch + 1 == config.epochs),
             }
-            if run.average.count > 0:
-                average = averaged_model(run.average, data)
-                record["average_error"] = error(average, data.test_x, data.test_y)
             run.loss_sum = 0.0
         yield Step(value, record)
+
+
+def _errors(run: Trajectory, data: Dataset, config: RunConfig, *, last: bool) -> dict[str, Any]:
+    """The errors (%) of the iterate and of its averages at the end of an epoch."""
+    found: dict[str, Any] = {
+        "test_error": error(run.model, data.test_x, data.test_y),
+        "average_error": None,
+        "averaged": run.average.count,
+    }
+    x, y = data.validation_x, data.validation_y
+    if x is not None and y is not None:
+        found["validation_error"] = error(run.model, x, y)
+        found["average_validation_error"] = None
+    if run.average.count > 0:
+        average = averaged_model(run.average, data)
+        found["average_error"] = error(average, data.test_x, data.test_y)
+        if x is not None and y is not None:
+            found["average_validation_error"] = error(average, x, y)
+        if last:
+            for name in deployment.MODELS:
+                model = deployment.deployed(average, config, run.arm, data, name)
+                found[f"{name}_error"] = error(model, data.test_x, data.test_y)
+    for text, each in run.averages.items():
+        if each.count > 0:
+            model = averaged_model(each, data)
+            found.setdefault("averages", {})[text] = {
+                "error": error(model, data.test_x, data.test_y),
+                "averaged": each.count,
+            }
+    return found
 
 
 def averaged_model(average: swalp.WeightAverage, data: Dataset) -> nn.Module:
@@ -193,17 +238,20 @@ def sizes(config: RunConfig, data: Dataset, arm: str) -> dict[str, int]:
     Returns:
         "iterate_bytes" and "average_bytes", of the model's parameters and buffers;
         "training_bytes", of parameters and what the optimizer keeps; "averaging_bytes", of what
-        averaging keeps beside them.
+        averaging keeps beside them; "quantized_bytes", of the exported model;
+        "averaging_bytes TEXT", of each further average.
     """
     run = begin(config, data, arm, config.first_seed)
     next(train(run, data, config))
     kept = [value for state in run.optimizer.state.values() for value in state.values()]
-    average = run.average.state_dict()["average"]
+    further = {f"averaging_bytes {text}": each.nbytes for text, each in run.averages.items()}
     return {
         "iterate_bytes": _bytes(run.model.state_dict().values()),
         "average_bytes": _bytes(swalp.to_float(run.model).state_dict().values()),
         "training_bytes": _bytes(run.model.parameters()) + _bytes(kept),
-        "averaging_bytes": sum(_bytes(state.values()) for state in average.values()),
+        "averaging_bytes": run.average.nbytes,
+        "quantized_bytes": deployment.stored_bytes(run.model, config),
+        **further,
     }
 
 

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,20 +32,27 @@ This directory is one training run of swalp (https://arxiv.org/abs/1904.11943 ha
 
 config.toml      the settings, complete: `swalp train config.toml` does the same run again
 metrics.jsonl    one line per arm, seed and epoch: training loss, learning rate, test error (%) of
-                 the iterate and of the average so far; a function of the settings, without times
+                 the iterate and of the average so far (and of the further averages, of held-out
+                 examples, of the quantized average); a function of the settings, without times
 summary.json     the rows of the final table; it is there when the run is finished
+diagnostics.jsonl  one line per arm, for its first seed: how far each role of each layer is rounded,
+                 saturates and underflows in one more step, and histograms of the weights
 curves.png       test error against the epoch
 models/ARM/seed-N/
     sgd.safetensors      the iterate where averaging starts
     last.safetensors     the last iterate
     average.safetensors  the average (SWA, or SWALP): float32, batch-norm statistics recomputed
+    average-….safetensors  the further averages that config.toml asks for, likewise
+    best.safetensors     the average of the epoch with the lowest error on held-out examples
 sessions.jsonl   one line when a process began to work here, with versions and machine, and one when
                  it ended (none if it was killed), with seconds and outcome
-checkpoints/     the last two states, from which `swalp train --resume` goes on
+checkpoints/     the last states, from which `swalp resume` goes on: each a directory of tensors,
+                 JSON, and a manifest with their SHA-256
 run.json         the version of this layout
 
 Low-precision models are stored as integer codes and shared exponents; swalp.packed.from_plain reads
-them. `swalp evaluate` with this directory computes every error of the table again.
+them. `swalp evaluate` with this directory computes every error of the table again; `swalp export`
+writes the average quantized, or for ONNX runtimes.
 """
 
 
@@ -77,8 +85,7 @@ class RunDirectory:
         """
         if not self.finished:
             raise UserError(
-                f"{self.path}: the run is not finished; go on with: "
-                f"swalp train --resume {self.path}"
+                f"{self.path}: the run is not finished; go on with: swalp resume {self.path}"
             )
         return _record(self._summary)
 
@@ -120,12 +127,27 @@ class RunDirectory:
         lines = self._session_lines() + json.dumps(record).encode() + b"\n"
         write_file(self._sessions, lines)
 
+    def diagnostics(self) -> list[Record]:
+        """What was measured at the end of trajectories, in order."""
+        path = self._diagnostics
+        return [json.loads(line) for line in _read(path).splitlines()] if path.exists() else []
+
+    def append_diagnostics(self, record: Record) -> None:
+        """Add what was measured for an arm and a seed, in place of an older record of them."""
+        key = ("arm", "seed")
+        mine = [record[name] for name in key]
+        records = [old for old in self.diagnostics() if [old[name] for name in key] != mine]
+        # Whole even if the disk is full: no checkpoint says where to cut half a line off.
+        lines = [json.dumps(each, separators=(",", ":")) + "\n" for each in [*records, record]]
+        write_file(self._diagnostics, "".join(lines).encode())
+
     def _session_lines(self) -> bytes:
         return _read(self._sessions) if self._sessions.exists() else b""
 
     def model_path(self, arm: str, seed: int, model: str) -> Path:
-        """Where one model is saved: `model` is "sgd", "last" or "average"."""
-        return self.path / "models" / arm / f"seed-{seed}" / f"{model}.safetensors"
+        """Where one model is saved: "sgd", "last", "average", "best" or "average TEXT"."""
+        name = re.sub(r"[^\w.=,\[\]-]+", "-", model)
+        return self.path / "models" / arm / f"seed-{seed}" / f"{name}.safetensors"
 
     def save_model(self, path: Path, state: dict[str, Tensor]) -> None:
         """Save a state dict, packed tensors as codes and exponents."""
@@ -168,6 +190,10 @@ class RunDirectory:
         return self.path / "metrics.jsonl"
 
     @property
+    def _diagnostics(self) -> Path:
+        return self.path / "diagnostics.jsonl"
+
+    @property
     def _sessions(self) -> Path:
         return self.path / "sessions.jsonl"
 
@@ -187,7 +213,7 @@ def create(path: Path, config: RunConfig) -> RunDirectory:
         if any(path.iterdir()):
             raise UserError(
                 f"{path}: the directory is not empty; choose another with --out, or go on with a "
-                f"run that is there: --resume {path}"
+                f"run that is there: swalp resume {path}"
             )
         (path / "checkpoints").mkdir()
         write_file(path / "README.txt", _README.encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -10,16 +9,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from swalp import to_float
-from swalp.training import checkpoint, environment, loop
+from swalp.training import (
+    averages,
+    checkpoint,
+    deployment,
+    diagnostics,
+    environment,
+    loop,
+    summary,
+)
 from swalp.training.config import RunConfig
-from swalp.training.data import Dataset
+from swalp.training.data import Dataset, hold_out
 from swalp.training.loop import Trajectory
 from swalp.training.mistakes import UserError
 from swalp.training.run_directory import Record, RunDirectory
-
-MODELS = ("sgd", "last", "average")
 
 
 class Stopped(Exception):  # noqa: N818  (not an error)
@@ -76,10 +82,12 @@ def train(
         UserError: the loss is not finite, or the disk fails; the text names the last checkpoint.
     """
     config = run.config()
+    data = hold_out(data, config.validation_examples)
     if config.batch_size > len(data.train_x):
         raise UserError(
             f"batch_size = {config.batch_size} exceeds the {len(data.train_x)} training examples"
         )
+    _require_iterates(config, loop.steps_per_epoch(config, data))
     began = environment.describe() | {"threads": config.threads, "began": _now()}
     for line in _changes(run, began):
         say(line)
@@ -89,9 +97,9 @@ def train(
         run.append_session(began)
         with _threads(config.threads):
             _train(run, config, data, watch, say, stop)
-            summary = _summary(run, config, data)
+            result = summary.build(run, config, data)
         outcome = "finished"
-        return summary
+        return result
     except Stopped:
         outcome = "stopped"
         raise
@@ -102,7 +110,7 @@ def train(
     except OSError as error:
         raise UserError(
             f"{error.filename or run.path}: {error.strerror or error}; {_last_checkpoint(run)}. "
-            f"Mend that and go on with: swalp train --resume {run.path}"
+            f"Mend that and go on with: swalp resume {run.path}"
         ) from None
     finally:
         seconds = round(time.monotonic() - started, 1)
@@ -116,21 +124,33 @@ def evaluate(run: RunDirectory, data: Dataset) -> Record:
     Raises:
         UserError: the run is not finished, or a model is missing or damaged.
     """
-    config, summary = run.config(), run.summary()
+    config, before = run.config(), run.summary()
+    data = hold_out(data, config.validation_examples)
     rows = []
-    for row in summary["rows"]:
+    for row in before["rows"]:
         errors = []
         for number, sha256 in enumerate(row["sha256"]):
             seed = config.first_seed + number
-            model = loop.network(config, data, row["arm"], seed)
-            if row["model"] == "average":
-                model = to_float(model)
-            path = run.model_path(row["arm"], seed, row["model"])
-            model.load_state_dict(run.load_model(path, sha256))
             with _threads(config.threads):
+                model = _saved_model(run, config, data, row, seed, sha256)
                 errors.append(loop.error(model, data.test_x, data.test_y))
         rows.append(row | {"test_error": errors})
-    return summary | {"rows": rows}
+    return before | {"rows": rows}
+
+
+def _saved_model(
+    run: RunDirectory, config: RunConfig, data: Dataset, row: Record, seed: int, sha256: str
+) -> nn.Module:
+    """The model of a row, for one seed, from its file."""
+    arm, name = row["arm"], row["model"]
+    model = loop.network(config, data, arm, seed)
+    if name not in ("sgd", "last"):
+        model = to_float(model)
+    path = run.model_path(arm, seed, summary.file_of(name))
+    model.load_state_dict(run.load_model(path, sha256))
+    if name in deployment.MODELS:
+        return deployment.deployed(model, config, arm, data, name)
+    return model
 
 
 def _train(
@@ -154,7 +174,7 @@ def _train(
         for step in loop.train(trajectory, data, config):
             if step.record is not None:
                 run.append_metrics(step.record)
-                _save_models(run, config, trajectory, step.record["epoch"])
+                _save_models(run, config, trajectory, data, step.record)
             total = index * length + trajectory.step
             stopping = stop()
             if stopping or time.monotonic() >= due:
@@ -163,7 +183,7 @@ def _train(
                     "metrics_size": run.metrics_size(),
                     "state": trajectory.state_dict(),
                 }
-                checkpoint.save(run.checkpoints, total, state)
+                checkpoint.save(run.checkpoints, total, state, keep=config.keep_checkpoints)
                 due = time.monotonic() + config.checkpoint_seconds
             watch(
                 Progress(
@@ -179,6 +199,36 @@ def _train(
             )
             if stopping:
                 raise Stopped
+        if trajectory.seed == config.first_seed:
+            run.append_diagnostics(_diagnostics(trajectory, data, config))
+
+
+def _diagnostics(trajectory: Trajectory, data: Dataset, config: RunConfig) -> Record:
+    """What low precision does inside the network that was trained."""
+    recipe = trajectory.optimizer.recipe
+    found = diagnostics.describe(
+        trajectory.model,
+        trajectory.optimizer,
+        trajectory.average.module,
+        data.train_x[: config.batch_size],
+        data.train_y[: config.batch_size],
+        recipe=recipe,
+        seed=trajectory.seed,
+    )
+    return {"arm": trajectory.arm, "seed": trajectory.seed, **found}
+
+
+def _require_iterates(config: RunConfig, per_epoch: int) -> None:
+    """Raise UserError if an average of the run would take nothing."""
+    for text in ("", *config.averages):
+        setting = averages.parse(text or f"every={config.average_every}")
+        start, every = setting.when(config.averaging_start, config.average_every, per_epoch)
+        if start + every > config.epochs * per_epoch:
+            raise UserError(
+                f"{'average ' + repr(text) if text else 'the average'} takes nothing: it starts "
+                f"after step {start} and takes every {every}th, but the run has "
+                f"{config.epochs * per_epoch} steps"
+            )
 
 
 @contextmanager
@@ -210,52 +260,25 @@ def _resume(run: RunDirectory, say: Callable[[str], None]) -> tuple[int, dict[st
     return loaded.state["trajectory"], loaded.state["state"]
 
 
-def _save_models(run: RunDirectory, config: RunConfig, trajectory: Trajectory, epoch: int) -> None:
+def _save_models(
+    run: RunDirectory, config: RunConfig, trajectory: Trajectory, data: Dataset, record: Record
+) -> None:
     """The models of the table that exist at the end of this epoch."""
-    found = {}
+    epoch = record["epoch"]
+    found: dict[str, nn.Module] = {}
     if epoch == config.averaging_start:
         found["sgd"] = trajectory.model
     if epoch == config.epochs:
         found |= {"last": trajectory.model, "average": trajectory.average.module}
+        for text, average in trajectory.averages.items():
+            found[f"average {text}"] = average.module
+    if record.get("average_validation_error") is not None:
+        arm, seed = trajectory.arm, trajectory.seed
+        if summary.best_epoch(summary.records(run)[arm, seed]) == epoch:
+            found["best"] = trajectory.average.module
     for name, model in found.items():
         path = run.model_path(trajectory.arm, trajectory.seed, name)
         run.save_model(path, model.state_dict())
-
-
-def _summary(run: RunDirectory, config: RunConfig, data: Dataset) -> Record:
-    """The rows of the table: each model of each arm, over all seeds."""
-    metrics = {(row["arm"], row["seed"], row["epoch"]): row for row in run.metrics()}
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
-    place = {
-        "sgd": (config.averaging_start, "test_error"),
-        "last": (config.epochs, "test_error"),
-        "average": (config.epochs, "average_error"),
-    }
-    rows = []
-    for arm in config.arms:
-        sizes = loop.sizes(config, data, arm)
-        for model in MODELS:
-            epoch, key = place[model]
-            files = [run.model_path(arm, seed, model) for seed in seeds]
-            rows.append(
-                {
-                    "arm": arm,
-                    "model": model,
-                    "test_error": [metrics[arm, seed, epoch][key] for seed in seeds],
-                    "model_bytes": sizes[
-                        "average_bytes" if model == "average" else "iterate_bytes"
-                    ],
-                    "training_bytes": sizes["training_bytes"],
-                    "averaging_bytes": sizes["averaging_bytes"] if model == "average" else 0,
-                    "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files],
-                }
-            )
-    return {
-        "data": config.data,
-        "train_examples": len(data.train_x),
-        "test_examples": len(data.test_x),
-        "rows": rows,
-    }
 
 
 def _changes(run: RunDirectory, session: Record) -> list[str]:

@@ -1,0 +1,56 @@
+"""The averaged network as it will be used: quantized to nearest, batch norm fitted to that."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import swalp
+from swalp import Nearest, parse_format, recipes
+from swalp.packed import storage_bytes
+from swalp.recipes import Quantizer, Recipe, fit
+from swalp.training.config import FLOAT, RunConfig
+from swalp.training.data import Dataset
+
+# What is tried beside the float average, with its row in the table.
+MODELS = ("quantized", "quantized-activations")
+
+BATCH = 1000  # examples; fixed, so that the same statistics come out again
+
+
+def recipe(config: RunConfig, arm: str, model: str) -> Recipe:
+    """The formats of a deployed network, all rounded to nearest.
+
+    Weights are in `RunConfig.export_format`; "quantized-activations" also quantizes activations as
+    the arm did in training, or, if that was in float, to 8 bits for each sample and channel.
+    """
+    weight = Quantizer(parse_format(config.export_format), Nearest())
+    if model == "quantized":
+        return Recipe(name="quantized average", weight=weight)
+    trained = recipes.get("paper-small-block-8" if arm == FLOAT else arm)
+    activation = trained.activation
+    return Recipe(
+        name="quantized average and activations",
+        weight=weight,
+        activation=None if activation is None else Quantizer(activation.format, Nearest()),
+        quantize_input=trained.quantize_input,
+    )
+
+
+def deployed(
+    average: nn.Module, config: RunConfig, arm: str, data: Dataset, model: str
+) -> nn.Module:
+    """A copy of the float `average`, quantized, with batch-norm statistics of the training data."""
+    result = swalp.convert(swalp.to_float(average), recipe(config, arm, model))
+    swalp.recompute_batchnorm(result, torch.split(data.train_x, BATCH))
+    return result
+
+
+def stored_bytes(network: nn.Module, config: RunConfig) -> int:
+    """Bytes of a network's parameters in the export format, and of its buffers."""
+    fmt = parse_format(config.export_format)
+    weights = sum(
+        storage_bytes(parameter.shape, fit(fmt, parameter.dim()))
+        for parameter in network.parameters()
+    )
+    return weights + sum(buffer.nbytes for buffer in network.buffers())
