@@ -15,6 +15,7 @@ FLOORS = [
     {"format_text", "rounding"},
     {"quantize"},
     {"packed", "recipes"},
+    {"matmul"},
     {"layers"},
     {"convert"},
     {"optim", "averaging", "batchnorm", "schedules"},

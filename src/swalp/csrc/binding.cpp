@@ -5,10 +5,12 @@
 #include <nanobind/stl/vector.h>
 
 #include <new>
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
 #include "kernels.h"
+#include "matmul.h"
 
 namespace nb = nanobind;
 
@@ -161,6 +163,35 @@ bool optimize(int (*step)(const Hyper*, const Parameter*, int64_t, int), const H
   return lost != 0;
 }
 
+// Strides are of (matrix, outer index, contracted index).
+using Strides = std::tuple<int64_t, int64_t, int64_t>;
+
+void matmul(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, uintptr_t left,
+            Strides left_strides, uintptr_t right, Strides right_strides, int64_t exponent,
+            uintptr_t left_exponents, bool left_each, uintptr_t right_exponents, bool right_each,
+            uintptr_t bias, uintptr_t out, bool integers, int threads) {
+  swalp_matmul t = {};
+  std::tie(t.batch, t.m, t.n, t.k) = sizes;
+  std::tie(t.left_batch, t.left_outer, t.left_inner) = left_strides;
+  std::tie(t.right_batch, t.right_outer, t.right_inner) = right_strides;
+  t.left = at<int8_t>(left);
+  t.right = at<int8_t>(right);
+  t.exponent = exponent;
+  t.left_exponents = at<int8_t>(left_exponents);
+  t.right_exponents = at<int8_t>(right_exponents);
+  t.left_exponent_each = left_each;
+  t.right_exponent_each = right_each;
+  t.bias = at<float>(bias);
+  t.out = at<void>(out);
+  t.integers = integers;
+  t.out_batch = t.m * t.n;
+  t.out_outer = t.n;
+  nb::gil_scoped_release unlocked;
+  const int status = swalp_multiply(&t, threads);
+  if (status < 0) throw std::bad_alloc();
+  if (status > 0) throw std::runtime_error("this machine has no integer products");
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -231,6 +262,8 @@ NB_MODULE(_kernels, m) {
   m.def("split", &split);
   m.def("join", &join);
   m.def("noise", &noise);
+  m.def("matmul", &matmul);
+  m.def("has_matmul", [] { return swalp_has_multiply() != 0; });
   m.def("use", [](const std::string& name) {
     if (!swalp_use(name.c_str()))
       throw nb::value_error(("this machine or build has no '" + name + "' kernels").c_str());

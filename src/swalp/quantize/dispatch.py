@@ -52,6 +52,15 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | N
     return definition.pack(x, fmt, rounding)
 
 
+def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None, bool]:
+    """int8 codes and exponents of `x`, float32, and whether it has a NaN: see `cpu`."""
+    if x.is_cpu and _has_kernels() and cpu.supports(fmt, rounding, x.dtype):
+        return cpu.pack_integers(x, fmt, rounding)
+    missing = x.isnan()
+    codes, exponents = definition.pack(x.masked_fill(missing, 0.0).contiguous(), fmt, rounding)
+    return codes, exponents, bool(missing.any())
+
+
 def unpack(
     codes: Tensor, exponents: Tensor | None, fmt: Format, out: Tensor | None = None
 ) -> Tensor:
