@@ -31,9 +31,7 @@ int swalp_convolution_weight_gradient(const swalp_convolution*, const int8_t* x,
                                       int threads);
 
 // Whether the machine and the build have AVX-512 VNNI: without it the results are the same, slowly.
-int swalp_convolution_is_fast(void);
-// Choose the instruction set as `swalp_use` does.
-void swalp_convolution_use(const char* name);
+int swalp_has_fast_convolution(void);
 
 #ifdef __cplusplus
 }
