@@ -171,7 +171,7 @@ void descend(int64_t size, uintptr_t weight, uintptr_t sum, uintptr_t squares,
              const std::optional<swalp_format>& format, int32_t rule, int32_t bits, uint64_t seed,
              const std::tuple<int64_t, int64_t, int64_t>& when, const Run& run) {
   swalp_role role = {};
-  if (format) set(role, *format, rule, bits, seed);
+  if (format) set(role, *format, rule, bits, seed, false);
   const auto& [step, start, every] = when;
   const swalp_descent descent = {size, at<float>(weight), at<double>(sum), at<double>(squares),
                                  format ? &role : nullptr, step, start, every};
