@@ -88,6 +88,22 @@ def unpack(
     fmt: Format, layout: Layout, codes: int, code_type: int, exponents: int, table: int,
     out: int, threads: int, /,
 ) -> None: ...  # fmt: skip
+def least_squares(
+    size: int, weight: int, sum: int, squares: int, fmt: Format | None,
+    rule: int, bits: int, seed: int, step_start_every: tuple[int, int, int], rate: float,
+    x: int, y: int, rows: int, steps: int, /,
+) -> None: ...  # fmt: skip
+def softmax(
+    size: int, weight: int, sum: int, squares: int, fmt: Format | None,
+    rule: int, bits: int, seed: int, step_start_every: tuple[int, int, int], rate: float,
+    features: int, classes: int, batch: int, offsets: int, labels: int, columns: int,
+    values: int, l2: float, rows: int, steps: int, /,
+) -> None: ...  # fmt: skip
+def scalars(
+    size: int, weight: int, sum: int, squares: int, fmt: Format | None,
+    rule: int, bits: int, seed: int, step_start_every: tuple[int, int, int], rate: float,
+    skewed: bool, draws_seed: int, draws_bits: int, table: int, steps: int, /,
+) -> None: ...  # fmt: skip
 def split(halves: int, count: int, is_signed: bool, codes: int, threads: int, /) -> None: ...
 def join(codes: int, count: int, halves: int, threads: int, /) -> None: ...
 def noise(

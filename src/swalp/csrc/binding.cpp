@@ -1,5 +1,6 @@
 // The Python module swalp._kernels: the C interface, on addresses. `swalp/_kernels.pyi` describes it.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -7,6 +8,7 @@
 #include <string.h>
 
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <tuple>
 #include <vector>
@@ -166,6 +168,20 @@ bool optimize(int (*step)(const Hyper*, const Parameter*, int64_t, int), const H
   return lost != 0;
 }
 
+// Calls `run` with a trajectory, without the interpreter's lock, so that Python threads run many.
+template <class Run>
+void descend(int64_t size, uintptr_t weight, uintptr_t sum, uintptr_t squares,
+             const std::optional<swalp_format>& format, int32_t rule, int32_t bits, uint64_t seed,
+             const std::tuple<int64_t, int64_t, int64_t>& when, const Run& run) {
+  swalp_role role = {};
+  if (format) set(role, *format, rule, bits, seed, false);
+  const auto& [step, start, every] = when;
+  const swalp_descent descent = {size, at<float>(weight), at<double>(sum), at<double>(squares),
+                                 format ? &role : nullptr, step, start, every};
+  nb::gil_scoped_release unlocked;
+  if (run(&descent) < 0) throw std::bad_alloc();
+}
+
 // Strides are of (matrix, outer index, contracted index).
 using Strides = std::tuple<int64_t, int64_t, int64_t>;
 
@@ -280,6 +296,35 @@ NB_MODULE(_kernels, m) {
     const swalp_adam hyper = {rate, share1, beta2, share2, correction2, eps, weight_decay,
                               decoupled, packed, has_gradient};
     return optimize(&swalp_adam_step, hyper, parameters, threads);
+  });
+  using When = std::tuple<int64_t, int64_t, int64_t>;
+  m.def("least_squares", [](int64_t size, uintptr_t weight, uintptr_t sum, uintptr_t squares,
+                            const std::optional<swalp_format>& format, int32_t rule, int32_t bits,
+                            uint64_t seed, const When& when, float rate, uintptr_t x, uintptr_t y,
+                            uintptr_t rows, int64_t steps) {
+    descend(size, weight, sum, squares, format, rule, bits, seed, when, [&](const swalp_descent* d) {
+      return swalp_least_squares(d, rate, at<float>(x), at<float>(y), at<int64_t>(rows), steps);
+    });
+  });
+  m.def("softmax", [](int64_t size, uintptr_t weight, uintptr_t sum, uintptr_t squares,
+                      const std::optional<swalp_format>& format, int32_t rule, int32_t bits,
+                      uint64_t seed, const When& when, float rate, int64_t features,
+                      int64_t classes, int64_t batch, uintptr_t offsets, uintptr_t labels,
+                      uintptr_t columns, uintptr_t values, float l2, uintptr_t rows, int64_t steps) {
+    const swalp_softmax problem = {features, classes, batch, at<int64_t>(offsets),
+                                   at<int64_t>(labels), at<int32_t>(columns), at<float>(values), l2};
+    descend(size, weight, sum, squares, format, rule, bits, seed, when, [&](const swalp_descent* d) {
+      return swalp_softmax_regression(d, &problem, rate, at<int64_t>(rows), steps);
+    });
+  });
+  m.def("scalars", [](int64_t size, uintptr_t weight, uintptr_t sum, uintptr_t squares,
+                      const std::optional<swalp_format>& format, int32_t rule, int32_t bits,
+                      uint64_t seed, const When& when, float rate, bool skewed, uint64_t draws_seed,
+                      int32_t draws_bits, uintptr_t table, int64_t steps) {
+    const swalp_rounding draws = {SWALP_STOCHASTIC, draws_bits, draws_seed, 0, 0};
+    descend(size, weight, sum, squares, format, rule, bits, seed, when, [&](const swalp_descent* d) {
+      return swalp_scalars(d, rate, skewed, &draws, at<float>(table), steps);
+    });
   });
   nb::class_<swalp_format>(m, "Format")
       .def("__init__", [](swalp_format* f) { *f = swalp_format{}; })
