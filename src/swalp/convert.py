@@ -307,7 +307,7 @@ def _check_parameters(model: nn.Module, recipe: Recipe) -> None:
             quantizer = recipe.at(layer, parameter=name).weight
             try:
                 if quantizer is not None:
-                    check(value, fit(quantizer.format, value.dim()), quantizer.rounding)
+                    check(value, fit(quantizer.format, value.shape), quantizer.rounding)
             except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"convert: parameter {f'{layer}.{name}'.lstrip('.')!r} cannot be rounded: "
@@ -320,7 +320,7 @@ def _round_parameters(model: nn.Module, recipe: Recipe, packed: bool) -> None:
         quantizer = recipe.at(layer, parameter=name).weight
         if quantizer is None or not value.is_floating_point():
             return value
-        grid = fit(quantizer.format, value.dim())
+        grid = fit(quantizer.format, value.shape)
         return pack(value, grid) if packed else quantize(value, grid, out=value)
 
     _replace_parameters(model, rounded)

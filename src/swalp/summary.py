@@ -127,7 +127,7 @@ def summary(model: nn.Module) -> Summary:
         here = [recipe.at(name, parameter=key) for key in own]
         for (key, value), at in zip(own.items(), here, strict=True):
             if key in fresh:
-                stored = None if at.weight is None else fit(at.weight.format, value.dim())
+                stored = None if at.weight is None else fit(at.weight.format, value.shape)
                 packed_bytes += storage_bytes(value.shape, stored)
         formats = {role: _formats(module, here, role) for role in ROLES}
         buffers = [buffer for buffer in module._buffers.values() if buffer is not None]

@@ -72,7 +72,7 @@ class Rule:
 
     def __call__(self, x: Tensor, step: int | Tensor | None, call: int) -> Tensor:
         """`x`, quantized at that moment of a run; `step` None: in evaluation, to nearest."""
-        fmt, rounding = fit(self.format, x.dim()), self.rounding
+        fmt, rounding = fit(self.format, x.shape), self.rounding
         if isinstance(rounding, Stochastic):
             if isinstance(step, Tensor):
                 return quantize_at(x, fmt, rounding, step, call)
