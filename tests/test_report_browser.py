@@ -30,7 +30,7 @@ DRIVER = shutil.which("chromedriver")
 
 
 def skip_or_fail(reason):
-    """Skip where a user has no browser; fail where one is demanded, as in continuous integration."""
+    """Skip where a user has no browser; fail where one is demanded, as in CI."""
     if os.environ.get("SWALP_NEEDS_BROWSER"):
         pytest.fail(reason)
     pytest.skip(reason)

@@ -9,6 +9,7 @@
 #include "lanes_scalar.h"
 #endif
 
+#include "convex.h"
 #include "optim.h"
 
 namespace {
@@ -147,4 +148,4 @@ void noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out)
 #define SWALP_JOIN(name) SWALP_JOIN_(name)
 extern const swalp_build SWALP_JOIN(SWALP_BUILD);
 const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, unpack, split,
-                                             join, noise, sgd, adam};
+                                              join, noise, sgd, adam, least_squares, softmax, scalars};
