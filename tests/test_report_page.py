@@ -10,6 +10,7 @@ import pytest
 from swalp import cli
 from swalp.report import page
 from swalp.report.records import RecordError, load
+from swalp.report.run_sections import setting
 from swalp.training import run_directory
 from test_report_records import RECORD, write_claim, write_run
 from tiny_runs import finished, settings, train
@@ -77,7 +78,7 @@ def test_everything_of_a_run_is_there(tiny, outline):
         assert title in outline.words
     for key, value in run.settings.items():
         assert key in outline.words
-        assert str(value) in outline.words or isinstance(value, list | float)
+        assert setting(value) in outline.words
     for key, value in run.sessions[0].items():
         assert key == "began" or f"{key} {value}" in outline.words
     assert "averaging brings back" in outline.words

@@ -123,7 +123,7 @@ class Plot {
     this.listen();
     new ResizeObserver(() => {
       const width = this.plot.clientWidth;
-      if (width && width !== this.width) this.draw();
+      if (width && !this.paper && width !== this.width) this.draw();
     }).observe(this.plot);
   }
 
@@ -305,8 +305,8 @@ class Plot {
     return series.x.length > 1 ? series.x[1] - series.x[0] : 1;
   }
 
-  draw(width = this.plot.clientWidth || 640) {
-    this.width = width;
+  draw() {
+    this.width = this.paper || this.plot.clientWidth || 640;
     const narrow = this.width < 480;
     const strokes = this.visible().length > 0
       && this.visible().every((one) => one.kind === "strokes");
@@ -781,8 +781,14 @@ for (const figure of document.querySelectorAll("figure[data-chart]")) {
 // On paper the page is as wide as the paper, whatever the window is.
 const PAPER = 690;
 const plots = () => [...document.querySelectorAll("figure[data-chart]")].map((one) => one.plot);
-window.addEventListener("beforeprint", () => plots().forEach((one) => one.draw(PAPER)));
-window.addEventListener("afterprint", () => plots().forEach((one) => one.draw()));
+function printing(width) {
+  for (const one of plots()) {
+    one.paper = width;
+    one.draw();
+  }
+}
+window.addEventListener("beforeprint", () => printing(PAPER));
+window.addEventListener("afterprint", () => printing(null));
 
 const theme = document.getElementById("theme");
 theme.closest("label").hidden = false;
