@@ -105,12 +105,16 @@ def noise_clock(model: nn.Module) -> NoiseClock:
 
 def to_float(model: _Module) -> _Module:
     """A copy of `model` with the same parameters and no quantizers; of a float model, a copy."""
-    result = copy.deepcopy(model)
+    return strip(copy.deepcopy(model))
+
+
+def strip(model: _Module) -> _Module:
+    """Take the quantizers off `model`, in place, and return it: a float network again."""
     _replace_parameters(
-        result,
+        model,
         lambda value: value.dequantize() if isinstance(value, PackedTensor) else value,
     )
-    for module in result.modules():
+    for module in model.modules():
         if isinstance(module, QuantizedInput):
             del module.signal
             module.__class__ = _FLOAT_OF[type(module)]  # type: ignore[assignment]  # its parent
@@ -118,7 +122,7 @@ def to_float(model: _Module) -> _Module:
             if isinstance(hook, _Conversion):
                 del module._forward_pre_hooks[key]
                 del module._swalp
-    return result
+    return model
 
 
 @dataclass(frozen=True, slots=True)
