@@ -97,11 +97,52 @@ def average(
     kind: int, weight: float, into: int, residual: int, x: int, dtype: int, count: int,
     fmt: Format | None, layout: Layout | None, exponents: int, table: int, threads: int, /,
 ) -> None: ...  # fmt: skip
+def least_squares(
+    size: int, weight: int, sum: int, squares: int, fmt: Format | None,
+    rule: int, bits: int, seed: int, step_start_every: tuple[int, int, int], rate: float,
+    x: int, y: int, rows: int, steps: int, /,
+) -> None: ...  # fmt: skip
+def softmax(
+    size: int, weight: int, sum: int, squares: int, fmt: Format | None,
+    rule: int, bits: int, seed: int, step_start_every: tuple[int, int, int], rate: float,
+    features: int, classes: int, batch: int, offsets: int, labels: int, columns: int,
+    values: int, l2: float, rows: int, steps: int, /,
+) -> None: ...  # fmt: skip
+def scalars(
+    size: int, weight: int, sum: int, squares: int, fmt: Format | None,
+    rule: int, bits: int, seed: int, step_start_every: tuple[int, int, int], rate: float,
+    skewed: bool, draws_seed: int, draws_bits: int, table: int, steps: int, /,
+) -> None: ...  # fmt: skip
 def split(halves: int, count: int, is_signed: bool, codes: int, threads: int, /) -> None: ...
 def join(codes: int, count: int, halves: int, threads: int, /) -> None: ...
 def noise(
     out: int, start: int, count: int, bits: int, seed: int, step: int, call: int, /
 ) -> None: ...
+def matmul(
+    sizes: tuple[int, int, int, int],
+    left: int, left_strides: tuple[int, ...], right: int, right_strides: tuple[int, ...],
+    exponent: int, left_exponents: int, left_each: bool, right_exponents: int, right_each: bool,
+    bias: int, out: int, integers: bool, threads: int, /,
+) -> None: ...  # fmt: skip
+def has_matmul() -> bool: ...
+
+class Convolution:
+    def __init__(self, sizes: Sequence[int], /) -> None: ...
+
+def convolution_bytes(c: Convolution, backward: bool, /) -> int: ...
+def convolution_pack(
+    c: Convolution, backward: bool, channels_last: bool, weight: int, packed: int, threads: int, /
+) -> None: ...
+def convolution_forward(
+    c: Convolution, x: int, packed: int, exponent: int, bias: int, y: int, threads: int, /
+) -> None: ...
+def convolution_input_gradient(
+    c: Convolution, dy: int, packed: int, exponent: int, dx: int, threads: int, /
+) -> None: ...
+def convolution_weight_gradient(
+    c: Convolution, x: int, dy: int, exponent: int, channels_last: bool, dw: int, threads: int, /
+) -> None: ...
+def has_fast_convolution() -> bool: ...
 def use(name: str, /) -> None: ...
 def used() -> str: ...
 def has_threads() -> bool: ...

@@ -10,6 +10,7 @@
 #endif
 
 #include "average.h"
+#include "convex.h"
 #include "optim.h"
 
 namespace {
@@ -215,4 +216,5 @@ void noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out)
 #define SWALP_JOIN(name) SWALP_JOIN_(name)
 extern const swalp_build SWALP_JOIN(SWALP_BUILD);
 const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, unpack, split,
-                                             join, average, noise, sgd, adam};
+                                             join, average, noise, sgd, adam, least_squares, softmax,
+                                             scalars};

@@ -55,6 +55,7 @@ class Plan:
         layouts: where elements lie, by shape and stride.
         rows: the same of contiguous tensors, by shape alone.
         table: values of its bit patterns, if codes are such: 256 or 65536, for any 1 or 2 bytes.
+        integers: as `kernel`, of a format that has no code for NaN.
     """
 
     fmt: Format
@@ -66,6 +67,7 @@ class Plan:
     )
     rows: dict[torch.Size, _kernels.Layout] = field(default_factory=dict)
     table: Tensor | None = None
+    integers: _kernels.Format | None = None
 
 
 # By identity, as hashing a dataclass costs more than quantizing a thousand numbers. A plan found by
@@ -239,6 +241,40 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | N
     if isinstance(fmt, BlockFloat | Microscaling) and exponents is not None:
         exponents = exponents.to(definition.exponent_dtype(fmt))
     return codes, exponents
+
+
+def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None, bool]:
+    """`pack` to a format of int8 integers times a power of two; and whether `x` has a NaN.
+
+    A NaN gets the code 0, whether or not `fmt` has a code for it.
+
+    Args:
+        x: float32 on the CPU, any shape.
+        fmt: `FixedPoint` or `BlockFloat` of at most 8 bits that `supports` accepts.
+        rounding: the rule.
+    """
+    codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
+    plan = plan_of(fmt)
+    if x.numel() == 0:
+        return codes, definition.pack(x, fmt, rounding)[1], False
+    if plan.integers is None:
+        plan.integers = _numbers(fmt)
+        plan.integers.has_nan = 0
+    blocked = isinstance(fmt, BlockFloat)
+    if x.is_neg() or not x.is_contiguous():
+        x = x.resolve_neg().contiguous()
+    found = _layout(plan, x)
+    assert found is not None  # a contiguous tensor has one
+    exponents = torch.empty(found[0].grid, dtype=torch.int32) if blocked else None
+    lost = _kernels.quantize(
+        plan.integers, found[1], x.data_ptr(), codes.data_ptr(), _kernels.CODE8,
+        0 if exponents is None else exponents.data_ptr(),
+        *rule_arguments(rounding), torch.get_num_threads(),
+    )  # fmt: skip
+    if exponents is not None:
+        assert isinstance(fmt, BlockFloat)
+        exponents = exponents.to(definition.exponent_dtype(fmt))
+    return codes, exponents, lost
 
 
 def unpack(

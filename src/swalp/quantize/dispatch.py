@@ -52,6 +52,15 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | N
     return definition.pack(x, fmt, rounding)
 
 
+def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None, bool]:
+    """int8 codes and exponents of `x`, float32, and whether it has a NaN: see `cpu`."""
+    if x.is_cpu and _has_kernels() and cpu.supports(fmt, rounding, x.dtype):
+        return cpu.pack_integers(x, fmt, rounding)
+    missing = x.isnan()
+    codes, exponents = definition.pack(x.masked_fill(missing, 0.0).contiguous(), fmt, rounding)
+    return codes, exponents, bool(missing.any())
+
+
 def unpack(
     codes: Tensor, exponents: Tensor | None, fmt: Format, out: Tensor | None = None
 ) -> Tensor:
@@ -76,12 +85,13 @@ def split(joined: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def _has_kernels() -> bool:
     if not cpu.available:
-        _warn_once()
+        warn_once()
     return cpu.available
 
 
 @cache
-def _warn_once() -> None:
+def warn_once() -> None:
+    """Say that the kernels are missing."""
     warnings.warn(
         "swalp was installed without its C++ kernels: quantizing is exact, but up to a thousand "
         "times slower. Install a C++ compiler (g++ or clang++) and reinstall swalp with "

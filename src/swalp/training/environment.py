@@ -9,6 +9,7 @@ import platform
 
 import torch
 
+from swalp.matmul import kernels
 from swalp.quantize import cpu
 
 # On these the bits of a result may depend.
@@ -28,6 +29,7 @@ def describe() -> dict[str, str | int]:
         "cores": os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "quantizer": kernel(),
+        "integer products": kernels.describe(),
     }
 
 

@@ -35,6 +35,8 @@ metrics.jsonl    one line per arm, seed and epoch: training loss, learning rate,
                  the iterate and of the average so far (and of the further averages, of held-out
                  examples, of the quantized average); a function of the settings, without times
 summary.json     the rows of the final table; it is there when the run is finished
+diagnostics.jsonl  one line per arm, for its first seed: how far each role of each layer is rounded,
+                 saturates and underflows in one more step, and histograms of the weights
 curves.png       test error against the epoch
 models/ARM/seed-N/
     sgd.safetensors      the iterate where averaging starts
@@ -125,6 +127,20 @@ class RunDirectory:
         lines = self._session_lines() + json.dumps(record).encode() + b"\n"
         write_file(self._sessions, lines)
 
+    def diagnostics(self) -> list[Record]:
+        """What was measured at the end of trajectories, in order."""
+        path = self._diagnostics
+        return [json.loads(line) for line in _read(path).splitlines()] if path.exists() else []
+
+    def append_diagnostics(self, record: Record) -> None:
+        """Add what was measured for an arm and a seed, in place of an older record of them."""
+        key = ("arm", "seed")
+        mine = [record[name] for name in key]
+        records = [old for old in self.diagnostics() if [old[name] for name in key] != mine]
+        # Whole even if the disk is full: no checkpoint says where to cut half a line off.
+        lines = [json.dumps(each, separators=(",", ":")) + "\n" for each in [*records, record]]
+        write_file(self._diagnostics, "".join(lines).encode())
+
     def _session_lines(self) -> bytes:
         return _read(self._sessions) if self._sessions.exists() else b""
 
@@ -172,6 +188,10 @@ class RunDirectory:
     @property
     def _metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def _diagnostics(self) -> Path:
+        return self.path / "diagnostics.jsonl"
 
     @property
     def _sessions(self) -> Path:

@@ -12,7 +12,15 @@ import torch
 from torch import nn
 
 from swalp import to_float
-from swalp.training import averages, checkpoint, deployment, environment, loop, summary
+from swalp.training import (
+    averages,
+    checkpoint,
+    deployment,
+    diagnostics,
+    environment,
+    loop,
+    summary,
+)
 from swalp.training.config import RunConfig
 from swalp.training.data import Dataset, hold_out
 from swalp.training.loop import Trajectory
@@ -191,6 +199,23 @@ def _train(
             )
             if stopping:
                 raise Stopped
+        if trajectory.seed == config.first_seed:
+            run.append_diagnostics(_diagnostics(trajectory, data, config))
+
+
+def _diagnostics(trajectory: Trajectory, data: Dataset, config: RunConfig) -> Record:
+    """What low precision does inside the network that was trained."""
+    recipe = trajectory.optimizer.recipe
+    found = diagnostics.describe(
+        trajectory.model,
+        trajectory.optimizer,
+        trajectory.average.module,
+        data.train_x[: config.batch_size],
+        data.train_y[: config.batch_size],
+        recipe=recipe,
+        seed=trajectory.seed,
+    )
+    return {"arm": trajectory.arm, "seed": trajectory.seed, **found}
 
 
 def _require_iterates(config: RunConfig, per_epoch: int) -> None:

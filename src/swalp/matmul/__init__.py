@@ -1,0 +1,1 @@
+"""Products of quantized operands: exactly on integers, or simulated on their float values."""

@@ -1,0 +1,90 @@
+"""What integer products multiply: int8 codes, and power-of-two scales that are applied outside."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from swalp.formats import BlockFloat, FixedPoint, Format
+from swalp.packed import PackedTensor
+from swalp.quantize import dispatch
+from swalp.quantize.codes import holds_nan, nan_code
+from swalp.rounding import Rounding
+
+
+class Operand(NamedTuple):
+    """Integers and their scale: value = code * 2**(exponent + gap).
+
+    Attributes:
+        codes: int8, two or more dimensions.
+        exponents: int8: one element, or one for each index of the first dimension, as `pack` gives
+            them; None: 0.
+        gap: the part of the exponent that the format fixes.
+    """
+
+    codes: Tensor
+    exponents: Tensor | None
+    gap: int
+
+    @property
+    def each(self) -> bool:
+        """Whether each index of the first dimension has an exponent of its own."""
+        return self.exponents is not None and self.exponents.numel() > 1
+
+    def flatten(self) -> Operand:
+        """As a matrix: all but the last dimension joined."""
+        return self._replace(codes=self.codes.reshape(-1, self.codes.shape[-1]))
+
+    def transpose(self) -> Operand:
+        """The last two dimensions exchanged: a view."""
+        return self._replace(codes=self.codes.transpose(-1, -2))
+
+    def exponent(self) -> Tensor:
+        """What 2 is raised to: int32, one, or one for each index of the first dimension."""
+        if self.exponents is None:
+            return torch.tensor([self.gap], dtype=torch.int32)
+        return (self.exponents.to(torch.int32) + self.gap).reshape(-1)
+
+
+def gap_of(fmt: Format) -> int | None:
+    """log2 of the gap at exponent 0 of a format whose values are int8 times a power of two.
+
+    None for other formats, and for tiles, whose exponents change along every product.
+    """
+    if isinstance(fmt, FixedPoint) and fmt.bits <= 8:
+        return -fmt.frac_bits
+    if isinstance(fmt, BlockFloat) and fmt.bits <= 8 and fmt.tile is None:
+        return fmt.gap_exponent(0)
+    return None
+
+
+def quantized(x: Tensor, fmt: Format, rounding: Rounding) -> Operand | None:
+    """`x` rounded to codes; None if a NaN among its elements has no integer.
+
+    Args:
+        x: float32, two or more dimensions.
+        fmt: a format that has a `gap_of`.
+        rounding: the rule, with the same result as in `swalp.quantize`.
+    """
+    gap = gap_of(fmt)
+    assert gap is not None  # the caller chose a format that has one
+    codes, exponents, has_nan = dispatch.pack_integers(x, fmt, rounding)
+    return None if has_nan else Operand(codes, exponents, gap)
+
+
+def of_packed(x: PackedTensor) -> Operand | None:
+    """The codes that a packed tensor holds, not copied; None if they are no integers, or a NaN."""
+    gap = gap_of(x.format)
+    if gap is None or x.codes.dtype != torch.int8:
+        return None
+    if holds_nan(x.format) and x.codes.numel() and int(x.codes.min()) == nan_code(x.format):
+        return None  # the lowest code, which stands for no number
+    return Operand(x.codes, x.exponents, gap)
+
+
+def values(x: Operand) -> Tensor:
+    """The numbers: float64, of the shape of the codes."""
+    scale = torch.exp2(x.exponent().to(torch.float64))
+    return x.codes.to(torch.float64) * scale.reshape(-1, *[1] * (x.codes.dim() - 1))
