@@ -236,7 +236,7 @@ def _round_parameters(model: nn.Module, recipe: Recipe, packed: bool) -> None:
         quantizer = recipe.at(layer, parameter=name).weight
         if quantizer is None:
             return value
-        grid = fit(quantizer.format, value.dim())
+        grid = fit(quantizer.format, value.shape)
         return pack(value, grid) if packed else quantize(value, grid, out=value)
 
     _replace_parameters(model, rounded)

@@ -6,6 +6,7 @@ names, state and everything that asks `isinstance` stay as they were.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,12 +55,14 @@ class Rule:
     format: Format
     rounding: Rounding
 
-    def at(self, ndim: int, step: int, call: int, training: bool) -> tuple[Format, Rounding]:
-        """What applies to a tensor of `ndim` dimensions at that moment."""
+    def at(
+        self, shape: Sequence[int], step: int, call: int, training: bool
+    ) -> tuple[Format, Rounding]:
+        """What applies to a tensor of that shape at that moment."""
         rounding = self.rounding
         if isinstance(rounding, Stochastic):
             rounding = rounding.at(step, call) if training else Nearest()
-        return fit(self.format, ndim), rounding
+        return fit(self.format, shape), rounding
 
 
 @dataclass(slots=True)
@@ -75,7 +78,7 @@ class Site:
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
         """Quantize `x`, and later its gradient; nothing is stochastic unless `training`."""
-        moment = (x.dim(), self.clock.step, self._call() if training else 0, training)
+        moment = (x.shape, self.clock.step, self._call() if training else 0, training)
         result: Tensor = _Site.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
             x,
             None if self.activation is None else self.activation.at(*moment),

@@ -54,7 +54,7 @@ def empty(
         case _, ExactSum():
             return {"sum": zeros(torch.int64)}
         case _, Quantizer(fmt, _) if fmt.bits <= 16:
-            return {"average": pack(zeros(torch.float32), fit(fmt, parameter.dim()))}
+            return {"average": pack(zeros(torch.float32), fit(fmt, parameter.shape))}
         case _, torch.float32:
             return {"average": zeros(torch.float32), "residual": zeros(torch.float32)}
         case _, torch.float64:
@@ -138,7 +138,7 @@ def _take_rounded(
     moved = _floats(average)
     if not kernel.take({"average": moved}, parameter, torch.float32, weight, threads):
         moved.copy_(moving_mean(moved, _floats(parameter).to(moved), weight))
-    fmt = fit(accumulator.format, moved.dim())
+    fmt = fit(accumulator.format, moved.shape)
     if isinstance(average, PackedTensor):
         average.copy_(pack(moved, fmt, rounding))
     else:
