@@ -5,12 +5,15 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <string.h>
+
 #include <new>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
 #include <vector>
 
+#include "convolution.h"
 #include "kernels.h"
 #include "matmul.h"
 
@@ -208,6 +211,49 @@ void matmul(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, uintptr_t left
   if (status > 0) throw std::runtime_error("this machine has no integer products");
 }
 
+// Sizes in the order of the struct's fields.
+swalp_convolution convolution(const std::vector<int64_t>& sizes) {
+  if (sizes.size() != sizeof(swalp_convolution) / sizeof(int64_t))
+    throw nb::value_error("Convolution: 16 sizes");
+  swalp_convolution c;
+  memcpy(&c, sizes.data(), sizeof c);
+  return c;
+}
+
+int64_t convolution_bytes(const swalp_convolution& c, bool backward) {
+  return swalp_convolution_packed_bytes(&c, backward);
+}
+
+void convolution_pack(const swalp_convolution& c, bool backward, bool channels_last,
+                      uintptr_t weight, uintptr_t packed, int threads) {
+  nb::gil_scoped_release unlocked;
+  swalp_convolution_pack(&c, backward, channels_last, at<int8_t>(weight), at<void>(packed), threads);
+}
+
+void convolution_forward(const swalp_convolution& c, uintptr_t x, uintptr_t packed,
+                         int64_t exponent, uintptr_t bias, uintptr_t y, int threads) {
+  nb::gil_scoped_release unlocked;
+  if (swalp_convolution_forward(&c, at<int8_t>(x), at<void>(packed), exponent, at<float>(bias),
+                                at<float>(y), threads) < 0)
+    throw std::bad_alloc();
+}
+
+void convolution_input_gradient(const swalp_convolution& c, uintptr_t dy, uintptr_t packed,
+                                int64_t exponent, uintptr_t dx, int threads) {
+  nb::gil_scoped_release unlocked;
+  if (swalp_convolution_input_gradient(&c, at<int8_t>(dy), at<void>(packed), exponent,
+                                       at<float>(dx), threads) < 0)
+    throw std::bad_alloc();
+}
+
+void convolution_weight_gradient(const swalp_convolution& c, uintptr_t x, uintptr_t dy,
+                                 int64_t exponent, bool channels_last, uintptr_t dw, int threads) {
+  nb::gil_scoped_release unlocked;
+  if (swalp_convolution_weight_gradient(&c, at<int8_t>(x), at<int8_t>(dy), exponent, channels_last,
+                                        at<float>(dw), threads) < 0)
+    throw std::bad_alloc();
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -309,6 +355,16 @@ NB_MODULE(_kernels, m) {
   m.def("noise", &noise);
   m.def("matmul", &matmul);
   m.def("has_matmul", [] { return swalp_has_multiply() != 0; });
+  nb::class_<swalp_convolution>(m, "Convolution")
+      .def("__init__", [](swalp_convolution* c, const std::vector<int64_t>& sizes) {
+        *c = convolution(sizes);
+      });
+  m.def("convolution_bytes", &convolution_bytes);
+  m.def("convolution_pack", &convolution_pack);
+  m.def("convolution_forward", &convolution_forward);
+  m.def("convolution_input_gradient", &convolution_input_gradient);
+  m.def("convolution_weight_gradient", &convolution_weight_gradient);
+  m.def("has_fast_convolution", [] { return swalp_has_fast_convolution() != 0; });
   m.def("use", [](const std::string& name) {
     if (!swalp_use(name.c_str()))
       throw nb::value_error(("this machine or build has no '" + name + "' kernels").c_str());
