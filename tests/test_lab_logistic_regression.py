@@ -7,8 +7,8 @@ import torch
 
 from swalp.lab.claim import Context, pick
 from swalp.lab.claims import logistic_regression as claim
-from swalp.lab.problems import Softmax
 from swalp.training import data
+from swalp.training.datasets.images import MemoryImages
 
 SMALL = dataclasses.replace(
     claim.CLAIM.quick, frac_bits=(2, 6), epochs=4, averaging_start=1, batch_size=20
@@ -18,8 +18,7 @@ CONTEXT = Context(None, False, lambda done, total: None, lambda: False, 2)
 
 def digits(data_dir, download, l2):
     images = data.load("digits")
-    train = Softmax(claim.unit_pixels(images.train_x), images.train_y, 10, l2)
-    return train, Softmax(claim.unit_pixels(images.test_x), images.test_y, 10, l2)
+    return claim.problem_of(images.train, 10, l2), claim.problem_of(images.test, 10, l2)
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +57,11 @@ def test_what_is_measured_is_right():
 
 
 def test_pixels_are_whole_255ths_whatever_their_scale():
-    images = torch.arange(256.0).reshape(1, 1, 16, 16)
-    x = claim.unit_pixels((images - 33.3) / 78.6)
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1)
+    images = MemoryImages(
+        pixels, torch.zeros(1, dtype=torch.int64), torch.tensor([33.3]), torch.tensor([78.6])
+    )
+    x = claim.problem_of(images, 10, 0.1).x
     assert torch.equal(x[0, :-1], torch.arange(256.0) / 255)
     assert x[0, -1] == 1
 

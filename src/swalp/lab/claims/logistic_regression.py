@@ -21,7 +21,7 @@ from swalp.lab.problems import Softmax
 from swalp.noise import stream_seed
 from swalp.rounding import Nearest, Stochastic
 from swalp.training import data
-from swalp.training.data import CLASSES, epoch_order
+from swalp.training.data import Images, epoch_order, evaluation_batches
 
 JUDGED_AT = 6  # fractional bits
 WORSE = 0.7  # points of training error that SGD-LP there is above float SGD
@@ -50,19 +50,19 @@ class Settings:
     seeds: int
 
 
-def unit_pixels(images: Tensor) -> Tensor:
-    """Images as rows of pixels in [0, 1] and a 1 for the bias, whatever their shift and scale."""
-    x = images.flatten(1)
+def problem_of(images: Images, classes: int, l2: float) -> Softmax:
+    """Softmax regression on pixels in [0, 1], whatever the images' shift and scale, and a bias."""
+    x = torch.cat([batch for batch, _ in evaluation_batches(images)]).flatten(1)
     x = ((x - x.min()) / (x.max() - x.min()) * 255).round() / 255
-    return torch.cat([x, torch.ones(len(x), 1)], dim=1)
+    return Softmax(torch.cat([x, torch.ones(len(x), 1)], dim=1), images.labels, classes, l2)
 
 
 def load(data_dir: Path | None, download: bool, l2: float) -> tuple[Softmax, Softmax]:
     """The training and the test problem."""
-    images = data.load("mnist", data_dir, download=download)
+    found = data.load("mnist", data_dir, download=download)
     return (
-        Softmax(unit_pixels(images.train_x), images.train_y, CLASSES, l2),
-        Softmax(unit_pixels(images.test_x), images.test_y, CLASSES, l2),
+        problem_of(found.train, found.classes, l2),
+        problem_of(found.test, found.classes, l2),
     )
 
 
