@@ -172,7 +172,10 @@ def draw(rows: list[dict[str, Any]]) -> None:
                 f"C{number}--", lw=1.8, **label,
             )  # fmt: skip
     axes.axvline(START, color="0.7", lw=0.8)
-    axes.text(START, axes.get_ylim()[1], " averaging starts", va="top", color="0.4", fontsize=9)
+    axes.annotate(
+        "averaging starts", (START, 1), (5, -6), xycoords=("data", "axes fraction"),
+        textcoords="offset points", va="top", color="0.4", fontsize=9,
+    )  # fmt: skip
     axes.set(xlabel="step", ylabel="validation loss, nats a character")
     axes.legend(frameon=False)
     figure.savefig(HERE / "loss.png", dpi=130)
