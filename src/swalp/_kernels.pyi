@@ -76,6 +76,14 @@ def quantize(
     fmt: Format, layout: Layout, x: int, out: int, output: int, exponents: int,
     rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
 ) -> bool: ...  # fmt: skip
+def quantize_block(
+    fmt: Format, start: int, count: int, x: int, out: int, guess: int,
+    rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
+) -> tuple[bool, int]: ...  # fmt: skip
+def relu(count: int, x: int, out: int, passed: int, threads: int, /) -> None: ...
+def relu_gradient(
+    count: int, gradient: int, passed: int, out: int, threads: int, /
+) -> None: ...
 def quantize_flat(
     fmt: Format, count: int, x: int, out: int,
     rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
