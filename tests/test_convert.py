@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -9,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import swalp
 from swalp import BlockFloat, Nearest, Stochastic, quantize
 from swalp.noise import stream_seed
-from swalp.recipes import Quantizer, Recipe
+from swalp.recipes import Override, Quantizer, Recipe
 
 PAPER = swalp.recipes.get("paper-small-block-5")
 
@@ -190,7 +191,169 @@ def test_mistakes():
         swalp.convert(model, PAPER)
     with pytest.raises(ValueError, match=r"ReLU has no layer to convert; these kinds.*Linear"):
         swalp.convert(nn.ReLU(), PAPER)
-    with pytest.raises(TypeError, match="recipe must be a Recipe, not 'paper'"):
+    with pytest.raises(TypeError, match="recipe must be a Recipe or the name of one, not 8"):
+        swalp.convert(network(), 8)
+    with pytest.raises(ValueError, match="unknown recipe 'paper'; did you mean paper-"):
         swalp.convert(network(), "paper")
     with pytest.raises(ValueError, match="not a converted model"):
         swalp.noise_clock(network())
+
+
+def placed(placement, **overrides):
+    return Recipe(
+        name=placement,
+        activation=Quantizer(BlockFloat(5), Stochastic(random_bits=16)),
+        error=Quantizer(BlockFloat(4), Stochastic(random_bits=16)),
+        placement=placement,
+        **overrides,
+    )
+
+
+class Rounded(torch.autograd.Function):
+    """x on the way forward and its gradient on the way back, each by a function or as it is."""
+
+    @staticmethod
+    def forward(ctx, x, forward, backward):
+        ctx.backward = backward
+        return x.clone() if forward is None else forward(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad if ctx.backward is None else ctx.backward(grad), None, None
+
+
+# Where each placement quantizes activation and error in Conv2d-ReLU-Conv2d-ReLU-Flatten-Linear:
+# by layer, at its input or its output, as a letter for each role.
+PLACES = {
+    "input": {"2": ("AE", ""), "5": ("AE", "")},
+    "operands": {"0": ("", "E"), "2": ("A", "E"), "5": ("A", "E")},
+    "output": {"0": ("", "AE"), "2": ("", "AE")},
+    "nonlinearity": {"1": ("", "AE"), "3": ("", "AE")},
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("placement", PLACES)
+def test_placements(placement, inplace):
+    """Against the network with the quantizers written where the placement has them."""
+
+    def convolutional():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(2, 4, 3), nn.ReLU(inplace), nn.Conv2d(4, 4, 3), nn.ReLU(inplace),
+            nn.Flatten(), nn.Linear(16, 3),
+        )  # fmt: skip
+
+    def q(role, width, name, step):
+        rule = Stochastic(stream_seed(9, role, name), random_bits=16, step=step)
+        return lambda x: quantize(x, BlockFloat(width), rule)
+
+    def place(x, roles, name, step):
+        return Rounded.apply(
+            x,
+            q("activation", 5, name, step) if "A" in roles else None,
+            q("error", 4, name, step) if "E" in roles else None,
+        )
+
+    model, plain = swalp.convert(convolutional(), placed(placement), seed=9), convolutional()
+    for step in (1, 2):
+        x = expected = images(step)
+        for name, layer in plain.named_children():
+            before, after = PLACES[placement].get(name, ("", ""))
+            expected = place(layer(place(expected, before, name, step)), after, name, step)
+        given = model(x)
+        assert torch.equal(given, expected)
+        (given.square().sum() + given[0, 0]).backward()
+        (expected.square().sum() + expected[0, 0]).backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)
+
+
+def test_error_at_the_output_reaches_a_layer_that_returns_a_view():
+    """A linear layer on 3 dimensions returns a view, which the in-place nonlinearity changes."""
+    layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(inplace=True))
+    model = swalp.convert(layers, placed("operands"), seed=2)
+    gradient = torch.randn(2, 3, 8)
+    y = model(torch.randn(2, 3, 8))
+    y.backward(gradient)
+    rule = Stochastic(stream_seed(2, "error", "0"), random_bits=16, step=1)
+    error = quantize(gradient * (y > 0), BlockFloat(4), rule)
+    assert torch.equal(model[0].bias.grad, error.sum((0, 1)))
+
+
+def test_quantize_input_reaches_the_first_operand():
+    for on in (False, True):
+        recipe = placed("operands", quantize_input=on)
+        model = swalp.convert(network(), recipe)
+        assert (model[0].input_site is not None) == on
+        assert model[0].output_site.activation is None
+
+
+def test_overrides_reach_layers_by_name_and_kind():
+    wide, narrow = (Quantizer(BlockFloat(width), Nearest()) for width in (9, 3))
+    recipe = Recipe(
+        name="mine",
+        activation=narrow,
+        error=narrow,
+        weight=narrow,
+        overrides=(
+            Override(kind="Linear", activation=wide),
+            Override(layers="6", activation=None, error=None, weight=None),
+            Override(kind="BatchNorm*", weight=wide),
+            Override(layers="4", parameter="bias", weight=None),
+        ),
+    )
+    model, plain = swalp.convert(network(), recipe), network()
+    assert model[4].input_site.activation.format == BlockFloat(9)
+    assert model[4].input_site.error.format == BlockFloat(3)
+    assert model[6].input_site is None
+    assert torch.equal(model[6].weight, plain[6].weight)
+    assert torch.equal(model[4].bias, plain[4].bias)
+    assert torch.equal(model[4].weight, quantize(plain[4].weight.detach(), BlockFloat(3)))
+    assert torch.equal(model[1].weight, quantize(plain[1].weight.detach(), BlockFloat(9)))
+    placed_apart = placed("nonlinearity", overrides=(Override(layers="0", placement="output"),))
+    model = swalp.convert(network(), placed_apart)
+    assert model[0].output_site.activation.format == BlockFloat(5)
+    assert type(model[2]) is not nn.ReLU
+    assert model[2].output_site.error.format == BlockFloat(4)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (Override(layers="clasifier.*", weight=None), r"layers='clasifier\.\*'\) matches no layer"),
+        (Override(layers="00", weight=None), "did you mean '0'"),
+        (Override(kind="linear", weight=None), "no layer of that kind; did you mean 'Linear'"),
+        (Override(layers="4", kind="Conv2d", weight=None), "of that kind; there are 'Linear'"),
+        (Override(parameter="wieght", weight=None), "matches no parameter; did you mean 'weight'"),
+    ],
+)
+def test_an_override_that_matches_nothing_is_an_error(override, message):
+    recipe = Recipe(name="mine", overrides=(override,))
+    before = network()
+    with pytest.raises(ValueError, match=f"recipe 'mine': .*{message}"):
+        swalp.convert(before, recipe)
+    assert [type(m) for m in before.modules()] == [type(m) for m in network().modules()]
+    optional = dataclasses.replace(override, required=False)
+    swalp.convert(before, Recipe(name="mine", overrides=(optional,)))
+
+
+def test_a_container_in_a_pattern_is_explained():
+    model = nn.Sequential(network())
+    recipe = Recipe(name="mine", overrides=(Override(layers="0", weight=None),))
+    with pytest.raises(ValueError, match=r"what holds some; use layers='0\.\*'"):
+        swalp.convert(model, recipe)
+
+
+def test_native_products_are_refused_for_now():
+    eight = Quantizer(BlockFloat(8), Nearest())
+    recipe = Recipe(name="n", weight=eight, activation=eight, error=eight,
+                    placement="operands", product="native")  # fmt: skip
+    with pytest.raises(ValueError, match="cannot compute yet"):
+        swalp.convert(network(), recipe)
+
+
+def test_a_recipe_by_name():
+    model = swalp.convert(network(), "paper-small-block-5", seed=3)
+    expected = swalp.convert(network(), PAPER, seed=3)
+    assert torch.equal(model(images()), expected(images()))

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import swalp
 from swalp import BlockFloat, Minifloat, Nearest, Stochastic, quantize
 from swalp.noise import stream_seed
 from swalp.optim import fused
-from swalp.recipes import Quantizer, Recipe
+from swalp.recipes import Override, Quantizer, Recipe
 
 SETTINGS = [
     {"lr": 0.1},
@@ -171,8 +172,78 @@ def test_bad_arguments():
         swalp.optim.SGD(parameters, -1)
     with pytest.raises(ValueError, match="nesterov=True needs momentum"):
         swalp.optim.SGD(parameters, 0.1, nesterov=True)
-    with pytest.raises(TypeError, match="recipe must be a Recipe"):
-        swalp.optim.SGD(parameters, 0.1, recipe="paper-big-block-8")
+    with pytest.raises(TypeError, match="SGD: recipe must be a Recipe or the name of one, not 8"):
+        swalp.optim.SGD(parameters, 0.1, recipe=8)
+    overridden = Recipe(name="mine", overrides=(Override(layers="0", weight=None),))
+    with pytest.raises(ValueError, match="SGD: recipe 'mine' has overrides for some layers, but"):
+        swalp.optim.SGD(parameters, 0.1, recipe=overridden)
+    by_kind = Recipe(name="mine", overrides=(Override(kind="Linear", weight=None),))
+    with pytest.raises(ValueError, match="'Linear', and the name '0' does not tell the kind; give"):
+        swalp.optim.SGD(network().named_parameters(), 0.1, recipe=by_kind)
+    with pytest.raises(ValueError, match="did you mean 'Linear'"):
+        swalp.optim.SGD(
+            network(),
+            0.1,
+            recipe=dataclasses.replace(by_kind, overrides=(Override(kind="linear", weight=None),)),
+        )
+    with pytest.raises(ValueError, match="Adam: recipe 'mine' has an accumulator"):
+        swalp.optim.Adam(
+            network(),
+            recipe=Recipe(
+                name="mine",
+                overrides=(Override(layers="0", accumulator=Quantizer(BlockFloat(8), Nearest())),),
+            ),
+        )
+
+
+@pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_overrides_per_parameter(kind, compiled, monkeypatch):
+    """Each parameter steps as it would under a recipe of its own."""
+    if not compiled:
+        monkeypatch.setattr(fused, "available", lambda: False)
+    base = swalp.recipes.get("paper-small-block-8")
+    wide = Quantizer(BlockFloat(12, axes=(0,)), Stochastic())
+    mixed = dataclasses.replace(base, overrides=(
+        Override(kind="Linear", gradient=None, required=False),
+        Override(layers="2", weight=wide, momentum=None),
+        Override(parameter="bias", weight=wide),
+    ))  # fmt: skip
+    settings = {"momentum": 0.9, "weight_decay": 0.01} if kind is swalp.optim.SGD else {}
+
+    def trained(recipe):
+        model = network()
+        for name, parameter in model.named_parameters():
+            parameter.data = torch.full_like(parameter, 0.5 + 0.1 * len(name))
+        optimizer = kind(model, lr=0.1, recipe=recipe, seed=4, **settings)
+        generator = torch.Generator().manual_seed(2)
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        fast = {n: optimizer._kernels[p][1] is not None for n, p in model.named_parameters()}
+        return dict(model.named_parameters()), fast
+
+    together, fast = trained(mixed)
+    for name, parameter in together.items():
+        layer, own = name.split(".")
+        alone, _ = trained(mixed.at(layer, "Linear", own))
+        assert torch.equal(parameter, alone[name]), name
+        assert not torch.equal(parameter, trained(base)[0][name])
+        assert fast[name] == (compiled and fused.available() and layer == "0")
+
+
+def test_weight_decay_is_that_of_the_accumulator():
+    fine, coarse = (Quantizer(BlockFloat(w), Nearest()) for w in (16, 3))
+    recipe = Recipe(name="accumulated", weight=coarse, accumulator=fine)
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 0.90625)
+    optimizer = swalp.optim.SGD(model.named_parameters(), 0.5, weight_decay=0.5, recipe=recipe)
+    model.weight.grad = torch.zeros(1, 1)
+    optimizer.step()
+    assert model.weight.item() == 0.75  # and the accumulator 0.90625 * 0.75
+    optimizer.step()
+    assert optimizer.state[model.weight]["accumulator"].item() == 0.90625 * 0.75**2
 
 
 FUSED = [

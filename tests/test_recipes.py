@@ -2,8 +2,8 @@ import dataclasses
 
 import pytest
 
-from swalp import BlockFloat, FixedPoint, Nearest, Stochastic, recipes
-from swalp.recipes import Quantizer, Recipe, fit
+from swalp import Binary, BlockFloat, FixedPoint, Minifloat, Nearest, Stochastic, recipes
+from swalp.recipes import LayerName, Override, Quantizer, Recipe, fit
 
 
 def test_paper_small_block():
@@ -62,3 +62,94 @@ def test_bad_values_are_refused():
         Quantizer(FixedPoint(8, 6), "nearest")
     with pytest.raises(TypeError, match="'mine': weight must be a Quantizer"):
         Recipe(name="mine", weight=FixedPoint(8, 6))
+
+
+def test_at_applies_the_overrides_that_match():
+    fine, coarse = (Quantizer(FixedPoint(width, 4), Nearest()) for width in (12, 6))
+    recipe = Recipe(
+        name="mine",
+        weight=coarse,
+        overrides=(
+            Override(layers="head.*", weight=fine),
+            Override(layers="head.last", weight=None, placement="output"),
+            Override(parameter="bias", gradient=fine),
+        ),
+    )
+    assert recipe.at("body.0") == Recipe(name="mine", weight=coarse)
+    assert recipe.at("head.0") == Recipe(name="mine", weight=fine)
+    assert recipe.at("head.last") == Recipe(name="mine", placement="output")
+    assert recipe.at("body.0", parameter="weight").gradient is None
+    assert recipe.at("body.0", parameter="bias") == Recipe(
+        name="mine", weight=coarse, gradient=fine
+    )
+
+
+def test_kinds_become_names():
+    recipe = Recipe(
+        name="mine",
+        overrides=(
+            Override(kind="Conv?d", weight=Quantizer(FixedPoint(8, 4), Nearest())),
+            Override(kind="Embedding", weight=None, required=False),
+        ),
+    )
+    with pytest.raises(ValueError, match="does not tell the kind; give the optimizer the model"):
+        recipe.at("0")
+    resolved = recipe.resolve([LayerName("a[0]", "Conv2d"), LayerName("b", "Linear")])
+    assert resolved.at("a[0]") == recipe.at("a[0]", "Conv2d")
+    assert resolved.at("a[0]").weight is not None
+    assert resolved.at("b").weight is None
+    assert len(resolved.overrides) == 1
+
+
+def test_native_settings():
+    eight = Quantizer(BlockFloat(8), Nearest())
+    roles = {"weight": eight, "activation": eight, "error": eight, "placement": "operands"}
+    wide = Override(layers="head", parameter="bias", weight=Quantizer(BlockFloat(12), Nearest()))
+    recipe = Recipe(
+        name="n", product="native", **roles, overrides=(Override(layers="first", error=None), wide)
+    )
+    assert recipe.at("middle").product == "native"
+    assert recipe.at("first").product == "simulated"
+    assert recipe.at("head", parameter="bias").weight == wide.weight
+    with pytest.raises(ValueError, match="'n': product=\"native\" multiplies quantized operands"):
+        Recipe(name="n", product="native", **(roles | {"placement": "input"}))
+    for given, text in [
+        (None, "float"),
+        (Quantizer(BlockFloat(8, axes=(0,)), Nearest()), r"bfp8\[0\]"),
+        (Quantizer(BlockFloat(9), Nearest()), "bfp9"),
+        (Quantizer(Minifloat(4, 3), Nearest()), "e4m3"),
+    ]:
+        with pytest.raises(ValueError, match=f"weight must be integers of up to 8.*not {text}"):
+            Recipe(name="n", product="native", **(roles | {"weight": given}))
+
+
+def test_formats_that_a_role_cannot_use():
+    unsigned = Quantizer(Minifloat(5, 3, signed=False), Nearest())
+    signs = Quantizer(Binary(), Nearest())
+    tiles = Quantizer(BlockFloat(8, tile=32), Nearest())
+    Recipe(name="r", activation=unsigned, second_moment=unsigned, weight=signs)
+    for role in ("weight", "error", "gradient", "momentum", "accumulator"):
+        with pytest.raises(ValueError, match=f"{role} cannot use ue5m3, which has no negative"):
+            Recipe(name="r", **{role: unsigned})
+    for role in ("error", "gradient", "momentum", "second_moment", "accumulator"):
+        with pytest.raises(ValueError, match=f"{role} cannot use binary, which has no zero"):
+            Override(**{role: signs})
+    with pytest.raises(ValueError, match=r'with placement="operands", error needs one exponent'):
+        Recipe(name="r", error=tiles, placement="operands")
+    with pytest.raises(ValueError, match=r"Override\(layers='a'\): with placement=\"operands\""):
+        Recipe(name="r", placement="operands", overrides=(Override(layers="a", error=tiles),))
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ValueError, match="placement='inputs' must be one of input, operands"):
+        Recipe(name="r", placement="inputs")
+    with pytest.raises(ValueError, match="product='fast' must be one of simulated, native"):
+        Recipe(name="r", product="fast")
+    with pytest.raises(ValueError, match=r"Override\(layers='a'\): it changes nothing"):
+        Override(layers="a")
+    with pytest.raises(ValueError, match="error belongs to a layer, not to one of its parameters"):
+        Override(parameter="bias", error=None)
+    with pytest.raises(TypeError, match="overrides must be Override values, not 3"):
+        Recipe(name="r", overrides=(3,))
+    with pytest.raises(TypeError, match="layers must be a pattern"):
+        Override(layers=0, weight=None)

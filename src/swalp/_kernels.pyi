@@ -96,6 +96,22 @@ def unpack(
     fmt: Format, layout: Layout, codes: int, code_type: int, exponents: int, table: int,
     out: int, threads: int, /,
 ) -> None: ...  # fmt: skip
+def least_squares(
+    size: int, weight: int, sum: int, squares: int, fmt: Format | None,
+    rule: int, bits: int, seed: int, step_start_every: tuple[int, int, int], rate: float,
+    x: int, y: int, rows: int, steps: int, /,
+) -> None: ...  # fmt: skip
+def softmax(
+    size: int, weight: int, sum: int, squares: int, fmt: Format | None,
+    rule: int, bits: int, seed: int, step_start_every: tuple[int, int, int], rate: float,
+    features: int, classes: int, batch: int, offsets: int, labels: int, columns: int,
+    values: int, l2: float, rows: int, steps: int, /,
+) -> None: ...  # fmt: skip
+def scalars(
+    size: int, weight: int, sum: int, squares: int, fmt: Format | None,
+    rule: int, bits: int, seed: int, step_start_every: tuple[int, int, int], rate: float,
+    skewed: bool, draws_seed: int, draws_bits: int, table: int, steps: int, /,
+) -> None: ...  # fmt: skip
 def split(halves: int, count: int, is_signed: bool, codes: int, threads: int, /) -> None: ...
 def join(codes: int, count: int, halves: int, threads: int, /) -> None: ...
 def noise(
@@ -108,6 +124,24 @@ def matmul(
     bias: int, out: int, integers: bool, threads: int, /,
 ) -> None: ...  # fmt: skip
 def has_matmul() -> bool: ...
+
+class Convolution:
+    def __init__(self, sizes: Sequence[int], /) -> None: ...
+
+def convolution_bytes(c: Convolution, backward: bool, /) -> int: ...
+def convolution_pack(
+    c: Convolution, backward: bool, channels_last: bool, weight: int, packed: int, threads: int, /
+) -> None: ...
+def convolution_forward(
+    c: Convolution, x: int, packed: int, exponent: int, bias: int, y: int, threads: int, /
+) -> None: ...
+def convolution_input_gradient(
+    c: Convolution, dy: int, packed: int, exponent: int, dx: int, threads: int, /
+) -> None: ...
+def convolution_weight_gradient(
+    c: Convolution, x: int, dy: int, exponent: int, channels_last: bool, dw: int, threads: int, /
+) -> None: ...
+def has_fast_convolution() -> bool: ...
 def use(name: str, /) -> None: ...
 def used() -> str: ...
 def has_threads() -> bool: ...

@@ -181,6 +181,57 @@ def evaluate(
 
 
 @app.command()
+def reproduce(
+    claim: Annotated[
+        str | None, typer.Argument(metavar="[CLAIM]", help="One of those that --list shows.")
+    ] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the claims.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Smaller: less than a minute on two cores.")
+    ] = False,
+    seeds: Annotated[
+        int | None, typer.Option(help="How many seeds to run; default: the claim's own.")
+    ] = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The record's directory; default: reproduced/CLAIM, or CLAIM-quick."),
+    ] = None,
+) -> int:
+    """Run one of the paper's claims: a table, a plot and a verdict, kept as a record."""
+    from swalp.lab import reproduce as lab
+    from swalp.report.progress import parts
+
+    if list_ or claim is None:
+        print(lab.listing())
+        return 0
+    found = lab.find(claim)
+    settings = lab.settings_of(found, quick=quick, seeds=seeds)
+    name = f"{claim}-quick" if quick else claim
+    words = ["swalp", "reproduce", claim, *(["--quick"] if quick else [])]
+    words += [] if seeds is None else ["--seeds", str(seeds)]
+    words += [] if data_dir is None else ["--data-dir", "DIR"]  # a path means nothing elsewhere
+    with _signals() as asked, parts(claim) as progress:
+        try:
+            verdict = lab.reproduce(
+                found,
+                settings,
+                out or Path("reproduced") / name,
+                data_dir=data_dir,
+                download=download,
+                command=words,
+                progress=progress,
+                stopped=lambda: bool(asked),
+                say=print,
+            )
+        except lab.Stopped:
+            print("swalp: stopped; nothing was written", file=sys.stderr)
+            return 128 + asked[0]
+    return 0 if verdict.holds else _DIFFERENT
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, processor, threads, the kernel in use, and where data is looked for."""
     from swalp.report.tables import pairs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from swalp.formats import Format
-from swalp.layers import CONVERTED, NoiseClock, QuantizedInput, Rule, Signal
+from swalp.layers import PRODUCTS, NoiseClock, QuantizedLayer, Rule, Site
+from swalp.nonlinearities import NONLINEARITIES
 from swalp.packed import PackedTensor, pack
 from swalp.quantize import quantize
-from swalp.recipes import Quantizer, Recipe, fit
+from swalp.recipes import LayerName, Quantizer, Recipe, fit, named
 from swalp.rounding import Stochastic
 
 _Module = TypeVar("_Module", bound=nn.Module)
-_FLOAT_OF: dict[type, type[nn.Module]] = {low: kind for kind, low in CONVERTED.items()}
+_LOW = PRODUCTS | NONLINEARITIES
+_FLOAT_OF: dict[type, type[nn.Module]] = {low: kind for kind, low in _LOW.items()}
 
 
 @dataclass(slots=True)
@@ -33,21 +35,24 @@ class _Conversion:
             self.clock.step += 1
 
 
-def convert(model: _Module, recipe: Recipe, *, seed: int = 0, packed: bool = False) -> _Module:
+def convert(
+    model: _Module, recipe: Recipe | str, *, seed: int = 0, packed: bool = False
+) -> _Module:
     """Make `model` compute in low precision, in place, and return it.
 
-    Linear and convolution layers quantize their input (activation) and the gradient they send back
-    (error), except that the first of them, in registration order, takes the network's input as it
-    is unless the recipe says otherwise; the output of the network and the gradient of the loss stay
-    float. All parameters are rounded, to nearest, to the weight format. Everything else computes in
-    float: `summary` lists it. Gradients, momentum and weights are quantized by `swalp.optim`.
+    Linear and convolution layers, or nonlinearities, quantize their activations and errors where
+    the recipe's placement says. By default that is the input of product layers, except that the
+    first of them, in registration order, takes the network's input as it is unless the recipe says
+    otherwise; the output of the network and the gradient of the loss stay float. All parameters are
+    rounded, to nearest, to the weight format. Everything else computes in float: `summary` lists
+    it. Gradients, momentum and weights are quantized by `swalp.optim`.
 
     Names, parameters and `state_dict` keys do not change. In `eval()` activations are rounded to
     nearest and nothing is random.
 
     Args:
         model: a float network; its parameters are changed.
-        recipe: see `swalp.recipes`.
+        recipe: a recipe, or the name of one: see `swalp.recipes`.
         seed: the run's seed. The noise of a layer is a function of seed, layer name, training pass
             and element alone.
         packed: hold each parameter as a `PackedTensor` of the weight format, about a byte each for
@@ -56,42 +61,50 @@ def convert(model: _Module, recipe: Recipe, *, seed: int = 0, packed: bool = Fal
 
     Raises:
         ValueError: `model` is converted already, or has no layer to convert, or should be packed
-            without a weight format.
+            without a weight format; or an override of the recipe matches none of its layers.
     """
-    if not isinstance(recipe, Recipe):
-        raise TypeError(
-            f"convert: recipe must be a Recipe, not {recipe!r}; "
-            f"swalp.recipes.get('paper-small-block-8') is one"
-        )
-    if any(isinstance(module, QuantizedInput) for module in model.modules()):
+    recipe = named(recipe, "convert")
+    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
         raise ValueError(
             "convert: this model is converted already; convert the float model, or take "
             "swalp.to_float(model) first"
         )
-    layers = [(name, module) for name, module in model.named_modules() if type(module) in CONVERTED]
-    if not layers:
-        kinds = ", ".join(kind.__name__ for kind in CONVERTED)
+    if recipe.product == "native":
+        raise ValueError(
+            f"convert: recipe {recipe.name!r} asks for native products, which this version cannot "
+            f'compute yet; product="simulated" gives the same numbers'
+        )
+    products = [name for name, module in model.named_modules() if type(module) in PRODUCTS]
+    if not products:
+        kinds = ", ".join(kind.__name__ for kind in PRODUCTS)
         raise ValueError(
             f"convert: {type(model).__name__} has no layer to convert; these kinds convert: {kinds}"
         )
     if packed and recipe.weight is None:
         raise ValueError(f"convert: packed=True needs a weight format; {recipe.name!r} has none")
+    resolved = recipe.resolve(layer_names(model))
     clock = NoiseClock(seed)
-    for index, (name, module) in enumerate(layers):
-        outer = index == 0 and not recipe.quantize_input
-        module.__class__ = CONVERTED[type(module)]
-        assert isinstance(module, QuantizedInput)
-        module.signal = Signal(
-            name,
-            clock,
-            None if outer else _rule(recipe.activation, seed, "activation", name),
-            None if outer else _rule(recipe.error, seed, "error", name),
-        )
-    if recipe.weight is not None:
-        _round_parameters(model, recipe.weight.format, packed)
+    for name, module in list(model.named_modules()):
+        if type(module) not in _LOW:
+            continue
+        places = _sites(resolved.at(name), name, products, clock)
+        if type(module) in PRODUCTS or places != (None, None):
+            module.__class__ = _LOW[type(module)]
+            assert isinstance(module, QuantizedLayer)
+            module.input_site, module.output_site = places
+    _round_parameters(model, resolved, packed)
     model._swalp = _Conversion(recipe, clock)  # type: ignore[assignment]  # no tensor or module
     model.register_forward_pre_hook(model._swalp)  # type: ignore[arg-type]  # typed as above
     return model
+
+
+def layer_names(model: nn.Module) -> list[LayerName]:
+    """What the overrides of a recipe match: every module with parameters of its own or sites."""
+    return [
+        LayerName(name, type(module).__name__, tuple(module._parameters))
+        for name, module in model.named_modules()
+        if module._parameters or type(module) in _LOW or isinstance(module, QuantizedLayer)
+    ]
 
 
 def noise_clock(model: nn.Module) -> NoiseClock:
@@ -108,11 +121,11 @@ def to_float(model: _Module) -> _Module:
     result = copy.deepcopy(model)
     _replace_parameters(
         result,
-        lambda value: value.dequantize() if isinstance(value, PackedTensor) else value,
+        lambda value, *_: value.dequantize() if isinstance(value, PackedTensor) else value,
     )
     for module in result.modules():
-        if isinstance(module, QuantizedInput):
-            del module.signal
+        if isinstance(module, QuantizedLayer):
+            del module.input_site, module.output_site
             module.__class__ = _FLOAT_OF[type(module)]  # type: ignore[assignment]  # its parent
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, _Conversion):
@@ -123,7 +136,7 @@ def to_float(model: _Module) -> _Module:
 
 @dataclass(frozen=True, slots=True)
 class LayerSummary:
-    """One row of `summary`: a layer, and the formats at its input (None: float)."""
+    """One row of `summary`: a layer, and the formats at its sites (None: float)."""
 
     name: str
     kind: str
@@ -164,16 +177,17 @@ def summary(model: nn.Module) -> Summary:
     """
     rows = []
     for name, module in model.named_modules():
-        signal = module.signal if isinstance(module, QuantizedInput) else None
-        if signal is None and next(module.children(), None) is not None:
+        converted = isinstance(module, QuantizedLayer)
+        if not converted and next(module.children(), None) is not None:
             continue
+        sites = [module.input_site, module.output_site] if converted else []
         rows.append(
             LayerSummary(
                 name,
                 type(module).__name__,
                 sum(parameter.numel() for parameter in module.parameters(recurse=False)),
-                None if signal is None or signal.activation is None else signal.activation.format,
-                None if signal is None or signal.error is None else signal.error.format,
+                _format(site.activation for site in sites if site is not None),
+                _format(site.error for site in sites if site is not None),
             )
         )
     return Summary(_conversion(model).recipe, tuple(rows))
@@ -189,24 +203,54 @@ def _conversion(model: nn.Module) -> _Conversion:
     return found
 
 
-def _round_parameters(model: nn.Module, fmt: Format, packed: bool) -> None:
-    def rounded(value: Tensor) -> Tensor:
-        grid = fit(fmt, value.dim())
+def _sites(
+    recipe: Recipe, name: str, products: list[str], clock: NoiseClock
+) -> tuple[Site | None, Site | None]:
+    """The sites at the input and the output of the layer that `recipe` holds for."""
+    activation = _rule(recipe.activation, clock.seed, "activation", name)
+    error = _rule(recipe.error, clock.seed, "error", name)
+    product = name in products
+    before: tuple[Rule | None, Rule | None] = (None, None)
+    after: tuple[Rule | None, Rule | None] = (None, None)
+    outer = name == products[0] and not recipe.quantize_input
+    if recipe.placement == "input" and product and not outer:
+        before = activation, error
+    elif recipe.placement == "operands" and product:
+        before, after = (None if outer else activation, None), (None, error)
+    elif (recipe.placement == "output" and product and name != products[-1]) or (
+        recipe.placement == "nonlinearity" and not product
+    ):
+        after = activation, error
+    return (
+        None if before == (None, None) else Site(name, clock, *before),
+        None if after == (None, None) else Site(name, clock, *after),
+    )
+
+
+def _round_parameters(model: nn.Module, recipe: Recipe, packed: bool) -> None:
+    def rounded(value: Tensor, layer: str, name: str) -> Tensor:
+        quantizer = recipe.at(layer, parameter=name).weight
+        if quantizer is None:
+            return value
+        grid = fit(quantizer.format, value.dim())
         return pack(value, grid) if packed else quantize(value, grid, out=value)
 
     _replace_parameters(model, rounded)
 
 
 @torch.no_grad()
-def _replace_parameters(model: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-    """Every parameter by `change(its value)`, where that is another tensor; tied ones stay tied."""
+def _replace_parameters(model: nn.Module, change: Callable[[Tensor, str, str], Tensor]) -> None:
+    """Every parameter by `change(it, its layer's name, its own)`, where that is another tensor.
+
+    A parameter of several layers stays theirs in common; the first of them counts.
+    """
     changed: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
+    for layer, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None:
                 continue
             if parameter not in changed:
-                value = change(parameter)
+                value = change(parameter, layer, name)
                 same = value is parameter
                 changed[parameter] = (
                     parameter if same else nn.Parameter(value, parameter.requires_grad)
@@ -221,6 +265,10 @@ def _rule(quantizer: Quantizer | None, seed: int, role: str, name: str) -> Rule 
     if isinstance(rounding, Stochastic):
         rounding = rounding.seeded(seed).stream(role, name)
     return Rule(quantizer.format, rounding)
+
+
+def _format(rules: Iterable[Rule | None]) -> Format | None:
+    return next((rule.format for rule in rules if rule is not None), None)
 
 
 def _name(fmt: Format | None) -> str:

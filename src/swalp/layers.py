@@ -1,7 +1,7 @@
-"""Product layers that quantize what enters them, and the error that leaves them.
+"""Layers that quantize at sites: activations on the way forward, errors on the way back.
 
-Each class is its PyTorch parent plus one attribute, `signal`: parameters, names, state and
-everything that asks `isinstance` stay as they were.
+Each class is its PyTorch parent plus two attributes, `input_site` and `output_site`: parameters,
+names, state and everything that asks `isinstance` stay as they were.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Rule:
 
 
 @dataclass(slots=True)
-class Signal:
-    """The quantizers at a layer's input: Q_A on the way forward, Q_E on the way back."""
+class Site:
+    """The quantizers at one place of a layer: Q_A on the way forward, Q_E on the way back."""
 
     name: str
     clock: NoiseClock
@@ -76,7 +76,7 @@ class Signal:
     def __call__(self, x: Tensor, training: bool) -> Tensor:
         """Quantize `x`, and later its gradient; nothing is stochastic unless `training`."""
         moment = (x.dim(), self.clock.step, self._call() if training else 0, training)
-        result: Tensor = _Signal.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
+        result: Tensor = _Site.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
             x,
             None if self.activation is None else self.activation.at(*moment),
             None if self.error is None else self.error.at(*moment),
@@ -100,7 +100,7 @@ class Signal:
         return self.calls - 1
 
 
-class _Signal(torch.autograd.Function):
+class _Site(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -109,42 +109,46 @@ class _Signal(torch.autograd.Function):
         error: tuple[Format, Rounding] | None,
     ) -> Tensor:
         ctx.error = error
-        return x.view_as(x) if activation is None else quantize(x, *activation)
+        # An alias, but no view, which an in-place nonlinearity after the layer could not change.
+        return x.detach() if activation is None else quantize(x, *activation)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return grad if ctx.error is None else quantize(grad, *ctx.error), None, None
 
 
-class QuantizedInput:
-    """Mixin over a product layer: `signal` quantizes its input."""
+class QuantizedLayer:
+    """Mixin over a layer of PyTorch: sites quantize its input and its output; None: float."""
 
-    signal: Signal
+    input_site: Site | None
+    output_site: Site | None
     training: bool
 
     def forward(self, x: Tensor, *args: Any) -> Tensor:
-        """The parent's forward on the quantized input."""
-        result: Tensor = super().forward(self.signal(x, self.training), *args)  # type: ignore[misc]  # a mixin
-        return result
+        """The parent's forward between the sites."""
+        if self.input_site is not None:
+            x = self.input_site(x, self.training)
+        y: Tensor = super().forward(x, *args)  # type: ignore[misc]  # a mixin
+        return y if self.output_site is None else self.output_site(y, self.training)
 
 
-class Linear(QuantizedInput, nn.Linear):
-    """`torch.nn.Linear` on a quantized input."""
+class Linear(QuantizedLayer, nn.Linear):
+    """`torch.nn.Linear` between sites."""
 
 
-class Conv1d(QuantizedInput, nn.Conv1d):
-    """`torch.nn.Conv1d` on a quantized input."""
+class Conv1d(QuantizedLayer, nn.Conv1d):
+    """`torch.nn.Conv1d` between sites."""
 
 
-class Conv2d(QuantizedInput, nn.Conv2d):
-    """`torch.nn.Conv2d` on a quantized input."""
+class Conv2d(QuantizedLayer, nn.Conv2d):
+    """`torch.nn.Conv2d` between sites."""
 
 
-class Conv3d(QuantizedInput, nn.Conv3d):
-    """`torch.nn.Conv3d` on a quantized input."""
+class Conv3d(QuantizedLayer, nn.Conv3d):
+    """`torch.nn.Conv3d` between sites."""
 
 
-CONVERTED: dict[type[nn.Module], type[nn.Module]] = {
+PRODUCTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Linear,
     nn.Conv1d: Conv1d,
     nn.Conv2d: Conv2d,

@@ -1,103 +1,38 @@
-"""Which format and rounding each role of a training run has: recipes, and the named ones."""
+"""The recipes that have a name, and what recipes are made of."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, replace
 
-from swalp.formats import BlockFloat, Format, Minifloat
-from swalp.rounding import Rounding, Stochastic
-
-ROLES = (
-    "weight",
-    "activation",
-    "error",
-    "gradient",
-    "momentum",
-    "second_moment",
-    "accumulator",
+from swalp.formats import BlockFloat, Minifloat
+from swalp.recipe import (
+    PARAMETER_ROLES,
+    ROLES,
+    SIGNAL_ROLES,
+    LayerName,
+    Override,
+    Placement,
+    Quantizer,
+    Recipe,
+    fit,
 )
+from swalp.rounding import Stochastic
 
-
-@dataclass(frozen=True, slots=True)
-class Quantizer:
-    """A format with the rule that rounds to it.
-
-    A `Stochastic` rule carries no seed here: `convert` and the optimizers give each tensor of a run
-    its own stream.
-    """
-
-    format: Format
-    rounding: Rounding
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.format, Format):
-            raise TypeError(f"Quantizer: format must be a format, not {self.format!r}")
-        if not isinstance(self.rounding, Rounding):
-            raise TypeError(f"Quantizer: rounding must be a rounding rule, not {self.rounding!r}")
-        if isinstance(self.rounding, Stochastic) and self.rounding.seed is not None:
-            raise ValueError(
-                f"Quantizer: {self.rounding!r} carries a seed, but a recipe serves many tensors; "
-                f"leave the seed out here and give it to convert() and the optimizer"
-            )
-
-    def __str__(self) -> str:
-        return f"{self.format} {self.rounding}"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """A quantizer, or None for float, for each role of Algorithm 2.
-
-    Args:
-        name: what reports call it.
-        weight: Q_W, of the updated weights, biases and normalization parameters included.
-        activation: Q_A, of what enters a layer's product.
-        error: Q_E, of the gradient that leaves a layer toward its input.
-        gradient: Q_G, of the parameters' gradients, before weight decay is added.
-        momentum: Q_M, of the momentum (Adam: the first moment) as it is kept between steps.
-        second_moment: of the root of Adam's second moment, as it is kept between steps.
-        accumulator: of a separate accumulator that takes the updates, the weights being quantized
-            from it; None, as in the paper: the weights are the accumulator.
-        quantize_input: whether the input of the network (of its first converted layer) is quantized
-            too; in the paper it is not.
-
-    Source: Yang et al. 2019 (arXiv:1904.11943), Algorithm 2.
-    """
-
-    name: str
-    weight: Quantizer | None = None
-    activation: Quantizer | None = None
-    error: Quantizer | None = None
-    gradient: Quantizer | None = None
-    momentum: Quantizer | None = None
-    second_moment: Quantizer | None = None
-    accumulator: Quantizer | None = None
-    quantize_input: bool = False
-
-    def __post_init__(self) -> None:
-        for role in ROLES:
-            value = getattr(self, role)
-            if value is not None and not isinstance(value, Quantizer):
-                raise TypeError(
-                    f"Recipe {self.name!r}: {role} must be a Quantizer(format, rounding) or None, "
-                    f"not {value!r}"
-                )
-
-
-def fit(fmt: Format, ndim: int) -> Format:
-    """`fmt` for a tensor of `ndim` dimensions: some elements always share an exponent.
-
-    One exponent per index of all axes would be one per element. Such axes are dropped from the end:
-    "one exponent per output channel" becomes one for the tensor for a bias, "per sample and
-    channel" becomes one per sample for the output of a linear layer.
-    """
-    if not isinstance(fmt, BlockFloat) or fmt.axes is None or fmt.tile is not None:
-        return fmt
-    axes = fmt.axes[: max(ndim - 1, 0)]
-    return fmt if axes == fmt.axes else replace(fmt, axes=axes or None)
-
+__all__ = [
+    "PARAMETER_ROLES",
+    "ROLES",
+    "SIGNAL_ROLES",
+    "LayerName",
+    "Override",
+    "Placement",
+    "Quantizer",
+    "Recipe",
+    "fit",
+    "get",
+    "named",
+    "names",
+]
 
 # 16 bits serve where each number is rounded once; a weight sums thousands of small updates.
 _SHORT = Stochastic(random_bits=16)
@@ -149,3 +84,19 @@ def get(name: str) -> Recipe:
     raise ValueError(
         f"unknown recipe {name!r}; did you mean {' or '.join(near)}? The word length may be 2..16"
     )
+
+
+def named(recipe: Recipe | str, owner: str) -> Recipe:
+    """`recipe`, or the one of that name; `owner` says in errors who asked.
+
+    Raises:
+        TypeError: neither a recipe nor a name.
+    """
+    if isinstance(recipe, str):
+        return get(recipe)
+    if not isinstance(recipe, Recipe):
+        raise TypeError(
+            f"{owner}: recipe must be a Recipe or the name of one, not {recipe!r}; "
+            f"swalp.recipes.get('paper-small-block-8') is one"
+        )
+    return recipe

@@ -1,14 +1,19 @@
 // The Python module swalp._kernels: the C interface, on addresses. `swalp/_kernels.pyi` describes it.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <string.h>
+
 #include <new>
+#include <optional>
 #include <stdexcept>
 #include <tuple>
 #include <vector>
 
+#include "convolution.h"
 #include "kernels.h"
 #include "matmul.h"
 
@@ -175,6 +180,20 @@ bool optimize(int (*step)(const Hyper*, const Parameter*, int64_t, int), const H
   return lost != 0;
 }
 
+// Calls `run` with a trajectory, without the interpreter's lock, so that Python threads run many.
+template <class Run>
+void descend(int64_t size, uintptr_t weight, uintptr_t sum, uintptr_t squares,
+             const std::optional<swalp_format>& format, int32_t rule, int32_t bits, uint64_t seed,
+             const std::tuple<int64_t, int64_t, int64_t>& when, const Run& run) {
+  swalp_role role = {};
+  if (format) set(role, *format, rule, bits, seed, false);
+  const auto& [step, start, every] = when;
+  const swalp_descent descent = {size, at<float>(weight), at<double>(sum), at<double>(squares),
+                                 format ? &role : nullptr, step, start, every};
+  nb::gil_scoped_release unlocked;
+  if (run(&descent) < 0) throw std::bad_alloc();
+}
+
 // Strides are of (matrix, outer index, contracted index).
 using Strides = std::tuple<int64_t, int64_t, int64_t>;
 
@@ -202,6 +221,49 @@ void matmul(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, uintptr_t left
   const int status = swalp_multiply(&t, threads);
   if (status < 0) throw std::bad_alloc();
   if (status > 0) throw std::runtime_error("this machine has no integer products");
+}
+
+// Sizes in the order of the struct's fields.
+swalp_convolution convolution(const std::vector<int64_t>& sizes) {
+  if (sizes.size() != sizeof(swalp_convolution) / sizeof(int64_t))
+    throw nb::value_error("Convolution: 16 sizes");
+  swalp_convolution c;
+  memcpy(&c, sizes.data(), sizeof c);
+  return c;
+}
+
+int64_t convolution_bytes(const swalp_convolution& c, bool backward) {
+  return swalp_convolution_packed_bytes(&c, backward);
+}
+
+void convolution_pack(const swalp_convolution& c, bool backward, bool channels_last,
+                      uintptr_t weight, uintptr_t packed, int threads) {
+  nb::gil_scoped_release unlocked;
+  swalp_convolution_pack(&c, backward, channels_last, at<int8_t>(weight), at<void>(packed), threads);
+}
+
+void convolution_forward(const swalp_convolution& c, uintptr_t x, uintptr_t packed,
+                         int64_t exponent, uintptr_t bias, uintptr_t y, int threads) {
+  nb::gil_scoped_release unlocked;
+  if (swalp_convolution_forward(&c, at<int8_t>(x), at<void>(packed), exponent, at<float>(bias),
+                                at<float>(y), threads) < 0)
+    throw std::bad_alloc();
+}
+
+void convolution_input_gradient(const swalp_convolution& c, uintptr_t dy, uintptr_t packed,
+                                int64_t exponent, uintptr_t dx, int threads) {
+  nb::gil_scoped_release unlocked;
+  if (swalp_convolution_input_gradient(&c, at<int8_t>(dy), at<void>(packed), exponent,
+                                       at<float>(dx), threads) < 0)
+    throw std::bad_alloc();
+}
+
+void convolution_weight_gradient(const swalp_convolution& c, uintptr_t x, uintptr_t dy,
+                                 int64_t exponent, bool channels_last, uintptr_t dw, int threads) {
+  nb::gil_scoped_release unlocked;
+  if (swalp_convolution_weight_gradient(&c, at<int8_t>(x), at<int8_t>(dy), exponent, channels_last,
+                                        at<float>(dw), threads) < 0)
+    throw std::bad_alloc();
 }
 
 }  // namespace
@@ -247,6 +309,35 @@ NB_MODULE(_kernels, m) {
                               decoupled, packed, has_gradient};
     return optimize(&swalp_adam_step, hyper, parameters, threads);
   });
+  using When = std::tuple<int64_t, int64_t, int64_t>;
+  m.def("least_squares", [](int64_t size, uintptr_t weight, uintptr_t sum, uintptr_t squares,
+                            const std::optional<swalp_format>& format, int32_t rule, int32_t bits,
+                            uint64_t seed, const When& when, float rate, uintptr_t x, uintptr_t y,
+                            uintptr_t rows, int64_t steps) {
+    descend(size, weight, sum, squares, format, rule, bits, seed, when, [&](const swalp_descent* d) {
+      return swalp_least_squares(d, rate, at<float>(x), at<float>(y), at<int64_t>(rows), steps);
+    });
+  });
+  m.def("softmax", [](int64_t size, uintptr_t weight, uintptr_t sum, uintptr_t squares,
+                      const std::optional<swalp_format>& format, int32_t rule, int32_t bits,
+                      uint64_t seed, const When& when, float rate, int64_t features,
+                      int64_t classes, int64_t batch, uintptr_t offsets, uintptr_t labels,
+                      uintptr_t columns, uintptr_t values, float l2, uintptr_t rows, int64_t steps) {
+    const swalp_softmax problem = {features, classes, batch, at<int64_t>(offsets),
+                                   at<int64_t>(labels), at<int32_t>(columns), at<float>(values), l2};
+    descend(size, weight, sum, squares, format, rule, bits, seed, when, [&](const swalp_descent* d) {
+      return swalp_softmax_regression(d, &problem, rate, at<int64_t>(rows), steps);
+    });
+  });
+  m.def("scalars", [](int64_t size, uintptr_t weight, uintptr_t sum, uintptr_t squares,
+                      const std::optional<swalp_format>& format, int32_t rule, int32_t bits,
+                      uint64_t seed, const When& when, float rate, bool skewed, uint64_t draws_seed,
+                      int32_t draws_bits, uintptr_t table, int64_t steps) {
+    const swalp_rounding draws = {SWALP_STOCHASTIC, draws_bits, draws_seed, 0, 0};
+    descend(size, weight, sum, squares, format, rule, bits, seed, when, [&](const swalp_descent* d) {
+      return swalp_scalars(d, rate, skewed, &draws, at<float>(table), steps);
+    });
+  });
   nb::class_<swalp_format>(m, "Format")
       .def("__init__", [](swalp_format* f) { *f = swalp_format{}; })
 #define FIELD(name) .def_rw(#name, &swalp_format::name)
@@ -286,6 +377,16 @@ NB_MODULE(_kernels, m) {
   m.def("noise", &noise);
   m.def("matmul", &matmul);
   m.def("has_matmul", [] { return swalp_has_multiply() != 0; });
+  nb::class_<swalp_convolution>(m, "Convolution")
+      .def("__init__", [](swalp_convolution* c, const std::vector<int64_t>& sizes) {
+        *c = convolution(sizes);
+      });
+  m.def("convolution_bytes", &convolution_bytes);
+  m.def("convolution_pack", &convolution_pack);
+  m.def("convolution_forward", &convolution_forward);
+  m.def("convolution_input_gradient", &convolution_input_gradient);
+  m.def("convolution_weight_gradient", &convolution_weight_gradient);
+  m.def("has_fast_convolution", [] { return swalp_has_fast_convolution() != 0; });
   m.def("use", [](const std::string& name) {
     if (!swalp_use(name.c_str()))
       throw nb::value_error(("this machine or build has no '" + name + "' kernels").c_str());

@@ -11,6 +11,7 @@
 
 #include <string.h>
 
+#include "convex.h"
 #include "optim.h"
 
 namespace {
@@ -227,6 +228,6 @@ void noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out)
 #define SWALP_JOIN_(name) swalp_build_##name
 #define SWALP_JOIN(name) SWALP_JOIN_(name)
 extern const swalp_build SWALP_JOIN(SWALP_BUILD);
-const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize,
-                                             quantize_block, relu, relu_gradient, unpack, split,
-                                             join, noise, sgd, adam};
+const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, quantize_block,
+                                             relu, relu_gradient, unpack, split, join, noise, sgd,
+                                             adam, least_squares, softmax, scalars};

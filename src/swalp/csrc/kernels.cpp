@@ -109,6 +109,21 @@ int swalp_adam_step(const swalp_adam* hyper, const swalp_adam_parameter* paramet
   return active->adam(hyper, parameters, count, threads);
 }
 
+int swalp_least_squares(const swalp_descent* d, float rate, const float* x, const float* y,
+                        const int64_t* rows, int64_t steps) {
+  return active->least_squares(d, rate, x, y, rows, steps);
+}
+
+int swalp_softmax_regression(const swalp_descent* d, const swalp_softmax* problem, float rate,
+                             const int64_t* rows, int64_t steps) {
+  return active->softmax(d, problem, rate, rows, steps);
+}
+
+int swalp_scalars(const swalp_descent* d, float rate, int skewed, const swalp_rounding* draws,
+                  const float* table, int64_t steps) {
+  return active->scalars(d, rate, skewed, draws, table, steps);
+}
+
 int swalp_use(const char* name) {
   const swalp_build* build = find(name);
   if (build) active = build;

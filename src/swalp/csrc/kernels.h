@@ -129,6 +129,36 @@ typedef struct {
 int swalp_sgd_step(const swalp_sgd*, const swalp_sgd_parameter*, int64_t count, int threads);
 int swalp_adam_step(const swalp_adam*, const swalp_adam_parameter*, int64_t count, int threads);
 
+// One trajectory of stochastic gradient descent: w = Q(w - rate * gradient), `step` steps taken so far.
+// Step t has the noise of step t; its iterate is added to the sums if t > start and (t - start) is a
+// multiple of `every`. Equal to src/swalp/lab/definition.py. The functions return -1 without memory,
+// else 0, and do not share their work among threads.
+typedef struct {
+  int64_t size;
+  float* weight;          // replaced
+  double *sum, *squares;  // of the iterates taken, element by element; squares may be NULL
+  const swalp_role* role;  // NULL: the iterate is not rounded
+  int64_t step, start, every;
+} swalp_descent;
+
+// Examples as the nonzero features offsets[i] .. offsets[i + 1] of `columns` and `values`.
+typedef struct {
+  int64_t features, classes, batch;
+  const int64_t *offsets, *labels;
+  const int32_t* columns;
+  const float* values;
+  float l2;
+} swalp_softmax;
+
+// `rows`: the example of each step; of softmax, `batch` examples for each.
+int swalp_least_squares(const swalp_descent*, float rate, const float* x, const float* y,
+                        const int64_t* rows, int64_t steps);
+int swalp_softmax_regression(const swalp_descent*, const swalp_softmax*, float rate,
+                             const int64_t* rows, int64_t steps);
+// `draws`: 16 random bits for each number, which pick its noise from `table`.
+int swalp_scalars(const swalp_descent*, float rate, int skewed, const swalp_rounding* draws,
+                  const float* table, int64_t steps);
+
 // Choose the instruction set: 1 if this machine and build have it, else 0 and nothing changes.
 int swalp_use(const char* name);
 const char* swalp_used(void);
@@ -150,5 +180,8 @@ struct swalp_build {
   decltype(&swalp_noise) noise;
   decltype(&swalp_sgd_step) sgd;
   decltype(&swalp_adam_step) adam;
+  decltype(&swalp_least_squares) least_squares;
+  decltype(&swalp_softmax_regression) softmax;
+  decltype(&swalp_scalars) scalars;
 };
 #endif

@@ -1,16 +1,9 @@
 // Which elements, in which order, by which thread.
 #pragma once
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-#if defined(__x86_64__)
-#include <immintrin.h>
-#else
-#include <fenv.h>
-#endif
 #include <stdlib.h>
 
 #include "noise.h"
+#include "parallel.h"
 #include "spans.h"
 
 namespace {
@@ -23,48 +16,6 @@ constexpr int64_t kStretch = 512;     // pieces that are worked on in order of m
 constexpr int64_t kTile = 16384;      // the same of a transposed tile, at most: it stays in L2
 constexpr int64_t kBuffer = 2 * kTile + kPadding;  // with its rows' ends and beginnings
 constexpr int64_t kRows = 256;        // positions of a transposed tile, at most
-
-// The default floating-point mode for as long as this lives: round to nearest, subnormals kept.
-class DefaultMode {
- public:
-#if defined(__x86_64__)
-  DefaultMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
-  ~DefaultMode() { _mm_setcsr(saved_); }
-
- private:
-  unsigned saved_;
-#else
-  DefaultMode() {
-    fegetenv(&saved_);
-    fesetenv(FE_DFL_ENV);
-  }
-  ~DefaultMode() { fesetenv(&saved_); }
-
- private:
-  fenv_t saved_;
-#endif
-};
-
-// work(begin, end) over shares of 0 .. count - 1; returns whether any returned true.
-template <class Work>
-__attribute__((noinline)) bool parallel(int64_t count, int threads, const Work& work) {
-  bool any = false;
-#ifdef _OPENMP
-  if (threads > count) threads = static_cast<int>(count);
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads) reduction(|| : any)
-    {
-      const DefaultMode mode;
-      const int64_t n = omp_get_num_threads(), t = omp_get_thread_num();
-      any = work(count * t / n, count * (t + 1) / n);
-    }
-    return any;
-  }
-#endif
-  const DefaultMode mode;
-  any = work(0, count);
-  return any;
-}
 
 struct Task {
   const swalp_format& format;

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from swalp.optim import fused
 from swalp.optim.base import LowPrecisionOptimizer, Quantize, require_not_negative
 from swalp.packed import PackedTensor
-from swalp.recipes import Recipe
+from swalp.recipes import Quantizer, Recipe, named
 
 
 def adam_step(
@@ -86,14 +86,14 @@ class Adam(LowPrecisionOptimizer):
     Without a recipe it is `torch.optim.Adam` or, if `decoupled`, `torch.optim.AdamW`.
 
     Args:
-        params: as for any PyTorch optimizer; pass ``model.named_parameters()``, as for `SGD`.
+        params: as for `SGD`: best ``model.named_parameters()``, or the model.
         lr: learning rate.
         betas: of the running averages of the gradient and its square.
         eps: added to the denominator.
         weight_decay: L2 penalty, or AdamW's decay if `decoupled`.
         decoupled: AdamW.
-        recipe: the formats: momentum for the first moment, second_moment for the root of the
-            second; None: float.
+        recipe: the formats, momentum for the first moment, second_moment for the root of the
+            second, or the name of a recipe; None: float.
         seed: the run's seed, as given to `convert`.
 
     Raises:
@@ -103,23 +103,27 @@ class Adam(LowPrecisionOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Iterable[Any] | nn.Module,
         lr: float = 1e-3,
         *,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         decoupled: bool = False,
-        recipe: Recipe | None = None,
+        recipe: Recipe | str | None = None,
         seed: int = 0,
     ) -> None:
         require_not_negative("Adam", lr=lr, eps=eps, weight_decay=weight_decay)
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"Adam: betas={betas} must lie in [0, 1)")
-        if isinstance(recipe, Recipe) and recipe.accumulator is not None:
-            raise ValueError(
-                f"Adam: recipe {recipe.name!r} has an accumulator, which only SGD keeps; drop it"
-            )
+        if recipe is not None:
+            recipe = named(recipe, "Adam")
+            roles = [recipe.accumulator, *(override.accumulator for override in recipe.overrides)]
+            if any(isinstance(role, Quantizer) for role in roles):
+                raise ValueError(
+                    f"Adam: recipe {recipe.name!r} has an accumulator, which only SGD keeps; "
+                    f"drop it"
+                )
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -132,6 +136,7 @@ class Adam(LowPrecisionOptimizer):
     def _update(
         self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
     ) -> None:
+        recipe = self.recipe_of(name)
         state = self.state[parameter]
         if not state:
             state["step"] = 0
@@ -148,7 +153,7 @@ class Adam(LowPrecisionOptimizer):
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             decoupled=group["decoupled"],
-            keep_root=self.recipe is not None and self.recipe.second_moment is not None,
+            keep_root=recipe is not None and recipe.second_moment is not None,
             quantized=self._quantizer(name, state["step"], isinstance(parameter, PackedTensor)),
         )
         parameter.copy_(weight)
@@ -157,7 +162,7 @@ class Adam(LowPrecisionOptimizer):
     def _kernel(
         self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
     ) -> Any | None:
-        recipe = self.recipe
+        recipe = self.recipe_of(name)
         if recipe is None:
             return None
         roles = ("gradient", "momentum", "second_moment", "weight")
@@ -186,8 +191,9 @@ class Adam(LowPrecisionOptimizer):
         kernel.step = state["step"]
         return kernel
 
-    def _run(self, kernels: list[Any], packed: bool, group: dict[str, Any]) -> bool:
-        assert self.recipe is not None
+    def _run(
+        self, kernels: list[Any], packed: bool, has_gradient: bool, group: dict[str, Any]
+    ) -> bool:
         lost = False
         # The bias corrections depend on the step, and parameters may be at different ones.
         for step in sorted({kernel.step for kernel in kernels}):
@@ -200,6 +206,6 @@ class Adam(LowPrecisionOptimizer):
                 group["weight_decay"],
                 group["decoupled"],
                 packed,
-                self.recipe.gradient is not None,
+                has_gradient,
             )
         return lost

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from swalp.convert import layer_names
 from swalp.optim import fused
 from swalp.packed import PackedTensor, pack
 from swalp.quantize import quantize
-from swalp.recipes import Recipe, fit
+from swalp.recipes import Recipe, fit, named
 from swalp.rounding import Stochastic
 
 # quantized(role, tensor): the tensor rounded for that role; the tensor itself if the role is off.
@@ -25,22 +27,60 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
 
     The noise of a parameter is a function of seed, name, role, its step and the element alone.
     Without names (`model.parameters()`), its place among the parameters serves as its name.
+    Overrides of the recipe go by names; those by the kind of a layer need the model.
     """
 
     def __init__(
-        self, params: Iterable[Any], defaults: dict[str, Any], recipe: Recipe | None, seed: int
+        self,
+        params: Iterable[Any] | nn.Module,
+        defaults: dict[str, Any],
+        recipe: Recipe | str | None,
+        seed: int,
     ) -> None:
-        kind = type(self).__name__
-        if recipe is not None and not isinstance(recipe, Recipe):
-            raise TypeError(f"{kind}: recipe must be a Recipe or None, not {recipe!r}")
+        if recipe is not None:
+            recipe = named(recipe, type(self).__name__)
+        if isinstance(params, nn.Module):
+            if recipe is not None:
+                recipe = recipe.resolve(layer_names(params))
+            params = params.named_parameters()
         self.recipe = recipe
         self.seed = seed
-        self._kernels: dict[Tensor, tuple[Any, Any]] = {}  # derived; never saved
+        # Derived; never saved.
+        self._kernels: dict[Tensor, tuple[Any, Any]] = {}
+        self._recipes: dict[str, Recipe | None] = {}
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in PyTorch.
+
+        Raises:
+            ValueError: the recipe has overrides, and the parameters come without names.
+        """
+        super().add_param_group(param_group)
+        names = self.param_groups[-1].get("param_names")
+        if self.recipe is not None and self.recipe.overrides:
+            if names is None:
+                raise ValueError(
+                    f"{type(self).__name__}: recipe {self.recipe.name!r} has overrides for some "
+                    f"layers, but the parameters have no names; give the optimizer the model, or "
+                    f"model.named_parameters()"
+                )
+            for name in names:
+                self.recipe_of(name)
+
+    def recipe_of(self, name: str) -> Recipe | None:
+        """The recipe that holds for the parameter of that name; None: float."""
+        if self.recipe is None or not self.recipe.overrides:
+            return self.recipe
+        if name not in self._recipes:
+            layer, _, parameter = name.rpartition(".")
+            self._recipes[name] = self.recipe.at(layer, parameter=parameter)
+        return self._recipes[name]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._kernels = {}
+        self._recipes = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # PyTorch's keeps these three; what makes the steps reproducible must come along.
@@ -64,8 +104,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, named in self._groups():
-            ready = [(name, p, p.grad) for name, p in named if p.grad is not None]
+        for group, parameters in self._groups():
+            ready = [(name, p, p.grad) for name, p in parameters if p.grad is not None]
             self._update_group(ready, group)
         return loss
 
@@ -89,8 +129,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]  # PyTorch has no type
                 lambda parameter, name=name, group=group: hook(parameter, name, group)
             )
-            for group, named in self._groups()
-            for name, parameter in named
+            for group, parameters in self._groups()
+            for name, parameter in parameters
         ]
 
     def _update_group(
@@ -103,10 +143,12 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             if kernel is None:
                 self._update(name, parameter, gradient, group)
             else:
-                kernels.append((kernel, isinstance(parameter, PackedTensor)))
-        for packed in (False, True):
-            chosen = [kernel for kernel, kept in kernels if kept == packed]
-            if chosen and self._run(chosen, packed, group):
+                recipe = self.recipe_of(name)
+                rounds = recipe is not None and recipe.gradient is not None
+                kernels.append((kernel, (isinstance(parameter, PackedTensor), rounds)))
+        for packed, rounds in product((False, True), repeat=2):
+            chosen = [kernel for kernel, kept in kernels if kept == (packed, rounds)]
+            if chosen and self._run(chosen, packed, rounds, group):
                 raise ValueError(
                     f"{type(self).__name__}: a parameter or its state became NaN, for which its "
                     f"format has no code; lower the learning rate, or go back to a checkpoint"
@@ -125,8 +167,12 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         """The compiled step's view of one parameter, its state ready; None if it cannot do it."""
 
     @abstractmethod
-    def _run(self, kernels: list[Any], packed: bool, group: dict[str, Any]) -> bool:
-        """Step parameters by the compiled step; whether a NaN had no code."""
+    def _run(
+        self, kernels: list[Any], packed: bool, has_gradient: bool, group: dict[str, Any]
+    ) -> bool:
+        """Step parameters, all packed or none, all with a gradient role or none, by the compiled
+        step; whether a NaN had no code.
+        """
 
     def _groups(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, Tensor]]]]:
         """Every group with its parameters, each with its name or its place."""
@@ -140,24 +186,26 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         self, kind: str, roles: tuple[str, ...], name: str, parameter: Tensor, gradient: Tensor
     ) -> Any | None:
         """The kernel's object for one parameter, made once; None if the kernel cannot take it."""
-        if self.recipe is None or not fused.reads(gradient):
+        recipe = self.recipe_of(name)
+        if recipe is None or not fused.reads(gradient):
             return None
         memory = fused.resident(parameter)
-        key = (memory.shape, memory.stride(), memory.dtype, roles, self.recipe)
+        key = (memory.shape, memory.stride(), memory.dtype, roles, recipe)
         made = self._kernels.get(parameter)
         if made is None or made[0] != key:
-            blocks = fused.fits(self.recipe, roles, parameter)
+            blocks = fused.fits(recipe, roles, parameter)
             kernel = None
             if blocks is not None:
-                kernel = fused.prepare(kind, blocks, roles, self.recipe, parameter, name, self.seed)
+                kernel = fused.prepare(kind, blocks, roles, recipe, parameter, name, self.seed)
             made = self._kernels[parameter] = (key, kernel)
         return made[1]
 
     def _quantizer(self, name: str, step: int, packed: bool) -> Quantize:
         """Q of each role for one parameter at one step; `packed`: what is kept is held as codes."""
+        recipe = self.recipe_of(name)
 
         def quantized(role: str, tensor: Tensor) -> Tensor:
-            quantizer = None if self.recipe is None else getattr(self.recipe, role)
+            quantizer = None if recipe is None else getattr(recipe, role)
             if quantizer is None:
                 return tensor
             rounding = quantizer.rounding

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from swalp.optim import fused
 from swalp.optim.base import LowPrecisionOptimizer, Quantize, require_not_negative
@@ -29,7 +29,7 @@ def sgd_step(
 
     With g the gradient, v the momentum, w the weight (a the accumulator, if there is one)::
 
-        g = Q_G(g) + weight_decay * w
+        g = Q_G(g) + weight_decay * w            or weight_decay * a
         v = momentum * v + g                     kept as Q_M(v)
         d = v, or g + momentum * v with Nesterov
         w = Q_W(w - lr * d)                      or a = Q_C(a - lr * d), w = Q_W(a)
@@ -56,7 +56,8 @@ def sgd_step(
     """
     direction = quantized("gradient", gradient)
     if weight_decay != 0:
-        direction = direction.add(weight, alpha=weight_decay)
+        decayed = weight if accumulator is None else accumulator
+        direction = direction.add(decayed, alpha=weight_decay)
     if momentum != 0:
         if momentum_buffer is None:
             velocity = direction
@@ -76,13 +77,14 @@ class SGD(LowPrecisionOptimizer):
     """SGD whose gradients, momentum and weights are quantized; `torch.optim.SGD` without a recipe.
 
     Args:
-        params: as for any PyTorch optimizer. Pass ``model.named_parameters()``: the noise of a
-            tensor then depends on its name; otherwise on its place among the parameters.
+        params: as for any PyTorch optimizer, or a model for all its parameters. With names
+            (``model.named_parameters()``, or the model) the noise of a tensor depends on its name;
+            otherwise on its place among the parameters.
         lr: learning rate.
         momentum: 0 for none.
         weight_decay: L2 penalty, added to the quantized gradient.
         nesterov: Nesterov's form; needs momentum.
-        recipe: the formats; None: float.
+        recipe: the formats, or the name of a recipe; None: float.
         seed: the run's seed, as given to `convert`.
 
     Raises:
@@ -91,13 +93,13 @@ class SGD(LowPrecisionOptimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Iterable[Any] | nn.Module,
         lr: float,
         *,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        recipe: Recipe | None = None,
+        recipe: Recipe | str | None = None,
         seed: int = 0,
     ) -> None:
         require_not_negative("SGD", lr=lr, momentum=momentum, weight_decay=weight_decay)
@@ -117,7 +119,8 @@ class SGD(LowPrecisionOptimizer):
         state = self.state[parameter]
         if not state:
             state["step"] = 0
-            if self.recipe is not None and self.recipe.accumulator is not None:
+            recipe = self.recipe_of(name)
+            if recipe is not None and recipe.accumulator is not None:
                 state["accumulator"] = parameter.detach().clone()
         weight, momentum_buffer, accumulator = sgd_step(
             parameter,
@@ -140,7 +143,7 @@ class SGD(LowPrecisionOptimizer):
     def _kernel(
         self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
     ) -> Any | None:
-        recipe = self.recipe
+        recipe = self.recipe_of(name)
         if recipe is None or recipe.accumulator is not None:
             return None
         roles = ("gradient", "momentum", "weight") if group["momentum"] else ("gradient", "weight")
@@ -168,8 +171,9 @@ class SGD(LowPrecisionOptimizer):
         state["step"] += 1
         return kernel
 
-    def _run(self, kernels: list[Any], packed: bool, group: dict[str, Any]) -> bool:
-        assert self.recipe is not None
+    def _run(
+        self, kernels: list[Any], packed: bool, has_gradient: bool, group: dict[str, Any]
+    ) -> bool:
         return fused.sgd(
             kernels,
             group["lr"],
@@ -177,5 +181,5 @@ class SGD(LowPrecisionOptimizer):
             group["weight_decay"],
             group["nesterov"],
             packed,
-            self.recipe.gradient is not None,
+            has_gradient,
         )

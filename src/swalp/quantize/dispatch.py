@@ -85,12 +85,13 @@ def split(joined: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def _has_kernels() -> bool:
     if not cpu.available:
-        _warn_once()
+        warn_once()
     return cpu.available
 
 
 @cache
-def _warn_once() -> None:
+def warn_once() -> None:
+    """Say that the kernels are missing."""
     warnings.warn(
         "swalp was installed without its C++ kernels: quantizing is exact, but up to a thousand "
         "times slower. Install a C++ compiler (g++ or clang++) and reinstall swalp with "

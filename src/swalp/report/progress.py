@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -116,3 +117,33 @@ class Display:
             left = (now - self._began) / done * (moment.steps - moment.step)
             share = 100 * moment.step / moment.steps
             self.say(f"{share:3.0f} %  {what}, {figures}; about {left:.0f} s left")
+
+
+@contextmanager
+def parts(name: str, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+    """A function that shows, on a terminal, how many parts of some work are done, until all are.
+
+    Args:
+        name: of the work.
+        console: where to; default: stderr.
+    """
+    console = console or Console(stderr=True, highlight=False)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.completed:.0f} of {task.total:.0f}"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task(name, total=None, visible=False)
+
+    def show(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total, visible=True)
+        if done >= total:
+            bar.stop()
+
+    with bar:
+        yield show

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from swalp.formats import BlockFloat, FixedPoint, Format, Microscaling
-from swalp.layers import Signal
+from swalp.layers import Site
 from swalp.optim import SGD
 from swalp.optim.sgd import sgd_step
 from swalp.packed import PackedTensor
@@ -60,23 +60,25 @@ def describe(
     errors: list[Row] = []
     for name, module in twin.named_modules():
         for attribute, value in list(vars(module).items()):
-            if isinstance(value, Signal):
+            if isinstance(value, Site):
                 setattr(module, attribute, _Watch(value, name, errors.append))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         nn.functional.cross_entropy(twin(x[:count]), y[:count]).backward()  # type: ignore[no-untyped-call]  # PyTorch ships no type
     averaged = dict(average.named_parameters())
     if recipe is not None:
-        _update(model, twin, optimizer, recipe, seed, errors.append)
-        if recipe.weight is not None:
-            at_rest = Quantizer(recipe.weight.format, Nearest())
-            for name, value in averaged.items():
+        _update(model, twin, optimizer, seed, errors.append)
+        for name, value in averaged.items():
+            fmt = _weight_format(optimizer, name)
+            if fmt is not None:
+                at_rest = Quantizer(fmt, Nearest())
                 _quantized(at_rest, "average", name, seed, errors.append)(value)
-    weight = None if recipe is None or recipe.weight is None else recipe.weight.format
     return {
         "examples": count,
         "errors": sorted(errors, key=lambda row: _ORDER.index(row["role"])),
         "histograms": [
-            _histogram(name, parameter.detach(), averaged[name].detach(), weight)
+            _histogram(
+                name, parameter.detach(), averaged[name].detach(), _weight_format(optimizer, name)
+            )
             for name, parameter in model.named_parameters()
             if parameter.dim() >= 2 and parameter.numel()
         ],
@@ -88,17 +90,17 @@ _ORDER = ("activation", "error", "gradient", "momentum", "accumulator", "weight"
 
 @dataclass(slots=True)
 class _Watch:
-    """In a signal's place: does what it does, and notes how far numbers moved."""
+    """In a site's place: does what it does, and notes how far numbers moved."""
 
-    signal: Signal
+    site: Site
     name: str
     note: Callable[[Row], None]
 
     def __call__(self, x: Tensor, training: bool) -> Tensor:
         # An alias, as what else uses x sends gradients back to it too.
         entering = x.view_as(x)
-        leaving = self.signal(entering, training)
-        activation, error = self.signal.activation, self.signal.error
+        leaving = self.site(entering, training)
+        activation, error = self.site.activation, self.site.error
         if activation is not None:
             fmt = fit(activation.format, x.dim())
             rule = activation.rounding
@@ -118,7 +120,6 @@ def _update(
     model: nn.Module,
     twin: nn.Module,
     optimizer: SGD,
-    recipe: Recipe,
     seed: int,
     note: Callable[[Row], None],
 ) -> None:
@@ -132,8 +133,12 @@ def _update(
         if gradient is None or group is None:
             continue
 
-        def quantized(role: str, value: Tensor, name: str = name) -> Tensor:
-            quantizer = getattr(recipe, role)
+        recipe = optimizer.recipe_of(name)
+
+        def quantized(
+            role: str, value: Tensor, name: str = name, recipe: Recipe | None = recipe
+        ) -> Tensor:
+            quantizer = None if recipe is None else getattr(recipe, role)
             if quantizer is None:
                 return value
             return _quantized(quantizer, role, name, seed, note)(value)
@@ -150,6 +155,11 @@ def _update(
             nesterov=group["nesterov"],
             quantized=quantized,
         )
+
+
+def _weight_format(optimizer: SGD, name: str) -> Format | None:
+    recipe = optimizer.recipe_of(name)
+    return None if recipe is None or recipe.weight is None else recipe.weight.format
 
 
 def _quantized(

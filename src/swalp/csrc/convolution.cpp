@@ -1,0 +1,62 @@
+// Chooses the build of the convolutions that this machine runs.
+#include "convolution.h"
+
+#include <string.h>
+
+#include "kernels.h"
+
+extern const swalp_convolution_build swalp_convolution_scalar;
+#ifdef SWALP_HAS_AVX2
+extern const swalp_convolution_build swalp_convolution_avx2;
+#endif
+#ifdef SWALP_HAS_AVX512
+extern const swalp_convolution_build swalp_convolution_vnni;
+#endif
+
+namespace {
+
+// The choice of `swalp_use` holds here too.
+const swalp_convolution_build& chosen() {
+#ifdef SWALP_HAS_AVX512
+  if (swalp_has_fast_convolution()) return swalp_convolution_vnni;
+#endif
+#ifdef SWALP_HAS_AVX2
+  if (strcmp(swalp_used(), "scalar") != 0) return swalp_convolution_avx2;
+#endif
+  return swalp_convolution_scalar;
+}
+
+}  // namespace
+
+int swalp_has_fast_convolution(void) {
+#ifdef SWALP_HAS_AVX512
+  return strcmp(swalp_used(), "avx512") == 0 && __builtin_cpu_supports("avx512vnni");
+#else
+  return 0;
+#endif
+}
+
+int64_t swalp_convolution_packed_bytes(const swalp_convolution* c, int32_t backward) {
+  return chosen().packed_bytes(c, backward);
+}
+
+void swalp_convolution_pack(const swalp_convolution* c, int32_t backward, int32_t channels_last,
+                            const int8_t* weight, void* packed, int threads) {
+  chosen().pack(c, backward, channels_last, weight, packed, threads);
+}
+
+int swalp_convolution_forward(const swalp_convolution* c, const int8_t* x, const void* packed,
+                              int64_t exponent, const float* bias, float* y, int threads) {
+  return chosen().forward(c, x, packed, exponent, bias, y, threads);
+}
+
+int swalp_convolution_input_gradient(const swalp_convolution* c, const int8_t* dy,
+                                     const void* packed, int64_t exponent, float* dx, int threads) {
+  return chosen().input_gradient(c, dy, packed, exponent, dx, threads);
+}
+
+int swalp_convolution_weight_gradient(const swalp_convolution* c, const int8_t* x, const int8_t* dy,
+                                      int64_t exponent, int32_t channels_last, float* dw,
+                                      int threads) {
+  return chosen().weight_gradient(c, x, dy, exponent, channels_last, dw, threads);
+}

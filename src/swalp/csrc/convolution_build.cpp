@@ -1,0 +1,69 @@
+// Convolutions for one instruction set: compiled once for each, with SWALP_BUILD its name.
+//
+// Everything here has internal linkage: the linker must never pick one build's code for another.
+#include "correlation.h"
+#include "weight_gradient.h"
+
+namespace {
+
+int64_t packed_bytes(const swalp_convolution* c, int32_t backward) {
+  return Weights(*c, backward != 0).bytes();
+}
+
+void pack(const swalp_convolution* c, int32_t backward, int32_t channels_last, const int8_t* weight,
+          void* packed, int threads) {
+  const Weights w(*c, backward != 0);
+  // Strides of a weight's axes, as it lies in memory, and of a block's channels in it.
+  const int64_t in = c->in_channels / c->groups;
+  const int64_t in_stride = channels_last ? 1 : w.taps, tap_stride = channels_last ? in : 1;
+  const int64_t out_stride = in * w.taps;
+  const int64_t dest_stride = backward ? in_stride : out_stride;
+  const int64_t source_stride = backward ? out_stride : in_stride;
+  int8_t* bytes = static_cast<int8_t*>(packed);
+  int32_t* sums = reinterpret_cast<int32_t*>(bytes + w.sums_at());
+  if (w.bytes() < kFewProducts / 16) threads = 1;
+  parallel(w.groups * w.blocks, threads, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) {
+      const int64_t g = begin / w.blocks, first = begin % w.blocks * kWide;
+      const int64_t width = smaller(kWide, w.dest - first);
+      const int8_t* from = weight + g * (c->out_channels / c->groups) * out_stride + first * dest_stride;
+      int8_t* to = bytes + begin * w.block_bytes();
+      int32_t* sum = sums + begin * w.taps * kWide;
+      memset(sum, 0, static_cast<size_t>(w.taps * kWide) * 4);
+      if (width < kWide || w.source % 4) memset(to, 0, static_cast<size_t>(w.block_bytes()));
+      for (int64_t s = 0; s < w.source; ++s)
+        for (int64_t d = 0; d < width; ++d) {
+          const int8_t* code = from + d * dest_stride + s * source_stride;
+          int8_t* place = to + s / 4 * kPanel + d * 4 + s % 4;
+          for (int64_t t = 0; t < w.taps; ++t) {
+            place[t * w.steps * kPanel] = code[t * tap_stride];
+            sum[t * kWide + d] += 128 * code[t * tap_stride];
+          }
+        }
+    }
+    return false;
+  });
+}
+
+int forward(const swalp_convolution* c, const int8_t* x, const void* packed, int64_t exponent,
+            const float* bias, float* y, int threads) {
+  return Correlation(*c, false).run(x, packed, exponent, bias, y, threads);
+}
+
+int input_gradient(const swalp_convolution* c, const int8_t* dy, const void* packed,
+                   int64_t exponent, float* dx, int threads) {
+  return Correlation(*c, true).run(dy, packed, exponent, nullptr, dx, threads);
+}
+
+int weight_gradient(const swalp_convolution* c, const int8_t* x, const int8_t* dy, int64_t exponent,
+                    int32_t channels_last, float* dw, int threads) {
+  return WeightGradient(*c).run(x, dy, exponent, channels_last != 0, dw, threads);
+}
+
+}  // namespace
+
+#define SWALP_JOIN_(name) swalp_##name
+#define SWALP_JOIN(name) SWALP_JOIN_(name)
+extern const swalp_convolution_build SWALP_JOIN(SWALP_BUILD);
+const swalp_convolution_build SWALP_JOIN(SWALP_BUILD) = {packed_bytes, pack, forward, input_gradient,
+                                                         weight_gradient};

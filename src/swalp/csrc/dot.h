@@ -1,0 +1,125 @@
+// Sixteen int32 sums at a time of products of bytes, four neighbours each: AVX-512 VNNI, or plain C++
+// that the compiler makes of what there is.
+//
+// Sums are modulo 2**32, so that they are right whenever the true sum fits.
+#pragma once
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX512VNNI__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int kLanes = 16;
+
+#if defined(__AVX512VNNI__)
+using Sums = __m512i;  // sixteen int32, or sixteen times four bytes
+
+inline Sums zeros() { return _mm512_setzero_si512(); }
+inline Sums load(const void* at) { return _mm512_loadu_si512(at); }
+inline void store(void* at, Sums x) { _mm512_storeu_si512(at, x); }
+inline Sums four_everywhere(const void* at) {
+  int32_t four;
+  memcpy(&four, at, 4);
+  return _mm512_set1_epi32(four);
+}
+// sums + unsigned bytes of `u` times signed bytes of `s`.
+inline Sums dot(Sums sums, Sums u, Sums s) { return _mm512_dpbusd_epi32(sums, u, s); }
+inline Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
+inline Sums subtract(Sums a, Sums b) { return _mm512_sub_epi32(a, b); }
+inline Sums everywhere(int32_t x) { return _mm512_set1_epi32(x); }
+inline Sums times128(Sums x) { return _mm512_slli_epi32(x, 7); }
+
+struct Scale {
+  __m512 first, second;
+  Scale(float a, float b) : first(_mm512_set1_ps(a)), second(_mm512_set1_ps(b)) {}
+  __m512 operator()(Sums x) const {
+    return _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(x), first), second);
+  }
+};
+using Floats = __m512;
+inline Floats load_floats(const float* at, int count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), at);
+}
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline void store(float* at, Floats x) { _mm512_storeu_ps(at, x); }
+inline void store(float* at, Floats x, int count) {
+  _mm512_mask_storeu_ps(at, static_cast<__mmask16>((1u << count) - 1), x);
+}
+
+#else
+struct Sums {
+  int32_t lane[kLanes];
+};
+
+inline Sums zeros() { return {}; }
+inline Sums load(const void* at) {
+  Sums x;
+  memcpy(&x, at, sizeof x);
+  return x;
+}
+inline void store(void* at, const Sums& x) { memcpy(at, &x, sizeof x); }
+inline Sums four_everywhere(const void* at) {
+  Sums x;
+  for (int32_t& lane : x.lane) memcpy(&lane, at, 4);
+  return x;
+}
+inline Sums dot(Sums sums, const Sums& u, const Sums& s) {
+  uint8_t a[4 * kLanes];
+  int8_t b[4 * kLanes];
+  memcpy(a, &u, sizeof a);
+  memcpy(b, &s, sizeof b);
+  for (int i = 0; i < kLanes; ++i)
+    for (int k = 0; k < 4; ++k)
+      sums.lane[i] = static_cast<int32_t>(static_cast<uint32_t>(sums.lane[i]) +
+                                          static_cast<uint32_t>(a[4 * i + k] * b[4 * i + k]));
+  return sums;
+}
+template <class Of> inline Sums lanes(Of of) {
+  Sums x;
+  for (int i = 0; i < kLanes; ++i) x.lane[i] = static_cast<int32_t>(of(i));
+  return x;
+}
+inline uint32_t bits(int32_t x) { return static_cast<uint32_t>(x); }
+inline Sums add(const Sums& a, const Sums& b) {
+  return lanes([&](int i) { return bits(a.lane[i]) + bits(b.lane[i]); });
+}
+inline Sums subtract(const Sums& a, const Sums& b) {
+  return lanes([&](int i) { return bits(a.lane[i]) - bits(b.lane[i]); });
+}
+inline Sums everywhere(int32_t x) {
+  return lanes([&](int) { return x; });
+}
+inline Sums times128(const Sums& x) {
+  return lanes([&](int i) { return bits(x.lane[i]) << 7; });
+}
+
+struct Floats {
+  float lane[kLanes];
+};
+struct Scale {
+  float first, second;
+  Scale(float a, float b) : first(a), second(b) {}
+  Floats operator()(const Sums& x) const {
+    Floats y;
+    for (int i = 0; i < kLanes; ++i) y.lane[i] = static_cast<float>(x.lane[i]) * first * second;
+    return y;
+  }
+};
+inline Floats load_floats(const float* at, int count) {
+  Floats x = {};
+  for (int i = 0; i < count; ++i) x.lane[i] = at[i];
+  return x;
+}
+inline Floats add(Floats a, const Floats& b) {
+  for (int i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
+  return a;
+}
+inline void store(float* at, const Floats& x) { memcpy(at, &x, sizeof x); }
+inline void store(float* at, const Floats& x, int count) {
+  for (int i = 0; i < count; ++i) at[i] = x.lane[i];
+}
+#endif
+
+}  // namespace

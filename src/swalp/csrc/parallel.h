@@ -1,0 +1,57 @@
+// Work shared among threads, in the default floating-point mode.
+#pragma once
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#else
+#include <fenv.h>
+#endif
+#include <stdint.h>
+
+namespace {
+
+// The default floating-point mode for as long as this lives: round to nearest, subnormals kept.
+class DefaultMode {
+ public:
+#if defined(__x86_64__)
+  DefaultMode() : saved_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultMode() { _mm_setcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  DefaultMode() {
+    fegetenv(&saved_);
+    fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultMode() { fesetenv(&saved_); }
+
+ private:
+  fenv_t saved_;
+#endif
+};
+
+// work(begin, end) over shares of 0 .. count - 1; returns whether any returned true.
+template <class Work>
+__attribute__((noinline)) bool parallel(int64_t count, int threads, const Work& work) {
+  bool any = false;
+#ifdef _OPENMP
+  if (threads > count) threads = static_cast<int>(count);
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads) reduction(|| : any)
+    {
+      const DefaultMode mode;
+      const int64_t n = omp_get_num_threads(), t = omp_get_thread_num();
+      any = work(count * t / n, count * (t + 1) / n);
+    }
+    return any;
+  }
+#endif
+  const DefaultMode mode;
+  any = work(0, count);
+  return any;
+}
+
+}  // namespace

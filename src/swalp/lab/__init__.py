@@ -1,0 +1,1 @@
+"""The claims of the paper, each run and judged: `swalp reproduce`."""

@@ -1,0 +1,12 @@
+"""The claims, by name."""
+
+from swalp.lab.claim import Claim
+from swalp.lab.claims import linear_regression
+
+CLAIMS: dict[str, Claim] = {
+    claim.name: claim
+    for claim in (
+        linear_regression.SYNTHETIC,
+        linear_regression.HOUSING,
+    )
+}

@@ -1,0 +1,296 @@
+"""Convolutions of int8 codes: forward, input gradient, weight gradient; one or two dimensions.
+
+Sums are exact int32, as in `products`; images have their channels last in memory, going in and
+coming out. The kernels (csrc/correlation.h, csrc/weight_gradient.h) unfold nothing: beside the
+result they need a copy of a part of the operands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from swalp.matmul.kernels import DEEPEST
+from swalp.matmul.operands import Operand
+from swalp.quantize import cpu
+
+if cpu.available:
+    from swalp import _kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How a convolution's window moves: one number for each of one or two dimensions.
+
+    Padding is with zeros, on both sides.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+
+    def out_size(self, in_size: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
+        """Positions of the output along each dimension."""
+        return tuple(
+            (size + 2 * padding - dilation * (taps - 1) - 1) // stride + 1
+            for size, taps, stride, padding, dilation in zip(
+                in_size, kernel, self.stride, self.padding, self.dilation, strict=True
+            )
+        )
+
+
+class Weight:
+    """A weight's codes as the kernels read them, packed when first used and kept.
+
+    Args:
+        operand: codes (out, in / groups, height, width) or (out, in / groups, length), with one
+            exponent.
+        groups: of the convolution.
+    """
+
+    def __init__(self, operand: Operand, groups: int) -> None:
+        codes = operand.codes
+        self.exponent = exponent_of(operand)
+        self.shape = codes.shape
+        self.groups = groups
+        self.channels_last = _is_channels_last(codes)
+        self._codes = codes if self.channels_last else codes.contiguous()
+        self._packed: dict[bool, Tensor] = {}
+
+    def packed(self, backward: bool) -> Tensor:
+        """For the input gradient if `backward`, else for the forward product."""
+        found = self._packed.get(backward)
+        if found is None:
+            sizes = _sizes(0, self.shape, None, (0, 0), (0, 0), self.groups)
+            found = torch.empty(_kernels.convolution_bytes(sizes, backward), dtype=torch.uint8)
+            _kernels.convolution_pack(
+                sizes, backward, self.channels_last, self._codes.data_ptr(), found.data_ptr(),
+                torch.get_num_threads(),
+            )  # fmt: skip
+            self._packed[backward] = found
+        return found
+
+
+def obstacle() -> str:
+    """Why convolutions should be simulated on this machine; empty: they should not."""
+    if not cpu.available:
+        return "swalp was installed without its C++ kernels"
+    if not _kernels.has_fast_convolution():
+        return "this processor, or the chosen instruction set, has no AVX-512 VNNI"
+    return "" if _is_exact(_kernels.used()) else "this processor's 8-bit products are wrong"
+
+
+def unsupported(batch: int, in_size: Sequence[int], weight: Sequence[int], window: Window) -> str:
+    """Why a convolution of these sizes should be simulated; empty: it should not.
+
+    Args:
+        batch: images.
+        in_size: their height and width, or length.
+        weight: its shape.
+        window: how it moves.
+    """
+    if len(in_size) not in (1, 2):
+        return f"it has {len(in_size)} dimensions, not one or two"
+    out, per_group = weight[0] // window.groups, weight[1]
+    if min(out, per_group) < 4 and window.groups > 1:
+        return (
+            f"groups of {per_group} to {out} channels fill a part of each vector only: float is "
+            f"faster"
+        )
+    taps = math.prod(weight[2:])
+    if max(out, per_group) * taps > DEEPEST:
+        return f"int32 holds sums of at most {DEEPEST} products of 8-bit codes"
+    if math.prod(window.out_size(in_size, weight[2:])) > DEEPEST:
+        return f"an image has more than {DEEPEST} positions: its weight gradient overflows int32"
+    if batch * math.prod(in_size) == 0:
+        return "it is empty"
+    return ""
+
+
+def forward(x: Operand, weight: Weight, bias: Tensor | None, window: Window) -> Tensor:
+    """The convolution of `x`.
+
+    Args:
+        x: codes (batch, in, height, width) or (batch, in, length), with one exponent.
+        weight: packed codes.
+        bias: float32, (out,), or None.
+        window: how it moves.
+
+    Returns:
+        float32, (batch, out, ...), channels last in memory: the float32 nearest to each sum, times
+        a power of two, plus the bias.
+    """
+    codes = _channels_last(x.codes)
+    in_size = x.codes.shape[2:]
+    out_size = window.out_size(in_size, weight.shape[2:])
+    y, view = _empty(x.codes.shape[0], weight.shape[0], out_size)
+    _kernels.convolution_forward(
+        _sizes(x.codes.shape[0], weight.shape, window, in_size, out_size, window.groups),
+        codes.data_ptr(), weight.packed(False).data_ptr(), exponent_of(x) + weight.exponent,
+        0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return view
+
+
+def input_gradient(dy: Operand, weight: Weight, in_size: Sequence[int], window: Window) -> Tensor:
+    """The gradient of `forward` for its input.
+
+    Args:
+        dy: codes (batch, out, ...) of the gradient of the output, with one exponent.
+        weight: packed codes.
+        in_size: height and width, or length, of the input.
+        window: how it moves.
+
+    Returns:
+        float32, (batch, in, ...), channels last in memory; exact as `forward` is.
+    """
+    codes = _channels_last(dy.codes)
+    dx, view = _empty(dy.codes.shape[0], weight.shape[1] * window.groups, in_size)
+    _kernels.convolution_input_gradient(
+        _sizes(
+            dy.codes.shape[0], weight.shape, window, in_size, dy.codes.shape[2:], window.groups
+        ),
+        codes.data_ptr(), weight.packed(True).data_ptr(), exponent_of(dy) + weight.exponent,
+        dx.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return view
+
+
+def weight_gradient(
+    x: Operand,
+    dy: Operand,
+    kernel: Sequence[int],
+    window: Window,
+    channels_last: bool = False,
+) -> Tensor:
+    """The gradient of `forward` for its weight.
+
+    Args:
+        x: codes of the input, with one exponent.
+        dy: codes of the gradient of the output, with one exponent.
+        kernel: height and width, or length, of the weight.
+        window: how it moves.
+        channels_last: whether the result should have its channels last in memory.
+
+    Returns:
+        float32, (out, in / groups, ...): the float32 nearest to each sum, times a power of two. If
+        there are more than 2**17 products in a sum, images are taken in parts of fewer, and the
+        parts added in float32.
+    """
+    batch, channels = x.codes.shape[:2]
+    positions = math.prod(dy.codes.shape[2:])
+    shape = (dy.codes.shape[1], channels // window.groups, *kernel)
+    x_codes, dy_codes = _channels_last(x.codes), _channels_last(dy.codes)
+    exponent = exponent_of(x) + exponent_of(dy)
+    images = DEEPEST // max(positions, 1)  # of a part: at least one, as `unsupported` has it
+    images -= images % 4 if images > 4 else 0
+    parts = []
+    for first in range(0, batch, images):
+        count = min(images, batch - first)
+        if channels_last:
+            dw, view = _empty(shape[0], shape[1], kernel)
+        else:
+            dw = view = torch.empty(shape)
+        sizes = _sizes(count, shape, window, x.codes.shape[2:], dy.codes.shape[2:], window.groups)
+        _kernels.convolution_weight_gradient(
+            sizes, x_codes[first:].data_ptr(), dy_codes[first:].data_ptr(), exponent,
+            channels_last, dw.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        parts.append(view)
+    result = parts[0]
+    for part in parts[1:]:
+        result += part
+    return result
+
+
+def exponent_of(x: Operand) -> int:
+    """What 2 is raised to.
+
+    Raises:
+        ValueError: there is more than one exponent, so that none can be taken out of the sums.
+    """
+    if x.exponents is None:
+        return x.gap
+    if x.exponents.numel() != 1:
+        raise ValueError(
+            f"convolution of codes with {x.exponents.numel()} exponents: an operand must have one"
+        )
+    return int(x.exponents) + x.gap
+
+
+def _sizes(
+    batch: int,
+    weight: Sequence[int],
+    window: Window | None,
+    in_size: Sequence[int],
+    out_size: Sequence[int],
+    groups: int,
+) -> _kernels.Convolution:
+    """What the kernels know of a convolution; one dimension is two with a height of 1."""
+
+    def pair(numbers: Sequence[int], height: int) -> tuple[int, ...]:
+        return tuple(numbers) if len(numbers) == 2 else (height, *numbers)
+
+    stride, padding, dilation = (
+        ((1, 1), (0, 0), (1, 1))
+        if window is None
+        else (pair(window.stride, 1), pair(window.padding, 0), pair(window.dilation, 1))
+    )
+    return _kernels.Convolution(
+        (
+            batch, groups, weight[1] * groups, weight[0], *pair(in_size, 1), *pair(out_size, 1),
+            *pair(weight[2:], 1), *stride, *padding, *dilation,
+        )
+    )  # fmt: skip
+
+
+def _channels_last(codes: Tensor) -> Tensor:
+    """A tensor whose memory is (batch, height, width, channels): no copy if it was so."""
+    return codes.movedim(1, -1).contiguous()
+
+
+def _is_channels_last(codes: Tensor) -> bool:
+    return codes.movedim(1, -1).is_contiguous() and not codes.is_contiguous()
+
+
+def _empty(batch: int, channels: int, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Memory with the channels last, and the view of it with the channels second."""
+    memory = torch.empty(batch, *size, channels)
+    return memory, memory.movedim(-1, 1)
+
+
+@cache
+def _is_exact(instructions: str) -> bool:
+    """Whether the kernels are right for operands that use the whole range of int8."""
+    generator = torch.Generator().manual_seed(8)
+
+    def codes(*shape: int) -> Tensor:
+        return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+
+    window = Window((1, 1), (1, 1), (1, 1))
+    for batch, size in ((13, 5), (2, 25)):
+        x, w, dy = codes(batch, 36, size, size), codes(40, 36, 3, 3), codes(batch, 40, size, size)
+        operands = [Operand(one, None, 0) for one in (x, w, dy)]
+        weight = Weight(operands[1], 1)
+        expected = torch.ops.aten.convolution(
+            x.double(), w.double(), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1
+        )
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dy.double(), x.double(), w.double(), None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+            [True, True, False],
+        )  # fmt: skip
+        found = (
+            forward(operands[0], weight, None, window),
+            input_gradient(operands[2], weight, (size, size), window),
+            weight_gradient(operands[0], operands[2], (3, 3), window),
+        )
+        pairs = zip(found, (expected, dx, dw), strict=True)
+        if not all(torch.equal(mine, true.float()) for mine, true in pairs):
+            return False
+    return True
