@@ -268,7 +268,7 @@ class WeightAverage:
                 moved = moving_mean(state["average"], parameter, self._weight())
                 if isinstance(rounding, Stochastic):
                     rounding = rounding.seeded(self._seed).stream("average", name).at(self.count)
-                quantize(moved, fit(fmt, moved.dim()), rounding, out=state["average"])
+                quantize(moved, fit(fmt, moved.shape), rounding, out=state["average"])
             case torch.float64:
                 state["average"].copy_(
                     moving_mean(state["average"], parameter.to(state["average"]), self._weight())
