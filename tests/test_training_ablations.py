@@ -44,13 +44,13 @@ def test_table():
     rows = [
         {"arm": "low", "seed": seed, "epoch": 2, "average": average, "averaged": n,
          "test_error": error + seed}
-        for average, n, error in (("iterate", 0, 5.0), ("every=1", 20, 2.0), ("every=epoch", 2, 3.0))
+        for average, n, error in (("iterate", 0, 5.0), ("every=1", 9, 2.0), ("every=epoch", 2, 3.0))
         for seed in (0, 1)
     ]  # fmt: skip
     lines = [line.split("  ") for line in report.table(rows).splitlines()]
     cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
     assert cells[2:5] == [
         ["low", "last iterate", "5.50 ± 0.71", "+3.00 ± 0.00*"],
-        ["low", "every step", "20", "2.50 ± 0.71"],
+        ["low", "every step", "9", "2.50 ± 0.71"],
         ["low", "every epoch", "2", "3.50 ± 0.71", "+1.00 ± 0.00*"],
     ]
