@@ -246,7 +246,8 @@ def test_a_claim(tmp_path, holds, lead):
 def test_every_experiment_of_the_repository():
     from pathlib import Path
 
-    for path in sorted(Path(__file__).parent.parent.joinpath("experiments").iterdir()):
+    for page_of in sorted(Path(__file__).parent.parent.glob("experiments/*/README.md")):
+        path = page_of.parent
         outline = Outline(page.render([load(str(path))]))
         assert outline.all("table")
 
