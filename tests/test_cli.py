@@ -113,7 +113,7 @@ def test_help(run_swalp):
 
 MISTAKES = [
     (["train", "digts"], "unknown preset 'digts'; did you mean 'digits'?"),
-    (["train", ""], "unknown preset ''; presets: digits,"),
+    (["train", ""], "unknown preset ''; presets: cifar10-"),
     (["train", "none.toml"], "none.toml: cannot read the settings: No such file or directory"),
     (["train", "bad.toml"], "bad.toml: malformed TOML: "),
     (["train", "--set", "epoch=3"], "--set: unknown key 'epoch'; did you mean 'epochs'?"),

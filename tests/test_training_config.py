@@ -19,7 +19,7 @@ def test_presets_load_and_survive_the_round_trip(name, tmp_path):
 
 
 def test_preset_names():
-    assert config.preset_names() == ["digits", "fashion-mnist", "mnist"]
+    assert config.preset_names() == ["cifar10-small", "digits", "fashion-mnist", "mnist"]
 
 
 @given(
@@ -46,6 +46,32 @@ def test_a_file_may_start_from_a_preset(tmp_path):
     assert config.load(str(path)) == config.load("digits", ["epochs=40"])
 
 
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        (["epochs=60"], 30),
+        (["epochs=31"], 16),
+        (["epochs=2"], 1),
+        (["epochs=60", "averaging_start=20"], 20),
+        (["averaging_start=20"], 20),
+    ],
+)
+def test_averaging_starts_in_proportion_to_the_epochs(changes, start):
+    assert config.load("digits").averaging_start == 15
+    assert config.load("digits", changes).averaging_start == start
+
+
+def test_a_file_sets_epochs_and_a_change_scales_them(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text('preset = "digits"\nepochs = 40\naveraging_start = 10\n')
+    assert config.load(str(path)).averaging_start == 10
+    assert config.load(str(path), ["epochs=80"]).averaging_start == 20
+
+
+def test_one_average_an_epoch():
+    assert config.load("digits", ["average_every=epoch"]).average_every == "epoch"
+
+
 def test_changes_are_toml_values_or_bare_words():
     settings = config.load(
         "digits", ["model=mlp", "epochs = 50", "learning_rate=1", 'arms=["float"]', "data='mnist'"]
@@ -67,8 +93,11 @@ def test_changes_are_toml_values_or_bare_words():
         (["momentum=1"], "momentum = 1: should be less than 1 (of SGD)"),
         (["learning_rate=nan"], "learning_rate = NaN: should be a finite number"),
         (["learning_rate=-1"], "learning_rate = -1: should be greater than 0"),
-        (["model=rnn"], "model = \"rnn\": should be 'cnn', 'strided-cnn' or 'mlp'"),
-        (["data=cifar"], "data = \"cifar\": should be 'digits', 'mnist' or 'fashion-mnist'"),
+        (["model=rnn"], "model = \"rnn\": should be 'cnn', 'strided-cnn', 'mlp'"),
+        (["data=cifar"], "data = \"cifar\": should be 'digits', 'mnist', 'fashion-mnist'"),
+        (["augment=true"], "augment = true flips images, and the digits of data = 'digits' are"),
+        (["average_every=0"], "average_every = 0: should be greater than or equal to 1"),
+        (["average_every=week"], 'average_every = "week": '),
         (["arms=[]"], "arms = []: list should have at least 1 item"),
         (["arms=float"], 'arms = "float": should be a valid list'),
         (['arms=["float", "float"]'], "each arm may be named once"),

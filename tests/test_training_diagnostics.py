@@ -34,8 +34,7 @@ def described(trajectory, digits, count=200):
         trajectory.model,
         trajectory.optimizer,
         trajectory.average.module,
-        digits.train_x[:count],
-        digits.train_y[:count],
+        *next(digits.train.batches([torch.arange(count)])),
         recipe=trajectory.optimizer.recipe,
         seed=0,
     )

@@ -4,11 +4,12 @@ import torch
 from swalp.training import models
 
 
-@pytest.mark.parametrize("kind", ["cnn", "strided-cnn", "mlp"])
+@pytest.mark.parametrize("kind", ["cnn", "strided-cnn", "mlp", "small-vgg"])
 @pytest.mark.parametrize("size", [8, 28])
-def test_shapes(kind, size):
-    model = models.build(kind, size=size, width=4, classes=10, seed=0)
-    assert model(torch.zeros(3, 1, size, size)).shape == (3, 10)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shapes(kind, size, channels):
+    model = models.build(kind, channels=channels, size=size, width=4, classes=10, seed=0)
+    assert model(torch.zeros(3, channels, size, size)).shape == (3, 10)
 
 
 @pytest.mark.parametrize("kind", ["cnn", "mlp"])

@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -25,12 +25,19 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    data: Literal["digits", "mnist", "fashion-mnist"] = Field(description="the data set")
-    model: Literal["cnn", "strided-cnn", "mlp"] = Field(
-        description="two convolutions with pooling, two of stride 2, or three linear layers"
+    data: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100"] = Field(
+        description="the data set"
+    )
+    model: Literal["cnn", "strided-cnn", "mlp", "small-vgg"] = Field(
+        description="two convolutions with pooling, two of stride 2, three linear layers, or three "
+        "convolutions in the manner of VGG"
     )
     width: int = Field(
         ge=1, le=4096, description="channels of the first convolution, or hidden units"
+    )
+    augment: bool = Field(
+        default=False,
+        description="crop the training images at random, 4 pixels off, and flip half of them",
     )
     arms: tuple[str, ...] = Field(
         strict=False,
@@ -44,7 +51,9 @@ class RunConfig(BaseModel):
     averaging_start: int = Field(
         ge=1, description="epochs before averaging starts; less than epochs"
     )
-    average_every: int = Field(ge=1, description="steps between two iterates that are averaged")
+    average_every: Annotated[int, Field(ge=1)] | Literal["epoch"] = Field(
+        description='steps between two iterates that are averaged, or "epoch": one an epoch'
+    )
     averages: tuple[str, ...] = Field(
         default=(),
         strict=False,
@@ -77,6 +86,10 @@ class RunConfig(BaseModel):
         default=2, ge=1, description="how many of the last checkpoints stay; two survive a bad disk"
     )
 
+    def average_steps(self, per_epoch: int) -> int:
+        """`average_every` in steps, of which an epoch has `per_epoch`."""
+        return per_epoch if self.average_every == "epoch" else self.average_every
+
     @field_validator("arms")
     @classmethod
     def _known_arms(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
@@ -104,6 +117,15 @@ class RunConfig(BaseModel):
         return str(fmt)
 
     @model_validator(mode="after")
+    def _augments_what_may_be_flipped(self) -> RunConfig:
+        if self.augment and self.data in ("digits", "mnist"):
+            raise ValueError(
+                f"augment = true flips images, and the digits of data = {self.data!r} are others "
+                f"or none when flipped; set augment = false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _averages_something(self) -> RunConfig:
         if self.averaging_start >= self.epochs:
             raise ValueError(
@@ -129,6 +151,9 @@ def load(source: str, changes: Sequence[str] = ()) -> RunConfig:
             those that differ from a preset that it names: ``preset = "digits"``.
         changes: each ``key=value``, the value as in TOML; text needs no quotes.
 
+    Whoever changes `epochs` of a preset or file, and not `averaging_start`, moves that in
+    proportion, and with it the whole schedule of the learning rate.
+
     Raises:
         UserError: no such preset, file or key, malformed TOML, or a value out of range.
     """
@@ -140,13 +165,10 @@ def load(source: str, changes: Sequence[str] = ()) -> RunConfig:
             raise UserError(f"{source}: cannot read the settings: {error.strerror}") from None
         base = settings.pop("preset", None)
         if base is not None:
-            settings = _preset(str(base), source) | settings
+            settings = _changed(_preset(str(base), source), settings)
     else:
         settings = _preset(source, None)
-    for change in changes:
-        key, value = _split(change)
-        settings[key] = value
-    return validated(settings, source)
+    return validated(_changed(settings, dict(map(_split, changes))), source)
 
 
 def parse(content: bytes, source: str) -> dict[str, Any]:
@@ -192,6 +214,18 @@ def _preset(name: str, source: str | None) -> dict[str, Any]:
             f"the path of a file ends in .toml"
         )
     return parse((_presets() / f"{name}.toml").read_bytes(), f"preset {name}")
+
+
+def _changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with `changes`; if these give epochs alone, averaging starts in proportion."""
+    result = settings | changes
+    if "epochs" in changes and "averaging_start" not in changes:
+        old, new = settings.get("epochs"), changes["epochs"]
+        start = settings.get("averaging_start")
+        # What is no number, or missing, gets its message when the settings are validated.
+        if type(old) is int and type(new) is int and type(start) is int and old > 0:
+            result["averaging_start"] = max(1, min(round(start * new / old), new - 1))
+    return result
 
 
 def _split(change: str) -> tuple[str, Any]:

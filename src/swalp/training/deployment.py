@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 import swalp
@@ -10,12 +9,10 @@ from swalp import Nearest, parse_format, recipes
 from swalp.packed import storage_bytes
 from swalp.recipes import Quantizer, Recipe, fit
 from swalp.training.config import FLOAT, RunConfig
-from swalp.training.data import Dataset
+from swalp.training.data import Dataset, evaluation_batches
 
 # What is tried beside the float average, with its row in the table.
 MODELS = ("quantized", "quantized-activations")
-
-BATCH = 1000  # examples; fixed, so that the same statistics come out again
 
 
 def recipe(config: RunConfig, arm: str, model: str) -> Recipe:
@@ -42,7 +39,7 @@ def deployed(
 ) -> nn.Module:
     """A copy of the float `average`, quantized, with batch-norm statistics of the training data."""
     result = swalp.convert(swalp.to_float(average), recipe(config, arm, model))
-    swalp.recompute_batchnorm(result, torch.split(data.train_x, BATCH))
+    swalp.recompute_batchnorm(result, evaluation_batches(data.train))
     return result
 
 

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 import swalp
 from swalp.optim import SGD
 from swalp.training import averages, deployment, models
+from swalp.training.augmentation import Draws
 from swalp.training.config import FLOAT, RunConfig
-from swalp.training.data import CLASSES, Dataset, epoch_order
-
-EVALUATION_BATCH = 1000  # examples; fixed, so that an evaluation gives the same bits again
+from swalp.training.data import Dataset, Images, epoch_order, evaluation_batches
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -84,8 +83,14 @@ class Step:
 
 def network(config: RunConfig, data: Dataset, arm: str, seed: int) -> nn.Module:
     """The untrained network of an arm, its weights in real low-precision storage."""
+    channels, _, size = data.train.shape
     model = models.build(
-        config.model, size=data.train_x.shape[-1], width=config.width, classes=CLASSES, seed=seed
+        config.model,
+        channels=channels,
+        size=size,
+        width=config.width,
+        classes=data.classes,
+        seed=seed,
     )
     if arm == FLOAT:
         return model
@@ -104,15 +109,14 @@ def begin(config: RunConfig, data: Dataset, arm: str, seed: int) -> Trajectory:
         seed=seed,
     )
     per_epoch = steps_per_epoch(config, data)
-    average = swalp.WeightAverage(
-        model, start=config.averaging_start * per_epoch, every=config.average_every
-    )
+    every = config.average_steps(per_epoch)
+    average = swalp.WeightAverage(model, start=config.averaging_start * per_epoch, every=every)
     further = {
         text: averages.parse(text).begin(
             model,
             arm,
             start=config.averaging_start,
-            every=config.average_every,
+            every=every,
             per_epoch=per_epoch,
             seed=seed,
         )
@@ -123,7 +127,7 @@ def begin(config: RunConfig, data: Dataset, arm: str, seed: int) -> Trajectory:
 
 def steps_per_epoch(config: RunConfig, data: Dataset) -> int:
     """Full batches in an epoch; the examples left over, others in each epoch, wait for the next."""
-    return len(data.train_x) // config.batch_size
+    return len(data.train.labels) // config.batch_size
 
 
 def train(run: Trajectory, data: Dataset, config: RunConfig) -> Iterator[Step]:
@@ -141,73 +145,85 @@ def train(run: Trajectory, data: Dataset, config: RunConfig) -> Iterator[Step]:
         learning_rate=config.learning_rate,
         averaging_rate=config.averaging_rate,
     )
-    order: Tensor | None = None
     while run.step < config.epochs * per_epoch:
         epoch, place = divmod(run.step, per_epoch)
-        if order is None or place == 0:
-            order = epoch_order(len(data.train_x), run.seed, epoch)
-        rows = order[place * config.batch_size : (place + 1) * config.batch_size]
-        x, y = data.train_x[rows], data.train_y[rows]
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate(run.step)
+        order = epoch_order(len(data.train.labels), run.seed, epoch)
+        rows = torch.split(order[: per_epoch * config.batch_size], config.batch_size)[place:]
+        draws = Draws(run.seed, epoch) if config.augment else None
+        for x, y in data.train.batches(rows, draws):
+            yield _step(run, x, y, data, config, rate)
 
-        run.model.train()
-        loss = nn.functional.cross_entropy(run.model(x), y)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise NonFiniteLossError(
-                f"the loss is {value} at step {run.step + 1} (epoch {epoch + 1}) of arm "
-                f"{run.arm!r}, seed {run.seed}; {_first_non_finite(run.model, x)}"
-            )
-        run.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]  # PyTorch ships no type
-        run.optimizer.step()
-        run.average.update_parameters(run.model)
-        for each in run.averages.values():
-            each.update_parameters(run.model)
-        run.step += 1
-        run.loss_sum += value
 
-        record = None
-        if run.step % per_epoch == 0:
-            record = {
-                "arm": run.arm,
-                "seed": run.seed,
-                "epoch": epoch + 1,
-                "step": run.step,
-                "learning_rate": group["lr"],
-                "train_loss": run.loss_sum / per_epoch,
-                **_errors(run, data, config, last=epoch + 1 == config.epochs),
-            }
-            run.loss_sum = 0.0
-        yield Step(value, record)
+def _step(
+    run: Trajectory,
+    x: Tensor,
+    y: Tensor,
+    data: Dataset,
+    config: RunConfig,
+    rate: swalp.schedules.Schedule,
+) -> Step:
+    """One step of Algorithm 2, and the measurements if an epoch ends with it."""
+    per_epoch = steps_per_epoch(config, data)
+    epoch = run.step // per_epoch
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate(run.step)
+
+    run.model.train()
+    loss = nn.functional.cross_entropy(run.model(x), y)
+    value = loss.item()
+    if not math.isfinite(value):
+        raise NonFiniteLossError(
+            f"the loss is {value} at step {run.step + 1} (epoch {epoch + 1}) of arm "
+            f"{run.arm!r}, seed {run.seed}; {_first_non_finite(run.model, x)}"
+        )
+    run.optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]  # PyTorch ships no type
+    run.optimizer.step()
+    run.average.update_parameters(run.model)
+    for each in run.averages.values():
+        each.update_parameters(run.model)
+    run.step += 1
+    run.loss_sum += value
+
+    record = None
+    if run.step % per_epoch == 0:
+        record = {
+            "arm": run.arm,
+            "seed": run.seed,
+            "epoch": epoch + 1,
+            "step": run.step,
+            "learning_rate": group["lr"],
+            "train_loss": run.loss_sum / per_epoch,
+            **_errors(run, data, config, last=epoch + 1 == config.epochs),
+        }
+        run.loss_sum = 0.0
+    return Step(value, record)
 
 
 def _errors(run: Trajectory, data: Dataset, config: RunConfig, *, last: bool) -> dict[str, Any]:
     """The errors (%) of the iterate and of its averages at the end of an epoch."""
     found: dict[str, Any] = {
-        "test_error": error(run.model, data.test_x, data.test_y),
+        "test_error": error(run.model, data.test),
         "average_error": None,
         "averaged": run.average.count,
     }
-    x, y = data.validation_x, data.validation_y
-    if x is not None and y is not None:
-        found["validation_error"] = error(run.model, x, y)
+    if data.validation is not None:
+        found["validation_error"] = error(run.model, data.validation)
         found["average_validation_error"] = None
     if run.average.count > 0:
         average = averaged_model(run.average, data)
-        found["average_error"] = error(average, data.test_x, data.test_y)
-        if x is not None and y is not None:
-            found["average_validation_error"] = error(average, x, y)
+        found["average_error"] = error(average, data.test)
+        if data.validation is not None:
+            found["average_validation_error"] = error(average, data.validation)
         if last:
             for name in deployment.MODELS:
                 model = deployment.deployed(average, config, run.arm, data, name)
-                found[f"{name}_error"] = error(model, data.test_x, data.test_y)
+                found[f"{name}_error"] = error(model, data.test)
     for text, each in run.averages.items():
         if each.count > 0:
             model = averaged_model(each, data)
             found.setdefault("averages", {})[text] = {
-                "error": error(model, data.test_x, data.test_y),
+                "error": error(model, data.test),
                 "averaged": each.count,
             }
     return found
@@ -215,21 +231,16 @@ def _errors(run: Trajectory, data: Dataset, config: RunConfig, *, last: bool) ->
 
 def averaged_model(average: swalp.WeightAverage, data: Dataset) -> nn.Module:
     """The averaged network in float, its batch-norm statistics those of the training data."""
-    swalp.recompute_batchnorm(average.module, _batches(data.train_x))
+    swalp.recompute_batchnorm(average.module, evaluation_batches(data.train))
     return average.module
 
 
 @torch.no_grad()
-def error(model: nn.Module, x: Tensor, y: Tensor) -> float:
+def error(model: nn.Module, images: Images) -> float:
     """The share of examples that `model` gets wrong, in %."""
     model.eval()
-    batches = zip(_batches(x), _batches(y), strict=True)
-    wrong = sum(int((model(inputs).argmax(1) != labels).sum()) for inputs, labels in batches)
-    return 100 * wrong / len(y)
-
-
-def _batches(x: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(x, EVALUATION_BATCH)
+    wrong = sum(int((model(x).argmax(1) != y).sum()) for x, y in evaluation_batches(images))
+    return 100 * wrong / len(images.labels)
 
 
 def sizes(config: RunConfig, data: Dataset, arm: str) -> dict[str, int]:

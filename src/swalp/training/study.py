@@ -83,9 +83,10 @@ def train(
     """
     config = run.config()
     data = hold_out(data, config.validation_examples)
-    if config.batch_size > len(data.train_x):
+    examples = len(data.train.labels)
+    if config.batch_size > examples:
         raise UserError(
-            f"batch_size = {config.batch_size} exceeds the {len(data.train_x)} training examples"
+            f"batch_size = {config.batch_size} exceeds the {examples} training examples"
         )
     _require_iterates(config, loop.steps_per_epoch(config, data))
     began = environment.describe() | {"threads": config.threads, "began": _now()}
@@ -133,7 +134,7 @@ def evaluate(run: RunDirectory, data: Dataset) -> Record:
             seed = config.first_seed + number
             with _threads(config.threads):
                 model = _saved_model(run, config, data, row, seed, sha256)
-                errors.append(loop.error(model, data.test_x, data.test_y))
+                errors.append(loop.error(model, data.test))
         rows.append(row | {"test_error": errors})
     return before | {"rows": rows}
 
@@ -206,12 +207,14 @@ def _train(
 def _diagnostics(trajectory: Trajectory, data: Dataset, config: RunConfig) -> Record:
     """What low precision does inside the network that was trained."""
     recipe = trajectory.optimizer.recipe
+    rows = torch.arange(min(config.batch_size, len(data.train.labels)))
+    x, y = next(data.train.batches([rows]))
     found = diagnostics.describe(
         trajectory.model,
         trajectory.optimizer,
         trajectory.average.module,
-        data.train_x[: config.batch_size],
-        data.train_y[: config.batch_size],
+        x,
+        y,
         recipe=recipe,
         seed=trajectory.seed,
     )
@@ -222,7 +225,9 @@ def _require_iterates(config: RunConfig, per_epoch: int) -> None:
     """Raise UserError if an average of the run would take nothing."""
     for text in ("", *config.averages):
         setting = averages.parse(text or f"every={config.average_every}")
-        start, every = setting.when(config.averaging_start, config.average_every, per_epoch)
+        start, every = setting.when(
+            config.averaging_start, config.average_steps(per_epoch), per_epoch
+        )
         if start + every > config.epochs * per_epoch:
             raise UserError(
                 f"{'average ' + repr(text) if text else 'the average'} takes nothing: it starts "

@@ -69,8 +69,8 @@ def build(run: RunDirectory, config: RunConfig, data: Dataset) -> Record:
             )
     return {
         "data": config.data,
-        "train_examples": len(data.train_x),
-        "test_examples": len(data.test_x),
+        "train_examples": len(data.train.labels),
+        "test_examples": len(data.test.labels),
         "validation_examples": config.validation_examples,
         "rows": rows,
     }

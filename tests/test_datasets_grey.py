@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from swalp.training import data
+from swalp.training.datasets import grey
 from swalp.training.mistakes import UserError
 
 
@@ -32,24 +33,25 @@ def published(tmp_path, monkeypatch):
         compressed = gzip.compress(content)
         (folder / f"{name}-ubyte.gz").write_bytes(compressed)
         files[field] = replace(
-            getattr(data.PUBLISHED["mnist"], field),
+            getattr(grey.PUBLISHED["mnist"], field),
             compressed=hashlib.sha256(compressed).hexdigest(),
             unpacked=hashlib.sha256(content).hexdigest(),
         )
         arrays.append(torch.tensor(values))
-    monkeypatch.setitem(data.PUBLISHED, "mnist", replace(data.PUBLISHED["mnist"], **files))
+    monkeypatch.setitem(grey.PUBLISHED, "mnist", replace(grey.PUBLISHED["mnist"], **files))
     return folder, arrays
 
 
 def test_digits():
     digits = data.load("digits")
-    assert digits.train_x.shape == (1000, 1, 8, 8)
-    assert digits.test_x.shape == (797, 1, 8, 8)
-    assert digits.train_x.dtype == torch.float32
-    assert digits.train_y.dtype == torch.int64
-    assert digits.train_y[:10].tolist() == list(range(10))
-    assert digits.train_x.mean().item() == pytest.approx(0, abs=1e-6)
-    assert digits.train_x.std().item() == pytest.approx(1, abs=1e-4)
+    assert digits.train.shape == (1, 8, 8)
+    assert (len(digits.test.labels), digits.classes) == (797, 10)
+    ((x, y),) = digits.train.batches([torch.arange(1000)])
+    assert x.shape == (1000, 1, 8, 8)
+    assert (x.dtype, y.dtype) == (torch.float32, torch.int64)
+    assert y[:10].tolist() == list(range(10))
+    assert x.mean().item() == pytest.approx(0, abs=1e-6)
+    assert x.std().item() == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("direct", [False, True])
@@ -57,24 +59,25 @@ def test_idx_files_are_found_in_both_places(published, direct):
     folder, (train_x, train_y, test_x, test_y) = published
     found = data.load("mnist", folder if direct else folder.parent)
     assert found.origin == str(folder)
-    assert torch.equal(found.train_y, train_y.long())
-    assert torch.equal(found.test_y, test_y.long())
+    assert torch.equal(found.train.labels, train_y.long())
+    assert torch.equal(found.test.labels, test_y.long())
     mean, scale = train_x.double().mean(), train_x.double().std(correction=0)
     expected = ((test_x.double() - mean) / scale).unsqueeze(1)
-    assert torch.allclose(found.test_x.double(), expected, atol=1e-5)
+    ((x, _),) = found.test.batches([torch.arange(20)])
+    assert torch.allclose(x.double(), expected, atol=1e-5)
 
 
 def test_the_cache_is_the_default(published, monkeypatch):
     folder, _ = published
-    monkeypatch.setattr(data, "cache_dir", lambda: folder.parent)
-    assert len(data.load("mnist").train_x) == 30
+    monkeypatch.setattr(grey, "cache_dir", lambda: folder.parent)
+    assert len(data.load("mnist").train.labels) == 30
 
 
 def test_recompressed_files_are_the_same_files(published):
     folder, _ = published
     path = folder / "t10k-labels-idx1-ubyte.gz"
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 1))
-    assert len(data.load("mnist", folder).test_y) == 20
+    assert len(data.load("mnist", folder).test.labels) == 20
 
 
 def test_missing_files_say_what_to_do(tmp_path, monkeypatch):
@@ -84,7 +87,7 @@ def test_missing_files_say_what_to_do(tmp_path, monkeypatch):
         f"no train-images-idx3-ubyte.gz of mnist in {tmp_path / 'mnist'} or {tmp_path}; give "
         f"--download to fetch it from https://ossci-datasets.s3.amazonaws.com/mnist/"
     )
-    monkeypatch.setattr(data, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(grey, "cache_dir", lambda: tmp_path)
     with pytest.raises(UserError, match="give --data-dir DIR or --download"):
         data.load("mnist")
 
@@ -128,8 +131,8 @@ def test_download_goes_to_a_folder_of_that_name(published, tmp_path, monkeypatch
     monkeypatch.setattr(pooch, "retrieve", retrieve)
     target = tmp_path / "elsewhere"
     assert data.load("mnist", target, download=True).origin == str(target / "mnist")
-    first = data.PUBLISHED["mnist"].train_x
-    assert asked[0] == (data.PUBLISHED["mnist"].url + first.name, f"sha256:{first.compressed}")
+    first = grey.PUBLISHED["mnist"].train_x
+    assert asked[0] == (grey.PUBLISHED["mnist"].url + first.name, f"sha256:{first.compressed}")
     assert len(asked) == 4
     data.load("mnist", target, download=True)
     assert len(asked) == 4
@@ -145,11 +148,3 @@ def test_failed_downloads_are_one_line(tmp_path, monkeypatch, error):
     monkeypatch.setattr(pooch, "retrieve", retrieve)
     with pytest.raises(UserError, match=r"cannot download to .*: (no route|hash differs)$"):
         data.load("fashion-mnist", tmp_path, download=True)
-
-
-def test_epoch_order_is_a_keyed_permutation():
-    order = data.epoch_order(100, seed=3, epoch=2)
-    assert order.sort().values.tolist() == list(range(100))
-    assert torch.equal(order, data.epoch_order(100, seed=3, epoch=2))
-    assert not torch.equal(order, data.epoch_order(100, seed=3, epoch=3))
-    assert not torch.equal(order, data.epoch_order(100, seed=4, epoch=2))
