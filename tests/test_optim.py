@@ -277,7 +277,7 @@ def odd_network():
 def steps_of(recipe, packed, make, gradient_of, monkeypatch, compiled):
     model = odd_network()
     for name, parameter in list(model.items()):
-        grid = swalp.recipes.fit(recipe.weight.format, parameter.dim())
+        grid = swalp.recipes.fit(recipe.weight.format, parameter.shape)
         value = swalp.pack(parameter, grid) if packed else quantize(parameter.detach(), grid)
         model[name] = nn.Parameter(value)
     with monkeypatch.context() as patch:
@@ -290,7 +290,7 @@ def steps_of(recipe, packed, make, gradient_of, monkeypatch, compiled):
             optimizer.step()
     for parameter, (_, kernel) in optimizer._kernels.items():
         number, length = fused.blocks(
-            swalp.recipes.fit(recipe.weight.format, parameter.dim()), parameter.shape
+            swalp.recipes.fit(recipe.weight.format, parameter.shape), parameter.shape
         )
         halved = packed and recipe.weight.format.bits <= 4
         cut = halved and number > 1 and length % 2  # a byte would belong to two blocks

@@ -1,8 +1,19 @@
 import dataclasses
 
 import pytest
+import torch
 
-from swalp import Binary, BlockFloat, FixedPoint, Minifloat, Nearest, Stochastic, recipes
+from swalp import (
+    Binary,
+    BlockFloat,
+    FixedPoint,
+    Microscaling,
+    Minifloat,
+    Nearest,
+    Stochastic,
+    quantize,
+    recipes,
+)
 from swalp.recipes import LayerName, Override, Quantizer, Recipe, fit
 
 
@@ -37,12 +48,38 @@ def test_unknown_name_gets_the_nearest():
 
 
 def test_fit_leaves_elements_that_share():
-    assert fit(BlockFloat(8, axes=(0,)), 1) == BlockFloat(8)
-    assert fit(BlockFloat(8, axes=(0,)), 0) == BlockFloat(8)
-    assert fit(BlockFloat(8, axes=(0, 1)), 2) == BlockFloat(8, axes=(0,))
-    assert fit(BlockFloat(8, axes=(0, 1)), 4) == BlockFloat(8, axes=(0, 1))
-    assert fit(BlockFloat(8, tile=1), 1) == BlockFloat(8, tile=1)
-    assert fit(FixedPoint(8, 6), 1) == FixedPoint(8, 6)
+    assert fit(BlockFloat(8, axes=(0,)), (5,)) == BlockFloat(8)
+    assert fit(BlockFloat(8, axes=(0,)), ()) == BlockFloat(8)
+    assert fit(BlockFloat(8, axes=(0, 1)), (5, 6)) == BlockFloat(8, axes=(0,))
+    assert fit(BlockFloat(8, axes=(0, 1)), (5, 6, 2, 2)) == BlockFloat(8, axes=(0, 1))
+    assert fit(BlockFloat(8, axes=(1, -3)), (5, 6)) == BlockFloat(8, axes=(1,))
+    assert fit(FixedPoint(8, 6), (5,)) == FixedPoint(8, 6)
+
+
+def test_fit_takes_tiles_that_divide():
+    mx = Microscaling(Minifloat(4, 3, specials="fn"), axis=1)
+    assert fit(mx, (3, 64, 2)) == mx
+    assert fit(mx, (3, 40)) == Microscaling(mx.element, axis=1, tile=20)
+    assert fit(mx, (64,)) == Microscaling(mx.element)
+    assert fit(mx, (37,)) == Microscaling(mx.element, tile=1)
+    assert fit(BlockFloat(8, tile=1), (5,)) == BlockFloat(8, tile=1)
+    assert fit(BlockFloat(8, tile=(16, 16)), (8, 24)) == BlockFloat(8, tile=(8, 12))
+    assert fit(BlockFloat(8, tile=(16, 16)), (24,)) == BlockFloat(8, tile=12)
+    assert fit(BlockFloat(8, tile=16, axes=(1,)), (24, 6)) == BlockFloat(8, tile=6, axes=(1,))
+    assert fit(BlockFloat(8, tile=16, axes=(1,)), (24,)) == BlockFloat(8)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 40), (2, 37, 3), (2, 12, 5, 5), (0, 3)], ids=str)
+def test_what_fits_can_be_used(shape):
+    formats = [
+        BlockFloat(8, axes=(0, 1)), BlockFloat(8, axes=(2,)), BlockFloat(8, tile=16),
+        BlockFloat(8, tile=(4, 4)), BlockFloat(8, tile=8, axes=(1,)),
+        *(Microscaling(Minifloat(4, 3, specials="fn"), axis=axis) for axis in (-1, 1)),
+    ]  # fmt: skip
+    for fmt in formats:
+        fitted = fit(fmt, shape)
+        assert fit(fitted, shape) is fitted or fit(fitted, shape) == fitted
+        assert quantize(torch.randn(shape), fitted).shape == shape
 
 
 def test_recipes_are_values():

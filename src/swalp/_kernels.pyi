@@ -8,6 +8,11 @@ BINARY: int
 FLOAT32: int
 CODE8: int
 CODE16: int
+BFLOAT16: int
+COMPENSATED: int
+MOVING32: int
+MOVING64: int
+SUM: int
 
 class Format:
     kind: int
@@ -95,6 +100,10 @@ def quantize_many(
 def unpack(
     fmt: Format, layout: Layout, codes: int, code_type: int, exponents: int, table: int,
     out: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def average(
+    kind: int, weight: float, into: int, residual: int, x: int, dtype: int, count: int,
+    fmt: Format | None, layout: Layout | None, exponents: int, table: int, threads: int, /,
 ) -> None: ...  # fmt: skip
 def least_squares(
     size: int, weight: int, sum: int, squares: int, fmt: Format | None,

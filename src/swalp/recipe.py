@@ -310,17 +310,55 @@ def _at(recipe: Recipe, layer: str, kind: str | None, parameter: str | None) -> 
     return replace(recipe, overrides=(), **settings)  # type: ignore[arg-type]  # of those fields
 
 
-def fit(fmt: Format, ndim: int) -> Format:
-    """`fmt` for a tensor of `ndim` dimensions: some elements always share an exponent.
+def fit(fmt: Format, shape: Sequence[int]) -> Format:
+    """`fmt` for a tensor of that shape, which may have fewer dimensions than its blocks have.
 
-    One exponent per index of all axes would be one per element. Such axes are dropped from the end:
-    "one exponent per output channel" becomes one for the tensor for a bias, "per sample and
-    channel" becomes one per sample for the output of a linear layer.
+    * One exponent per index of all axes would be one per element, so such axes are dropped from the
+      end: "one exponent per output channel" becomes one for the tensor for a bias, "per sample and
+      channel" one per sample for the output of a linear layer.
+    * A tile runs along axes that exist, a microscaling block otherwise along the last; where its
+      extent does not divide the tensor's, the largest that does takes its place.
     """
-    if not isinstance(fmt, BlockFloat) or fmt.axes is None or fmt.tile is not None:
-        return fmt
-    axes = fmt.axes[: max(ndim - 1, 0)]
-    return fmt if axes == fmt.axes else replace(fmt, axes=axes or None)
+    if isinstance(fmt, BlockFloat) and fmt.tile is None:
+        if fmt.axes is None:
+            return fmt
+        axes = tuple(axis for axis in fmt.axes if -len(shape) <= axis < len(shape))
+        axes = axes[: max(len(shape) - 1, 0)]
+        return fmt if axes == fmt.axes else _with_axes(fmt, axes)
+    if isinstance(fmt, BlockFloat | Microscaling):
+        return _tiled(fmt, tuple(shape))
+    return fmt
+
+
+@lru_cache(maxsize=1024)
+def _with_axes(fmt: BlockFloat, axes: tuple[int, ...]) -> BlockFloat:
+    return replace(fmt, axes=axes or None)
+
+
+@lru_cache(maxsize=1024)
+def _tiled(fmt: BlockFloat | Microscaling, shape: tuple[int, ...]) -> Format:
+    if isinstance(fmt, Microscaling):
+        if not shape:  # one number with a scale of its own: integers of as many bits, shared by one
+            return BlockFloat(fmt.significand_bits + 1)
+        axis = fmt.axis if -len(shape) <= fmt.axis < len(shape) else -1
+        return replace(fmt, axis=axis, tile=_divisor(shape[axis], fmt.tile))
+    assert isinstance(fmt.tile, tuple)
+    last = tuple(range(-len(fmt.tile), 0))
+    along = [
+        (axis, extent)
+        for axis, extent in zip(fmt.axes or last, fmt.tile, strict=True)
+        if -len(shape) <= axis < len(shape)
+    ]
+    if not along:
+        return replace(fmt, axes=None, tile=None)
+    axes = tuple(axis for axis, _ in along)
+    tile = tuple(_divisor(shape[axis], extent) for axis, extent in along)
+    return replace(fmt, axes=fmt.axes and axes, tile=tile)
+
+
+def _divisor(extent: int, most: int) -> int:
+    """The largest divisor of `extent` up to `most`."""
+    return next((tile for tile in range(min(most, extent), 0, -1) if extent % tile == 0), 1)
 
 
 def _check_role(owner: str, role: str, value: object) -> None:

@@ -128,6 +128,23 @@ void join(uintptr_t codes, int64_t count, uintptr_t halves, int threads) {
   swalp_join(reinterpret_cast<const void*>(codes), count, reinterpret_cast<void*>(halves), threads);
 }
 
+// `fmt` and `codes_layout` are None for an iterate of floats, of which there are `count`.
+void average(int32_t kind, double weight, uintptr_t into, uintptr_t residual, uintptr_t x,
+             int32_t type, int64_t count, const swalp_format* fmt, const swalp_layout* codes_layout,
+             uintptr_t exponents, uintptr_t table, int threads) {
+  const swalp_average_arguments a = {kind,
+                                     type,
+                                     weight,
+                                     reinterpret_cast<void*>(into),
+                                     reinterpret_cast<float*>(residual),
+                                     reinterpret_cast<const void*>(x),
+                                     reinterpret_cast<const int32_t*>(exponents),
+                                     reinterpret_cast<const float*>(table)};
+  const swalp_layout all = flat(count);
+  nb::gil_scoped_release unlocked;
+  swalp_average(&a, fmt, codes_layout ? codes_layout : &all, threads);
+}
+
 void noise(uintptr_t out, int64_t start, int64_t count, int32_t bits, uint64_t seed, uint32_t step,
            uint32_t call) {
   const swalp_rounding r = {SWALP_STOCHASTIC, bits, seed, step, call};
@@ -358,6 +375,11 @@ NB_MODULE(_kernels, m) {
   m.attr("FLOAT32") = static_cast<int>(SWALP_FLOAT32);
   m.attr("CODE8") = static_cast<int>(SWALP_CODE8);
   m.attr("CODE16") = static_cast<int>(SWALP_CODE16);
+  m.attr("BFLOAT16") = static_cast<int>(SWALP_BFLOAT16);
+  m.attr("COMPENSATED") = static_cast<int>(SWALP_COMPENSATED);
+  m.attr("MOVING32") = static_cast<int>(SWALP_MOVING32);
+  m.attr("MOVING64") = static_cast<int>(SWALP_MOVING64);
+  m.attr("SUM") = static_cast<int>(SWALP_SUM);
   m.def("quantize", &quantize);
   m.def("quantize_flat", &quantize_flat);
   m.def("quantize_many", &quantize_many);
@@ -374,6 +396,8 @@ NB_MODULE(_kernels, m) {
     nb::gil_scoped_release unlocked;
     swalp_relu_gradient(n, at<float>(gradient), at<uint8_t>(passed), at<float>(out), threads);
   });
+  m.def("average", &average, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
   m.def("noise", &noise);
   m.def("matmul", &matmul);
   m.def("has_matmul", [] { return swalp_has_multiply() != 0; });

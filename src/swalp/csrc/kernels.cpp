@@ -95,6 +95,11 @@ void swalp_join(const void* codes, int64_t count, void* halves, int threads) {
   active->join(codes, count, halves, threads);
 }
 
+void swalp_average(const swalp_average_arguments* a, const swalp_format* f, const swalp_layout* l,
+                   int threads) {
+  active->average(a, f, l, threads);
+}
+
 void swalp_noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out) {
   active->noise(r, start, count, out);
 }

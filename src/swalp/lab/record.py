@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,12 +127,13 @@ def readme(record: dict[str, Any], table: str) -> str:
     """The page that GitHub shows for the directory."""
     verdict = Verdict(**record["verdict"])
     made = record["environment"]
-    changed = ", ".join(f"{key} = {value}" for key, value in record["settings"].items())
+    settings = ", ".join(f"{key} = {value}" for key, value in record["settings"].items())
+    sentence = verdict.sentence[:1].upper() + verdict.sentence[1:]
     return f"""# {record["title"]}
 
-**Claim.** {record["statement"]}
+**Claim.** {_wrapped(record["statement"])}
 
-**{"Holds" if verdict.holds else "Does not hold"}.** {verdict.sentence}
+**{"Holds" if verdict.holds else "Does not hold"}.** {_wrapped(sentence)}
 
 ![{record["title"]}](plot.png)
 
@@ -142,8 +144,12 @@ The page, the table and the picture are made from `rows.jsonl`; `record.json` ha
 and machine. Made at commit {made["commit"]} with torch {made["torch"]}, Python {made["python"]},
 {made["vector instructions"]}.
 
-**Settings.** {changed}.
+**Settings.** {_wrapped(settings)}.
 """
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def commit() -> str:

@@ -211,7 +211,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             rounding = quantizer.rounding
             if isinstance(rounding, Stochastic):
                 rounding = rounding.seeded(self.seed).stream(role, name).at(step)
-            fmt = fit(quantizer.format, tensor.dim())
+            fmt = fit(quantizer.format, tensor.shape)
             kept = packed and role != "gradient" and fmt.bits <= 16
             return pack(tensor, fmt, rounding) if kept else quantize(tensor, fmt, rounding)
 

@@ -88,7 +88,7 @@ def prepare(
         rounding = quantizer.rounding
         if isinstance(rounding, Stochastic):
             rounding = rounding.seeded(seed).stream(role, name)
-        plan = cpu.plan_of(fit(quantizer.format, parameter.dim()))
+        plan = cpu.plan_of(fit(quantizer.format, parameter.shape))
         halved = isinstance(parameter, PackedTensor) and joined(plan.fmt)
         kernel.set_role(role, plan.kernel, *cpu.rule_arguments(rounding)[:3], halved)
     return kernel
@@ -99,7 +99,7 @@ def empty_state(recipe: Recipe, role: str, parameter: Tensor) -> Tensor:
     zeros = torch.zeros(parameter.shape)
     if not isinstance(parameter, PackedTensor):
         return zeros
-    return pack(zeros, fit(getattr(recipe, role).format, parameter.dim()))
+    return pack(zeros, fit(getattr(recipe, role).format, parameter.shape))
 
 
 def fits(recipe: Recipe, roles: Sequence[str], parameter: Tensor) -> tuple[int, int] | None:
@@ -121,7 +121,7 @@ def fits(recipe: Recipe, roles: Sequence[str], parameter: Tensor) -> tuple[int, 
             if role == "gradient":
                 continue
             return None
-        fmt = fit(quantizer.format, parameter.dim())
+        fmt = fit(quantizer.format, parameter.shape)
         if not cpu.supports(fmt, quantizer.rounding, torch.float32):
             return None
         kept = role != "gradient"
@@ -161,7 +161,7 @@ def held(tensor: Tensor, role: str, recipe: Recipe, parameter: Tensor) -> bool:
         return type(tensor) is not PackedTensor and tensor.dtype == torch.float32
     return (
         isinstance(tensor, PackedTensor)
-        and tensor.format == fit(getattr(recipe, role).format, parameter.dim())
+        and tensor.format == fit(getattr(recipe, role).format, parameter.shape)
         and (tensor.exponents is None or tensor.exponents.is_contiguous())
     )
 

@@ -300,18 +300,35 @@ def unpack(
         out = torch.empty_like(codes, dtype=torch.float32)
     elif out.stride() != codes.stride() or out.is_neg():
         return out.copy_(unpack(codes, exponents, fmt))
+    known = stored(codes, exponents, fmt)
+    assert known is not None  # `supports`
+    numbers, layout, code_type, exponents, table = known
+    _kernels.unpack(
+        numbers, layout, codes.data_ptr(), code_type,
+        0 if exponents is None else exponents.data_ptr(),
+        0 if table is None else table.data_ptr(),  # 0 as well if it is empty
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def stored(
+    codes: Tensor, exponents: Tensor | None, fmt: Format
+) -> tuple[_kernels.Format, _kernels.Layout, int, Tensor | None, Tensor | None] | None:
+    """Codes and exponents as the kernels read them; None if they cannot.
+
+    Returns:
+        Format, layout, type of the codes, exponents as int32, and the values of bit patterns.
+    """
+    plan = plan_of(fmt)
+    found = _layout(plan, codes) if codes.numel() else None
+    if plan.kernel is None or found is None:
+        return None
     if exponents is not None:
         exponents = exponents.to(torch.int32).contiguous()
     if plan.table is None:
         plan.table = _table(fmt)
-    assert plan.kernel is not None  # `supports`
-    _kernels.unpack(
-        plan.kernel, found[1], codes.data_ptr(), _code_type(fmt),
-        0 if exponents is None else exponents.data_ptr(),
-        0 if plan.table is None else plan.table.data_ptr(),  # 0 as well if it is empty
-        out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    return plan.kernel, found[1], _code_type(fmt), exponents, plan.table
 
 
 def join(codes: Tensor) -> Tensor:

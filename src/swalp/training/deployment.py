@@ -47,7 +47,7 @@ def stored_bytes(network: nn.Module, config: RunConfig) -> int:
     """Bytes of a network's parameters in the export format, and of its buffers."""
     fmt = parse_format(config.export_format)
     weights = sum(
-        storage_bytes(parameter.shape, fit(fmt, parameter.dim()))
+        storage_bytes(parameter.shape, fit(fmt, parameter.shape))
         for parameter in network.parameters()
     )
     return weights + sum(buffer.nbytes for buffer in network.buffers())

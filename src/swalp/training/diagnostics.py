@@ -96,17 +96,21 @@ class _Watch:
     name: str
     note: Callable[[Row], None]
 
-    def __call__(self, x: Tensor, training: bool) -> Tensor:
+    def begin(self) -> int:
+        """As the site's."""
+        return self.site.begin()
+
+    def __call__(self, x: Tensor, training: bool, call: int | None = None) -> Tensor:
         # An alias, as what else uses x sends gradients back to it too.
         entering = x.view_as(x)
-        leaving = self.site(entering, training)
+        leaving = self.site(entering, training, call)
         activation, error = self.site.activation, self.site.error
         if activation is not None:
-            fmt = fit(activation.format, x.dim())
+            fmt = fit(activation.format, x.shape)
             rule = activation.rounding
             self.note(_row("activation", self.name, fmt, rule, entering, leaving))
         if error is not None and leaving.requires_grad:
-            fmt, rule = fit(error.format, x.dim()), error.rounding
+            fmt, rule = fit(error.format, x.shape), error.rounding
             exact: list[Tensor] = []
             leaving.register_hook(exact.append)  # type: ignore[no-untyped-call]  # PyTorch ships no type
             entering.register_hook(  # type: ignore[no-untyped-call]  # likewise
@@ -170,7 +174,7 @@ def _quantized(
         rounding = rounding.seeded(seed).stream("diagnostics", f"{role} {name}")
 
     def apply(value: Tensor) -> Tensor:
-        fmt = fit(quantizer.format, value.dim())
+        fmt = fit(quantizer.format, value.shape)
         rounded = quantize(value.detach(), fmt, rounding)
         note(_row(role, name, fmt, rounding, value, rounded))
         return rounded
@@ -204,7 +208,7 @@ def _histogram(name: str, iterate: Tensor, average: Tensor, fmt: Format | None) 
     """
     values, mean = _plain(iterate).to(torch.float64), average.to(torch.float64)
     row: Row = {"name": name, "shape": list(iterate.shape), "format": None, "unit": "value"}
-    fmt = None if fmt is None else fit(fmt, iterate.dim())
+    fmt = None if fmt is None else fit(fmt, iterate.shape)
     row["format"] = None if fmt is None else str(fmt)
     grid = fmt.element if isinstance(fmt, Microscaling) else fmt
     if fmt is not None and isinstance(grid, FixedPoint | BlockFloat):
