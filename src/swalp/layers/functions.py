@@ -136,8 +136,8 @@ def _product(*names: str, first: int = 0, matrices: bool = True) -> Handler:
             return func(*given, **kwargs)
         if products.off(func.__name__.strip("_")):
             return func(*given, **kwargs)
-        given[first] = _enter(products, x, last=True)
-        given[first + 1] = _enter(products, y, last=not matrices)
+        given[first] = _enter(products, x)
+        given[first + 1] = _enter(products, y, summed=-2 if matrices else -1)
         return products.leave(func(*given, **kwargs))
 
     return handler
@@ -157,16 +157,14 @@ def _einsum(products: Products, func: Any, *args: Any, **kwargs: Any) -> Any:
         return func(*args, **kwargs)
     if products.off("einsum"):
         return func(*args, **kwargs)
-    return products.leave(func(equation, *(_enter(products, x, True) for x in operands), **kwargs))
+    return products.leave(func(equation, *(_enter(products, x) for x in operands), **kwargs))
 
 
-def _enter(products: Products, x: Tensor, last: bool) -> Tensor:
-    """An operand, quantized with the dimension that is summed at its end; a weight as it is."""
+def _enter(products: Products, x: Tensor, summed: int = -1) -> Tensor:
+    """An operand, quantized; a weight as it is."""
     if isinstance(x, nn.Parameter):
         return x  # on its grid already
-    if last or x.dim() < 2:
-        return products.enter(x)
-    return products.enter(x.transpose(-2, -1)).transpose(-2, -1)
+    return products.enter(x, summed)
 
 
 _matmul = _product("input", "other")
