@@ -86,9 +86,7 @@ def quantize_block(
     rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
 ) -> tuple[bool, int]: ...  # fmt: skip
 def relu(count: int, x: int, out: int, passed: int, threads: int, /) -> None: ...
-def relu_gradient(
-    count: int, gradient: int, passed: int, out: int, threads: int, /
-) -> None: ...
+def relu_gradient(count: int, gradient: int, passed: int, out: int, threads: int, /) -> None: ...
 def quantize_flat(
     fmt: Format, count: int, x: int, out: int,
     rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
