@@ -410,6 +410,11 @@ NB_MODULE(_kernels, m) {
   m.def("convolution_forward", &convolution_forward);
   m.def("convolution_input_gradient", &convolution_input_gradient);
   m.def("convolution_weight_gradient", &convolution_weight_gradient);
+  m.def("convolution_channel_sums", [](uintptr_t codes, int64_t rows, int64_t channels,
+                                       uintptr_t sums, int threads) {
+    nb::gil_scoped_release unlocked;
+    swalp_convolution_channel_sums(at<int8_t>(codes), rows, channels, at<int64_t>(sums), threads);
+  });
   m.def("has_fast_convolution", [] { return swalp_has_fast_convolution() != 0; });
   m.def("use", [](const std::string& name) {
     if (!swalp_use(name.c_str()))
