@@ -135,7 +135,11 @@ def train(
                 good = finite and all(
                     bool(value.isfinite().all()) for value in average.module.parameters()
                 )
-                found = loop.error(loop.averaged_model(average, images), images.test) if good else FAILED
+                found = (
+                    loop.error(loop.averaged_model(average, images), images.test)
+                    if good
+                    else FAILED
+                )
                 rows.append({"average": text, "epoch": done, "test_error": found})
     return rows
 

@@ -1,7 +1,7 @@
 """The claims, by name."""
 
 from swalp.lab.claim import Claim
-from swalp.lab.claims import linear_regression, logistic_regression, noise_ball
+from swalp.lab.claims import linear_regression, logistic_regression, noise_ball, word_length
 
 CLAIMS: dict[str, Claim] = {
     claim.name: claim
@@ -10,5 +10,6 @@ CLAIMS: dict[str, Claim] = {
         linear_regression.HOUSING,
         logistic_regression.CLAIM,
         noise_ball.CLAIM,
+        word_length.CLAIM,
     )
 }
