@@ -1,7 +1,13 @@
 """The claims, by name."""
 
 from swalp.lab.claim import Claim
-from swalp.lab.claims import linear_regression, logistic_regression, noise_ball, word_length
+from swalp.lab.claims import (
+    linear_regression,
+    logistic_regression,
+    noise_ball,
+    related_work,
+    word_length,
+)
 
 CLAIMS: dict[str, Claim] = {
     claim.name: claim
@@ -11,5 +17,6 @@ CLAIMS: dict[str, Claim] = {
         logistic_regression.CLAIM,
         noise_ball.CLAIM,
         word_length.CLAIM,
+        related_work.CLAIM,
     )
 }

@@ -142,8 +142,8 @@ def verdict(settings: Settings, rows: Sequence[Row]) -> Verdict:
         text = {key: "none" if bits is None else str(bits) for key, bits in ends.items()}
         told.append(
             f"on {name} the shortest word within {BROKEN:g} point of float SGD is, with big "
-            f"blocks, {text['big', 'SGD']} for SGD-LP and {text['big', 'average']} for SWALP; with small "
-            f"blocks {text['small', 'SGD']} and {text['small', 'average']}"
+            f"blocks, {text['big', 'SGD']} for SGD-LP and {text['big', 'average']} for SWALP; with "
+            f"small blocks {text['small', 'SGD']} and {text['small', 'average']}"
         )
         length = {key: 99 if bits is None else bits for key, bits in ends.items()}
         holds &= all(length[block, "average"] <= length[block, "SGD"] for block in BLOCKS)
