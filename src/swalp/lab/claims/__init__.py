@@ -2,6 +2,8 @@
 
 from swalp.lab.claim import Claim
 from swalp.lab.claims import (
+    averaging,
+    cifar,
     linear_regression,
     logistic_regression,
     noise_ball,
@@ -16,7 +18,10 @@ CLAIMS: dict[str, Claim] = {
         linear_regression.HOUSING,
         logistic_regression.CLAIM,
         noise_ball.CLAIM,
+        averaging.FREQUENCY,
+        averaging.PRECISION,
         word_length.CLAIM,
+        cifar.CLAIM,
         related_work.CLAIM,
     )
 }

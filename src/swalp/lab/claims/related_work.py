@@ -193,8 +193,9 @@ def verdict(settings: Settings, rows: Sequence[Row]) -> Verdict:
         best = min(cases, key=lambda case: mean(rows, model="average", **case))
         without = f" ({' and '.join(failing)} do not)" if failing else ""
         told.append(
-            f"at {bits} bits, rounded stochastically, averaging lowers the error in {helped} of "
-            f"{len(cases)} formats that train at all{without}, by {min(gains):.2f} to {max(gains):.2f} points, and the "
+            f"at {bits} bits, rounded stochastically, averaging lowers the error in {helped} "
+            f"of {len(cases)} formats that train at all{without}, by {min(gains):.2f} to "
+            f"{max(gains):.2f} points, and the "
             f"average is at least as good as with rounding to nearest in {better}; the best format "
             f"is {best['scheme']}, at {mean(rows, model='average', **best):.2f} %"
         )
@@ -244,7 +245,7 @@ def plot(settings: Settings, rows: Sequence[Row]) -> Figure:
         each.set_xlabel("test error, %")
         each.set_title(f"every role in {bits} bits", fontsize="medium")
     figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False,
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6 if len(axes) > 1 else 3, frameon=False,
         fontsize="small",
     )  # fmt: skip
     return figure
