@@ -195,12 +195,16 @@ def noise_clock(model: nn.Module) -> NoiseClock:
 
 def to_float(model: _Module) -> _Module:
     """A copy of `model` with the same parameters and no quantizers; of a float model, a copy."""
-    result = copy.deepcopy(model)
+    return strip(copy.deepcopy(model))
+
+
+def strip(model: _Module) -> _Module:
+    """Take the quantizers off `model`, in place, and return it: a float network again."""
     _replace_parameters(
-        result,
+        model,
         lambda value, *_: value.dequantize() if isinstance(value, PackedTensor) else value,
     )
-    for module in result.modules():
+    for module in model.modules():
         if isinstance(module, Quantized):
             for name in ("input_site", "output_site", "outer", "functions"):
                 vars(module).pop(name, None)
@@ -209,7 +213,7 @@ def to_float(model: _Module) -> _Module:
             if isinstance(hook, Conversion):
                 del module._forward_pre_hooks[key]
                 del module._swalp
-    return result
+    return model
 
 
 def conversion(model: nn.Module) -> Conversion:

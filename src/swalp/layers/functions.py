@@ -136,37 +136,30 @@ def _product(*names: str, first: int = 0, matrices: bool = True) -> Handler:
             return func(*given, **kwargs)
         if products.off(func.__name__.strip("_")):
             return func(*given, **kwargs)
-        given[first] = _enter(products, x, last=True)
-        given[first + 1] = _enter(products, y, last=not matrices)
+        given[first] = _enter(products, x)
+        given[first + 1] = _enter(products, y, summed=-2 if matrices else -1)
         return products.leave(func(*given, **kwargs))
 
     return handler
 
 
-def _einsum(products: Products, func: Any, *args: Any, **kwargs: Any) -> Any:
-    equation, *operands = args
+def _einsum(products: Products, func: Any, equation: str, *operands: Any) -> Any:
+    # PyTorch has made a string of equations in lists, but leaves lists of operands.
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
-        operands = list(operands[0])
-    if not isinstance(equation, str):
-        raise TypeError(
-            "einsum: in a converted network, write the equation as a string, einsum('ij,jk', x, y)"
-        )
+        operands = tuple(operands[0])
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     summed = not arrow or set(inputs) - set(output) - {",", "."}
-    if len(operands) < 2 or not summed or not all(x.is_floating_point() for x in operands):
-        return func(*args, **kwargs)
-    if products.off("einsum"):
-        return func(*args, **kwargs)
-    return products.leave(func(equation, *(_enter(products, x, True) for x in operands), **kwargs))
+    numbers = all(x.is_floating_point() for x in operands)
+    if len(operands) < 2 or not summed or not numbers or products.off("einsum"):
+        return func(equation, *operands)
+    return products.leave(func(equation, *(_enter(products, x) for x in operands)))
 
 
-def _enter(products: Products, x: Tensor, last: bool) -> Tensor:
-    """An operand, quantized with the dimension that is summed at its end; a weight as it is."""
+def _enter(products: Products, x: Tensor, summed: int = -1) -> Tensor:
+    """An operand, quantized; a weight as it is."""
     if isinstance(x, nn.Parameter):
         return x  # on its grid already
-    if last or x.dim() < 2:
-        return products.enter(x)
-    return products.enter(x.transpose(-2, -1)).transpose(-2, -1)
+    return products.enter(x, summed)
 
 
 _matmul = _product("input", "other")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from swalp.training.datasets import cifar, grey
+from swalp.training.datasets import cifar, grey, imagenet
 from swalp.training.datasets.images import (
     Dataset,
     Images,
@@ -42,6 +42,8 @@ def load(name: str, data_dir: Path | None = None, *, download: bool = False) -> 
         return grey.load_digits()
     if name in grey.PUBLISHED:
         return grey.load(name, data_dir, fetch=download)
+    if name == "imagenet":
+        return imagenet.load(data_dir, fetch=download)
     return cifar.load(name, data_dir, fetch=download)
 
 

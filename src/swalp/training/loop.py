@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import swalp
+from swalp.noise import stream_seed
 from swalp.optim import SGD
 from swalp.training import averages, deployment, models
 from swalp.training.augmentation import Draws
@@ -169,7 +171,8 @@ def _step(
         group["lr"] = rate(run.step)
 
     run.model.train()
-    loss = nn.functional.cross_entropy(run.model(x), y)
+    with _dropout_noise(run):
+        loss = nn.functional.cross_entropy(run.model(x), y)
     value = loss.item()
     if not math.isfinite(value):
         raise NonFiniteLossError(
@@ -198,6 +201,18 @@ def _step(
         }
         run.loss_sum = 0.0
     return Step(value, record)
+
+
+@contextmanager
+def _dropout_noise(run: Trajectory) -> Iterator[None]:
+    """PyTorch's generator, from which dropout draws, as a function of seed and step alone."""
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(stream_seed(run.seed, "dropout", str(run.step)))
+    try:
+        yield
+    finally:
+        generator.set_state(before)
 
 
 def _errors(run: Trajectory, data: Dataset, config: RunConfig, *, last: bool) -> dict[str, Any]:
