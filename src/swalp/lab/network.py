@@ -130,8 +130,8 @@ def train(
             rows.append({"average": None, "epoch": done, "test_error": found})
         if done == training.epochs or (each_epoch and done > start):
             for text, average in kept.items():
-                if average.count == 0:
-                    continue
+                if average.count == 0 and finite:
+                    continue  # its first iterate is still to come
                 good = finite and all(
                     bool(value.isfinite().all()) for value in average.module.parameters()
                 )

@@ -149,8 +149,8 @@ def frequency_verdict(settings: Settings, rows: Sequence[Row]) -> Verdict:
         holds &= max(late) <= iterate + SLACK
     return Verdict(
         holds,
-        f"{'; '.join(told)}. (Expected: taking more iterates is never worse, and even one an epoch is "
-        f"no worse than the iterate, within {SLACK} points.)",
+        f"{'; '.join(told)}. (Expected: taking more iterates is never worse, and even one an "
+        f"epoch is no worse than the iterate, within {SLACK} points.)",
     )
 
 
@@ -180,7 +180,8 @@ def precision_verdict(settings: Settings, rows: Sequence[Row]) -> Verdict:
         )
         holds &= bits is not None and bits <= 12
     return Verdict(
-        holds, f"{'; '.join(told)}. (Expected: 12 bits are enough, as the average is all that is kept.)"
+        holds,
+        f"{'; '.join(told)}. (Expected: 12 bits are enough, as the average is all that is kept.)",
     )
 
 
@@ -243,9 +244,9 @@ FREQUENCY = Claim(
     name="averaging-frequency",
     title="How often to average: every step is soon good, once an epoch is enough",
     statement=(
-        "Algorithm 2 averages every c steps, and leaves c open; the published runs take one iterate "
-        "an epoch. One training run from each seed keeps averages of several frequencies, so that "
-        "nothing but the frequency differs. All figures are this project's."
+        "Algorithm 2 averages every c steps, and leaves c open; the published runs take one "
+        "iterate an epoch. One training run from each seed keeps averages of several frequencies, "
+        "so that nothing but the frequency differs. All figures are this project's."
     ),
     full=Settings(what="frequency", **_FULL),  # type: ignore[arg-type]  # as listed above
     quick=Settings(what="frequency", **_QUICK),  # type: ignore[arg-type]

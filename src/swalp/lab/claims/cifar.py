@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -114,12 +115,18 @@ def _groups(rows: Sequence[Row]) -> list[tuple[Row, dict[str, Row]]]:
 
     A run with several 8-bit recipes has a line for each, its float cells repeated.
     """
-    groups: dict[tuple[object, ...], dict[str, Row]] = {}
+    groups: dict[tuple[Any, ...], dict[str, Row]] = {}
     for row in rows:
-        key = (row["kind"], row["data"], row["network"], row["epochs"], row["source"])
-        groups.setdefault((*key, row.get("arm") if row.get("arm") != FLOAT else None), {})[
-            row["column"]
-        ] = row
+        arm = None if row.get("arm") == FLOAT else row.get("arm")
+        key: tuple[Any, ...] = (
+            row["kind"],
+            row["data"],
+            row["network"],
+            row["epochs"],
+            row["source"],
+            arm,
+        )
+        groups.setdefault(key, {})[row["column"]] = row
     lines = []
     for key, cells in groups.items():
         shared = groups.get((*key[:-1], None), {})
@@ -223,8 +230,8 @@ CLAIM = Claim(
     statement=(
         "8-bit SGD loses 0.8 to 2.4 points to float SGD on CIFAR-10 and CIFAR-100; averaging "
         "(SWALP) brings 8 bits back to float SGD or better (Yang et al. 2019; figures from the "
-        "published code's README, and where said from a blog post). Measured: every finished run on "
-        "CIFAR in experiments/, at whatever number of epochs it was given."
+        "published code's README, and where said from a blog post). Measured: every finished run "
+        "on CIFAR in experiments/, at whatever number of epochs it was given."
     ),
     full=Settings(records="experiments", seeds=1),
     quick=Settings(records="experiments", seeds=1),

@@ -245,7 +245,8 @@ def plot(settings: Settings, rows: Sequence[Row]) -> Figure:
         each.set_xlabel("test error, %")
         each.set_title(f"every role in {bits} bits", fontsize="medium")
     figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6 if len(axes) > 1 else 3, frameon=False,
+        *axes[0].get_legend_handles_labels(), loc="outside lower center",
+        ncols=6 if len(axes) > 1 else 3, frameon=False,
         fontsize="small",
     )  # fmt: skip
     return figure
