@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from swalp import buffers
 from swalp.matmul.kernels import DEEPEST
 from swalp.matmul.operands import Operand
 from swalp.quantize import cpu
@@ -277,7 +278,7 @@ def _is_channels_last(codes: Tensor) -> bool:
 
 def _empty(batch: int, channels: int, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Memory with the channels last, and the view of it with the channels second."""
-    memory = torch.empty(batch, *size, channels)
+    memory = buffers.empty(batch, *size, channels)
     return memory, memory.movedim(-1, 1)
 
 
