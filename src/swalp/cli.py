@@ -6,6 +6,7 @@ import functools
 import signal
 import sys
 import time
+import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,6 +179,33 @@ def evaluate(
     if not changed:
         print(f"\nEvery error equals the one in {run}.")
     return _DIFFERENT if changed else 0
+
+
+@app.command()
+def report(
+    records: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN…|CLAIM…", help="Directories of runs, or names or directories of claims."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file; default: report-NAME.html here, report.html for several."),
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> None:
+    """Make one HTML page of runs or claims: verdicts, tables, curves, weights, errors, settings."""
+    from swalp.report import page
+    from swalp.report.records import RecordError
+
+    try:
+        written = page.write(records or [], out)
+    except RecordError as error:
+        raise UserError(str(error)) from None
+    print(f"written: {written}")
+    if open_ and not webbrowser.open(written.resolve().as_uri()):
+        raise UserError(f"no browser was found; open {written} yourself")
 
 
 @app.command()

@@ -143,21 +143,16 @@ def _product(*names: str, first: int = 0, matrices: bool = True) -> Handler:
     return handler
 
 
-def _einsum(products: Products, func: Any, *args: Any, **kwargs: Any) -> Any:
-    equation, *operands = args
+def _einsum(products: Products, func: Any, equation: str, *operands: Any) -> Any:
+    # PyTorch has made a string of equations in lists, but leaves lists of operands.
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
-        operands = list(operands[0])
-    if not isinstance(equation, str):
-        raise TypeError(
-            "einsum: in a converted network, write the equation as a string, einsum('ij,jk', x, y)"
-        )
+        operands = tuple(operands[0])
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     summed = not arrow or set(inputs) - set(output) - {",", "."}
-    if len(operands) < 2 or not summed or not all(x.is_floating_point() for x in operands):
-        return func(*args, **kwargs)
-    if products.off("einsum"):
-        return func(*args, **kwargs)
-    return products.leave(func(equation, *(_enter(products, x) for x in operands), **kwargs))
+    numbers = all(x.is_floating_point() for x in operands)
+    if len(operands) < 2 or not summed or not numbers or products.off("einsum"):
+        return func(equation, *operands)
+    return products.leave(func(equation, *(_enter(products, x) for x in operands)))
 
 
 def _enter(products: Products, x: Tensor, summed: int = -1) -> Tensor:
