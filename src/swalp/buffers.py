@@ -21,20 +21,25 @@ _lock = threading.Lock()
 _blocks: dict[int, list[torch.UntypedStorage]] = {}
 
 
-def empty(*shape: int) -> Tensor:
-    """Like `torch.empty`: float32 on the CPU, contiguous."""
+def empty(*shape: int, channels_last: bool = False) -> Tensor:
+    """Like `torch.empty`: float32 on the CPU, and no view.
+
+    Args:
+        shape: of the tensor.
+        channels_last: whether dimension 1 is the last in memory; else the tensor is contiguous.
+    """
+    strides = _strides(shape, channels_last)
     size = 4 * math.prod(shape)
     if size < SMALLEST:
-        return torch.empty(shape)
+        return torch.empty_strided(shape, strides)
     with _lock:
         blocks = _blocks.setdefault(size, [])
         found = next((block for block in blocks if _is_free(block)), None)
         if found is None:
-            found = torch.UntypedStorage(size)
-            blocks.append(found)
-        else:  # the one last used is the likeliest to be in the cache
             _trim(size)
-        return torch.empty(0).set_(found, 0, shape, _strides(shape))  # type: ignore[call-overload]  # takes an untyped storage
+            found = torch.UntypedStorage(size)  # type: ignore[no-untyped-call]  # PyTorch ships no type
+            blocks.append(found)
+        return torch.empty(0).set_(found, 0, shape, strides)
 
 
 def free_bytes() -> int:
@@ -68,9 +73,10 @@ def _trim(kept: int) -> None:
         total -= size
 
 
-def _strides(shape: Sequence[int]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
+def _strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
+    order = [0, *range(2, len(shape)), 1] if channels_last else range(len(shape))
+    strides, step = [0] * len(shape), 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= max(shape[axis], 1)
+    return tuple(strides)
