@@ -17,6 +17,7 @@ from swalp.layers import (
     Kind,
     NoiseClock,
     Quantized,
+    QuantizedFunctions,
     QuantizedLayer,
     Rule,
     Site,
@@ -148,6 +149,9 @@ def convert(
             settings: dict[str, object] = {}
             if recipe.product == "native" and kind.family is Family.PRODUCT:
                 mixin, settings = _native(module, kind, resolved, name, before, after)
+            elif recipe.product == "native" and kind.mixin is QuantizedFunctions:
+                reason = obstacle(before, after)
+                settings = {"simulated": reason} if reason else {"native": True}
             module.__class__ = quantized_class(mixin, type(module))
             assert isinstance(module, Quantized)
             module.outer = outer
@@ -166,7 +170,15 @@ _COMPUTING = (*_LAYERS, Family.FUNCTIONS)
 
 
 # What converting leaves on a layer, beside its class.
-_ATTRIBUTES = ("input_site", "output_site", "outer", "functions", "simulated", "weight_format")
+_ATTRIBUTES = (
+    "input_site",
+    "output_site",
+    "outer",
+    "functions",
+    "native",
+    "simulated",
+    "weight_format",
+)
 
 
 _SIGNIFICANDS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}

@@ -226,7 +226,12 @@ def _functions(module: nn.Module) -> list[str]:
     )
     if not called:
         return [] if _holds(module) else [Family.OTHER.value]
-    return [f"operands of {called}" if _sites(module) else f"{called} {Family.FUNCTIONS.value}"]
+    if not _sites(module):
+        return [f"{called} {Family.FUNCTIONS.value}"]
+    assert isinstance(module, Quantized)
+    way = ["products of two activations on integers"] if module.native else []
+    way += [f"products simulated: {module.simulated}"] if module.simulated else []
+    return [f"operands of {called}", *way]
 
 
 def _text(formats: Iterable[Format | None]) -> str:

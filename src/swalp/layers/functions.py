@@ -92,7 +92,7 @@ class QuantizedFunctions(Quantized):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's forward, its products between the sites."""
-        products = Products.begin(self.input_site, self.output_site, self.training)
+        products = Products.begin(self.input_site, self.output_site, self.training, self.native)
         with intercepted(products):
             result = super().forward(*args, **kwargs)  # type: ignore[misc]  # a mixin
         if not torch.compiler.is_compiling():
@@ -115,10 +115,11 @@ def _multi_head_attention(products: Products, func: Any, *args: Any, **kwargs: A
     return multi_head_attention(products, *args, **kwargs)
 
 
-def _product(*names: str, first: int = 0, matrices: bool = True) -> Handler:
+def _product(function: str, *names: str, first: int = 0, matrices: bool = True) -> Handler:
     """The handler of a function with two operands.
 
     Args:
+        function: its name.
         names: of the operands.
         first: place of the first of them among the arguments.
         matrices: whether it is a product of matrices: the second has the dimension that is summed
@@ -132,10 +133,13 @@ def _product(*names: str, first: int = 0, matrices: bool = True) -> Handler:
                 given.append(kwargs.pop(name))
         x, y = given[first : first + 2]
         numbers = x.is_floating_point() and y.is_floating_point()
-        if not numbers or (matrices and x.size(-1) == 1):  # positions, say; or a sum of one
+        # Positions, say, or a sum of one product, which is none.
+        other = not numbers or (matrices and x.size(-1) == 1)
+        if other or products.off(function):
             return func(*given, **kwargs)
-        if products.off(func.__name__.strip("_")):
-            return func(*given, **kwargs)
+        activations = not isinstance(x, nn.Parameter) and not isinstance(y, nn.Parameter)
+        if products.native and activations and func in _PLAIN and len(given) == 2 and not kwargs:
+            return products.matmul(x, y)
         given[first] = _enter(products, x)
         given[first + 1] = _enter(products, y, summed=-2 if matrices else -1)
         return products.leave(func(*given, **kwargs))
@@ -162,11 +166,17 @@ def _enter(products: Products, x: Tensor, summed: int = -1) -> Tensor:
     return products.enter(x, summed)
 
 
-_matmul = _product("input", "other")
-_batched = _product("input", "mat2")
-_added = _product("mat1", "mat2", first=1)
-_added_batched = _product("batch1", "batch2", first=1)
-_weighted = _product("input", "weight", matrices=False)
+_matmul = _product("matmul", "input", "other")
+_mm = _product("mm", "input", "mat2")
+_bmm = _product("bmm", "input", "mat2")
+_mv = _product("mv", "input", "vec")
+_addmm = _product("addmm", "mat1", "mat2", first=1)
+_baddbmm = _product("baddbmm", "batch1", "batch2", first=1)
+
+
+def _weighted(function: str) -> Handler:
+    return _product(function, "input", "weight", matrices=False)
+
 
 _HANDLERS: dict[Any, Handler] = {
     F.scaled_dot_product_attention: _attention,
@@ -174,23 +184,33 @@ _HANDLERS: dict[Any, Handler] = {
     torch.matmul: _matmul,
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
-    torch.mm: _batched,
-    Tensor.mm: _batched,
-    torch.bmm: _batched,
-    Tensor.bmm: _batched,
-    torch.mv: _product("input", "vec"),
-    Tensor.mv: _product("input", "vec"),
-    torch.addmm: _added,
-    Tensor.addmm: _added,
-    torch.baddbmm: _added_batched,
-    Tensor.baddbmm: _added_batched,
+    torch.mm: _mm,
+    Tensor.mm: _mm,
+    torch.bmm: _bmm,
+    Tensor.bmm: _bmm,
+    torch.mv: _mv,
+    Tensor.mv: _mv,
+    torch.addmm: _addmm,
+    Tensor.addmm: _addmm,
+    torch.baddbmm: _baddbmm,
+    Tensor.baddbmm: _baddbmm,
     torch.einsum: _einsum,
-    F.linear: _weighted,
-    F.conv1d: _weighted,
-    F.conv2d: _weighted,
-    F.conv3d: _weighted,
-    F.conv_transpose1d: _weighted,
-    F.conv_transpose2d: _weighted,
-    F.conv_transpose3d: _weighted,
-    F.bilinear: _product("input1", "input2", matrices=False),
+    F.linear: _weighted("linear"),
+    F.conv1d: _weighted("conv1d"),
+    F.conv2d: _weighted("conv2d"),
+    F.conv3d: _weighted("conv3d"),
+    F.conv_transpose1d: _weighted("conv_transpose1d"),
+    F.conv_transpose2d: _weighted("conv_transpose2d"),
+    F.conv_transpose3d: _weighted("conv_transpose3d"),
+    F.bilinear: _product("bilinear", "input1", "input2", matrices=False),
 }
+# Products of two matrices or stacks of them, and nothing else.
+_PLAIN = (
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.mm,
+    Tensor.mm,
+    torch.bmm,
+    Tensor.bmm,
+)
