@@ -16,7 +16,7 @@ from swalp.lab.claim import Row
 from swalp.optim import SGD
 from swalp.recipes import Recipe
 from swalp.training import averages, data, loop, models
-from swalp.training.data import Dataset, epoch_order
+from swalp.training.data import Dataset, epoch_order, evaluation_batches
 
 FAILED = 90.0  # %, the error of guessing: what a run counts whose loss is no longer finite
 
@@ -53,8 +53,6 @@ def train(
     seed: int,
     texts: Sequence[str],
     check: Callable[[], None],
-    *,
-    each_epoch: bool = False,
 ) -> list[Row]:
     """Train from one seed; the errors of the iterate and of each average.
 
@@ -65,11 +63,11 @@ def train(
         seed: of the initial weights, the order of the data and the noise.
         texts: of the averages, for `swalp.training.averages.parse`.
         check: called at each step; raises to stop.
-        each_epoch: whether averages are measured after every epoch, not only the last.
 
     Returns:
-        A row for "SGD", the iterate where averaging starts, and for each average, and epoch if so
-        wanted, with "test_error" in %. A run whose loss stops being finite counts as guessing.
+        A row for the iterate where averaging starts, whose "average" is None, and one for each
+        average at the end, with "test_error" in %. A run whose loss stops being finite counts as
+        guessing.
     """
     channels, _, size = images.train.shape
     model = models.build(
@@ -128,20 +126,22 @@ def train(
         if done == start:
             found = loop.error(model, images.test) if finite else FAILED
             rows.append({"average": None, "epoch": done, "test_error": found})
-        if done == training.epochs or (each_epoch and done > start):
+        if done == training.epochs:
             for text, average in kept.items():
                 if average.count == 0 and finite:
                     continue  # its first iterate is still to come
                 good = finite and all(
                     bool(value.isfinite().all()) for value in average.module.parameters()
                 )
-                found = (
-                    loop.error(loop.averaged_model(average, images), images.test)
-                    if good
-                    else FAILED
-                )
+                found = _averaged_error(average, images) if good else FAILED
                 rows.append({"average": text, "epoch": done, "test_error": found})
     return rows
+
+
+def _averaged_error(average: swalp.WeightAverage, images: Dataset) -> float:
+    """With batch-norm statistics recomputed on the training images."""
+    swalp.recompute_batchnorm(average.module, evaluation_batches(images.train))
+    return loop.error(average.module, images.test)
 
 
 @lru_cache(maxsize=2)
