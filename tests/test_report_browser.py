@@ -53,6 +53,7 @@ def browser(tmp_path_factory):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     driver.set_window_size(1000, 900)
+    driver.implicitly_wait(10)  # some events come after the call that causes them
     yield driver
     driver.quit()
 

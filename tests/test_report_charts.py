@@ -62,3 +62,15 @@ def test_rows_that_nobody_described():
     assert (sgd.low[0], sgd.high[0]) == (0.1, 0.2)
     assert (sgd.strong, swalp.strong) == (False, True)
     assert guess(rows, ("epoch",)) == []
+
+
+def test_rows_that_stand_for_all_are_marks():
+    rows = [{"method": "SGD", "bits": None, "error": 3.0, "device": "cpu"}]
+    rows += [
+        {"method": "SGD-LP", "bits": bits, "error": 9.0 - bits, "device": "cpu"} for bits in (2, 4)
+    ]
+    (panel,) = guess(rows, ("bits",))
+    (series,) = panel.series
+    assert (series.label, series.y) == ("SGD-LP", [7.0, 5.0])  # the device says nothing
+    assert [(mark.axis, mark.at, mark.label) for mark in panel.marks] == [("y", 3.0, "SGD")]
+    assert panel.note == "At the right end: SGD-LP 5."

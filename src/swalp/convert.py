@@ -17,13 +17,18 @@ from swalp.layers import (
     Kind,
     NoiseClock,
     Quantized,
+    QuantizedFunctions,
     QuantizedLayer,
     Rule,
     Site,
     check_convertible,
     float_class,
     kind_of,
+    lean_mixin,
+    native_mixin,
+    obstacle,
     quantized_class,
+    simulated_mixin,
 )
 from swalp.packed import PackedTensor, pack
 from swalp.quantize import check, quantize
@@ -113,11 +118,6 @@ def convert(
             "convert: this model, or a part of it, is converted already; convert the float model, "
             "or take swalp.to_float(model) first"
         )
-    if recipe.product == "native":
-        raise ValueError(
-            f"convert: recipe {recipe.name!r} asks for native products, which this version cannot "
-            f'compute yet; product="simulated" gives the same numbers'
-        )
     for name, module in model.named_modules():
         check_convertible(name, module)
     kinds = {name: kind_of(module) for name, module in model.named_modules()}
@@ -140,13 +140,23 @@ def convert(
     _check_parameters(model, resolved)
     for name, module in list(model.named_modules()):
         kind, (before, after) = kinds[name], places[name]
-        if kind.family in _COMPUTING or before is not None or after is not None:
-            module.__class__ = quantized_class(kind.mixin, type(module))
-            assert isinstance(module, Quantized)
-            module.outer = name == entry
-            if module.outer and kind.mixin is QuantizedLayer:
+        lean = lean_mixin(module) if recipe.product == "native" else None
+        if kind.family in _COMPUTING or before is not None or after is not None or lean:
+            outer = name == entry
+            if outer and kind.mixin is QuantizedLayer:
                 before = None  # the others have further operands
+            mixin = kind.mixin if lean is None or before or after else lean
+            settings: dict[str, object] = {}
+            if recipe.product == "native" and kind.family is Family.PRODUCT:
+                mixin, settings = _native(module, kind, resolved, name, before, after)
+            elif recipe.product == "native" and kind.mixin is QuantizedFunctions:
+                reason = obstacle(before, after)
+                settings = {"simulated": reason} if reason else {"native": True}
+            module.__class__ = quantized_class(mixin, type(module))
+            assert isinstance(module, Quantized)
+            module.outer = outer
             module.input_site, module.output_site = before, after
+            vars(module).update(settings)
     _round_parameters(model, resolved, packed)
     model._swalp = Conversion(resolved, clock, _significand(resolved))  # type: ignore[assignment]  # no tensor or module
     model.register_forward_pre_hook(model._swalp)  # type: ignore[arg-type]  # typed as above
@@ -157,6 +167,18 @@ def convert(
 # placement speaks of, which are converted even where they have no site.
 _LAYERS = (Family.PRODUCT, Family.LOOKUP, Family.ATTENTION)
 _COMPUTING = (*_LAYERS, Family.FUNCTIONS)
+
+
+# What converting leaves on a layer, beside its class.
+_ATTRIBUTES = (
+    "input_site",
+    "output_site",
+    "outer",
+    "functions",
+    "native",
+    "simulated",
+    "weight_format",
+)
 
 
 _SIGNIFICANDS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
@@ -173,6 +195,28 @@ def _significand(recipe: Recipe) -> int:
         if role in operands
     ]
     return max((q.format.significand_bits for q in quantizers if q is not None), default=0)
+
+
+def _native(
+    module: nn.Module,
+    kind: Kind,
+    recipe: Recipe,
+    name: str,
+    before: Site | None,
+    after: Site | None,
+) -> tuple[type[Quantized], dict[str, object]]:
+    """What computes the products of a layer, and the attributes it needs: integers if they can."""
+    native = native_mixin(module)
+    weight = module._parameters.get("weight")
+    quantizer = recipe.at(name, parameter="weight").weight
+    if isinstance(native, str):
+        reason = native
+    elif weight is None or quantizer is None:
+        reason = "its weight is float"
+    elif not (reason := obstacle(before, after)):
+        return native, {"weight_format": fit(quantizer.format, weight.shape)}
+    mixin = simulated_mixin(module, kind.mixin) if kind.mixin is QuantizedLayer else kind.mixin
+    return mixin, {"simulated": reason}
 
 
 def layer_names(model: nn.Module) -> list[LayerName]:
@@ -206,7 +250,7 @@ def strip(model: _Module) -> _Module:
     )
     for module in model.modules():
         if isinstance(module, Quantized):
-            for name in ("input_site", "output_site", "outer", "functions"):
+            for name in _ATTRIBUTES:
                 vars(module).pop(name, None)
             module.__class__ = float_class(module)  # type: ignore[assignment]  # its parent
         for key, hook in list(module._forward_pre_hooks.items()):

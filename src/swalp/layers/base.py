@@ -19,11 +19,16 @@ class Quantized:
         input_site: where it quantizes what enters it, or its products; None: nowhere.
         output_site: where it quantizes what leaves it, or its products.
         outer: whether it takes the input of the network, which stays as it is.
+        native: whether the products that its forward calls as functions run on integers.
+        simulated: why its products are simulated though the recipe asks for native ones; empty: it
+            does not ask, or they are native.
     """
 
     input_site: Site | None
     output_site: Site | None
     outer: bool
+    native: bool = False
+    simulated: str = ""
     training: bool
 
     @classmethod

@@ -25,6 +25,8 @@ def linear(
     weight_format: Format,
     activation: Quantization,
     error: Quantization,
+    *,
+    transposed: bool = False,
 ) -> Tensor:
     """``x @ weight.T + bias`` with all three products on integers.
 
@@ -41,11 +43,14 @@ def linear(
         weight_format: of `weight`.
         activation: of `x`: one exponent for the tensor.
         error: of the gradient, likewise.
+        transposed: whether `weight` is (in_features, out_features).
 
     Returns:
         float32, (..., out_features).
     """
-    result: Tensor = _Linear.apply(x, weight, bias, weight_format, activation, error)  # type: ignore[no-untyped-call]  # PyTorch ships no type
+    result: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
+        x, weight, bias, weight_format, activation, error, transposed
+    )
     return result
 
 
@@ -77,14 +82,16 @@ class _Linear(torch.autograd.Function):
         weight_format: Format,
         activation: Quantization,
         error: Quantization,
+        transposed: bool,
     ) -> Tensor:
         inputs = rows(operand(x, activation))
         weights = weight_operand(weight, weight_format)
         added = bias.dequantize() if isinstance(bias, PackedTensor) else bias
         ctx.error, ctx.weight_format, ctx.shape = error, weight_format, x.shape
-        ctx.has_bias = bias is not None
+        ctx.has_bias, ctx.transposed = bias is not None, transposed
         keep(ctx, inputs, weight)
-        return product(inputs, transpose(weights), added).view(*x.shape[:-1], weight.shape[0])
+        y = product(inputs, weights if transposed else transpose(weights), added)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -92,12 +99,14 @@ class _Linear(torch.autograd.Function):
         errors = rows(operand(grad, ctx.error))
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            dx = product(errors, weight_operand(weight, ctx.weight_format)).view(ctx.shape)
+            weights = weight_operand(weight, ctx.weight_format)
+            dx = product(errors, transpose(weights) if ctx.transposed else weights).view(ctx.shape)
         if ctx.needs_input_grad[1]:
-            dw = product(transpose(errors), inputs)
+            left, right = (inputs, errors) if ctx.transposed else (errors, inputs)
+            dw = product(transpose(left), right)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             db = column_sums(errors)
-        return dx, dw, db, None, None, None
+        return dx, dw, db, None, None, None, None
 
 
 def rows(x: Operand | Tensor) -> Operand | Tensor:

@@ -71,6 +71,15 @@ class Figure:
 
 
 @dataclass(frozen=True, slots=True)
+class Picture:
+    """A PNG with its text alternative."""
+
+    png: bytes
+    text: str
+    kind: Literal["picture"] = "picture"
+
+
+@dataclass(frozen=True, slots=True)
 class Page:
     """HTML made by the Markdown renderer, which lets no markup of its source through."""
 
@@ -87,7 +96,7 @@ class Folded:
     kind: Literal["folded"] = "folded"
 
 
-Block = Grid | Text | Facts | Figure | Page | Folded
+Block = Grid | Text | Facts | Figure | Picture | Page | Folded
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,13 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import mean
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 Kind = Literal["line", "points", "steps", "bars", "strokes"]
 Row = Mapping[str, Any]
 
+_CURVES = 24  # in one panel; more tell nothing
+_COLOURS = 8  # that the page has
 _DIGITS = 5  # significant ones: more cannot be seen, and make the page large
 
 
@@ -144,8 +146,8 @@ def over_seeds(
     values: dict[float, list[float]] = {}
     for row in rows:
         place, value = row.get(x), row.get(y)
-        if _is_number(place) and _is_number(value):
-            values.setdefault(place, []).append(value)  # type: ignore[arg-type]  # just checked
+        if is_number(place) and is_number(value):
+            values.setdefault(place, []).append(value)
     found = sorted(values.items())
     return (
         [place for place, _ in found],
@@ -164,13 +166,9 @@ def flat(row: Row, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a value is a finite number, and no truth value."""
-    return _is_number(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def guess(rows: Sequence[Row], x_first: Sequence[str]) -> list[Panel]:
@@ -186,21 +184,27 @@ def guess(rows: Sequence[Row], x_first: Sequence[str]) -> list[Panel]:
     quantities: dict[str, set[float]] = {}
     for row in rows:
         for key, value in row.items():
-            if _is_number(value) and key != "seed":
+            if is_number(value) and key != "seed":
                 quantities.setdefault(key, set()).add(value)
     along = next((key for key in x_first if len(quantities.get(key, ())) > 1), None)
     if along is None:
         return []
+    named = _telling(rows)
     panels = []
     for key, seen in quantities.items():
         if key == along or len(seen) < 2 or key in x_first:
             continue
-        chosen = [row for row in rows if along in row and _is_number(row.get(key))]
         groups: dict[str, list[Row]] = {}
-        for row in chosen:
-            names = [str(value) for value in row.values() if isinstance(value, str | bool)]
-            groups.setdefault(", ".join(names) or words(key), []).append(row)
-        if not groups or len(groups) > 24:
+        constant: dict[str, list[float]] = {}
+        for row in rows:
+            if not is_number(row.get(key)):
+                continue
+            label = ", ".join(str(row[name]) for name in named if row.get(name)) or words(key)
+            if is_number(row.get(along)):
+                groups.setdefault(label, []).append(row)
+            elif along in row:  # it stands for all of them, as float does for word lengths
+                constant.setdefault(label, []).append(row[key])
+        if not groups or len(groups) > _CURVES:
             continue
         series = []
         for place, (label, members) in enumerate(groups.items()):
@@ -209,21 +213,43 @@ def guess(rows: Sequence[Row], x_first: Sequence[str]) -> list[Panel]:
             series.append(
                 Series(
                     label, at, middle, low if several else (), high if several else (),
-                    colour=place, kind="line" if len(at) > 1 else "points",
-                    strong="SWA" in label,
+                    colour=place, dash=place // _COLOURS,
+                    kind="line" if len(at) > 1 else "points", strong="SWA" in label,
                 )
             )  # fmt: skip
-        positive = all(value > 0 for value in seen)
         places = quantities[along]
         panels.append(
             Panel(
                 words(key), words(along), words(key), series,
+                [Mark("y", mean(values), label) for label, values in constant.items()],
                 log_x=min(places) > 0 and max(places) >= 300 * min(places),
-                log_y=positive and max(seen) >= 30 * min(seen),
+                log_y=min(seen) > 0 and max(seen) >= 30 * min(seen),
                 whole=all(float(place).is_integer() for place in places),
+                note=_ends(series),
             )
         )  # fmt: skip
     return panels
+
+
+def _telling(rows: Sequence[Row]) -> list[str]:
+    """The keys of names that tell rows apart, without those that say the same once more."""
+    keys = list(
+        dict.fromkeys(
+            key for row in rows for key, value in row.items() if isinstance(value, str | bool)
+        )
+    )
+    chosen: list[str] = []
+    for key in keys:
+        before = len({tuple(row.get(one) for one in chosen) for row in rows})
+        after = len({tuple(row.get(one) for one in [*chosen, key]) for row in rows})
+        if after > before:
+            chosen.append(key)
+    return chosen
+
+
+def _ends(series: Sequence[Series]) -> str:
+    told = [f"{one.label} {one.y[-1]:.4g}" for one in series if one.y and one.y[-1] is not None]
+    return f"At the right end: {', '.join(told)}." if told and len(told) <= 8 else ""
 
 
 def words(key: str) -> str:

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from swalp.report import charts
-from swalp.report.blocks import Block, Cell, Facts, Figure, Grid, Page, Section, Text
+from swalp.report.blocks import (
+    Block,
+    Cell,
+    Facts,
+    Figure,
+    Folded,
+    Grid,
+    Page,
+    Picture,
+    Section,
+    Text,
+)
 from swalp.report.charts import Chart, guess, is_number, words
 from swalp.report.records import Claim, Row, Table
 from swalp.report.run_sections import duration, setting
@@ -27,10 +38,10 @@ _LISTED = 200  # rows that are shown whole
 def sections(claim: Claim, prefix: str = "") -> list[Section]:
     """All there is to say of a claim; `prefix` keeps the ids of several apart."""
     found = [
-        Section(f"{prefix}verdict", "Verdict", _verdict(claim)),
+        Section(f"{prefix}verdict", "Verdict" if claim.record else "About", _verdict(claim)),
         Section(f"{prefix}curves", "Curves", _curves(claim, prefix)),
-        Section(f"{prefix}results", "Results", [_table(table) for table in claim.tables]),
-        Section(f"{prefix}rows", "Rows", [] if claim.tables else _rows(claim.rows)),
+        Section(f"{prefix}results", "Results", _results(claim)),
+        Section(f"{prefix}rows", "Rows", _rows(claim.rows)),
         Section(f"{prefix}settings", "What was run", _what_was_run(claim.record)),
     ]
     return [section for section in found if section.blocks]
@@ -53,13 +64,22 @@ def _verdict(claim: Claim) -> list[Block]:
     return blocks
 
 
+def _results(claim: Claim) -> list[Block]:
+    """The record's own tables and picture, which has what only the claim knows, such as bounds."""
+    blocks: list[Block] = [_table(claim, table) for table in claim.tables]
+    if claim.picture is not None:
+        text = f"The record's picture: {claim.title}. The page's curves and rows have its numbers."
+        blocks.append(Picture(claim.picture, text))
+    return blocks
+
+
 def _curves(claim: Claim, prefix: str) -> list[Block]:
     rows = [charts.flat(row) for row in claim.rows]
     panels = guess(rows, _ALONG)
     facts = [row for row in rows if len(rows) > 1 and _stands_alone(row, rows)]
     blocks: list[Block] = []
     if panels:
-        chart = Chart(f"{prefix}claim", claim.title, panels, picture=claim.picture)
+        chart = Chart(f"{prefix}claim", claim.title, panels)
         blocks.append(Figure(chart))
     for row in facts:
         told = [(words(key), _shown(value)) for key, value in row.items() if is_number(value)]
@@ -77,22 +97,25 @@ def _shown(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _table(table: Table) -> Grid:
+def _table(claim: Claim, table: Table) -> Grid:
     numeric = frozenset(place for place, right in enumerate(table.numeric) if right)
     body = [[Cell(text) for text in row] for row in table.rows]
-    return Grid(table.title or "Table", table.header, body, numeric)
+    title = "Table" if table.title in ("", claim.title) else table.title
+    return Grid(title, table.header, body, numeric)
 
 
 def _rows(rows: list[Row]) -> list[Block]:
     if not rows:
         return []
+    rows = [charts.flat(row) for row in rows]
     keys = list(dict.fromkeys(key for row in rows for key in row))
     body = [[Cell(_cell(row.get(key))) for key in keys] for row in rows[:_LISTED]]
     note = "" if len(rows) <= _LISTED else f"The first {_LISTED} of {len(rows):,} rows."
     numeric = frozenset(
         place for place, key in enumerate(keys) if any(is_number(row.get(key)) for row in rows)
     )
-    return [Grid("Rows", [words(key) for key in keys], body, numeric, note)]
+    grid = Grid("Rows", [words(key) for key in keys], body, numeric, note)
+    return [Folded(f"{len(rows):,} rows", [grid])]
 
 
 def _cell(value: object) -> str:

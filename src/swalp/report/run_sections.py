@@ -181,7 +181,7 @@ def _metric(arm: str, key: str) -> str:
 def averaging_mark(run: Run) -> list[Mark]:
     """Where averaging starts, if the settings say it."""
     start = run.settings.get("averaging_start")
-    return [Mark("x", start, "averaging starts")] if is_number(start) else []  # type: ignore[arg-type]  # just checked
+    return [Mark("x", start, "averaging starts")] if is_number(start) else []
 
 
 def error_panel(label: str, series: Sequence[Series], run: Run, note: str = "") -> Panel:
