@@ -22,7 +22,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/swalp/csrc/*)
+# The packages too: an editable install knows them by name.
+$(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/swalp/csrc/* src/swalp/*/__init__.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@

@@ -77,3 +77,32 @@ def test_batchnorm_uses_the_evaluation_quantizers():
     recompute_batchnorm(model, [x])
     model.eval()
     torch.testing.assert_close(model[2].running_mean, model[1](model[0](x)).mean(0))
+
+
+def test_batches_of_any_other_form():
+    model, expected = network(), network()
+    x = torch.randn(20, 1, 6, 6)
+    recompute_batchnorm(expected, x.split(8))
+    graphs = [{"image": [part, "left"], "weight": 2} for part in x.split(8)]
+    with pytest.raises(ValueError, match="a batch of type dict has no tensor to tell its size"):
+        recompute_batchnorm(model, graphs)
+    recompute_batchnorm(
+        model,
+        graphs,
+        forward=lambda model, batch: model(batch["image"][0]),
+        size=lambda batch: len(batch["image"][0]),
+    )
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name])
+    assert model[1].num_batches_tracked == 3
+
+
+def test_progress(capsys):
+    done = []
+    recompute_batchnorm(network(), torch.randn(20, 1, 6, 6).split(8), progress=done.append)
+    assert done == [8, 8, 4]
+    model, expected = network(), network()
+    recompute_batchnorm(model, torch.ones(20, 1, 6, 6).split(8), progress=True)
+    recompute_batchnorm(expected, torch.ones(20, 1, 6, 6).split(8))
+    assert torch.equal(model[1].running_mean, expected[1].running_mean)
+    assert capsys.readouterr().out == ""

@@ -176,15 +176,6 @@ def test_input_is_quantized_on_request():
             assert len(model(torch.arange(36.0)).unique()) == steps
 
 
-def test_summary_names_every_layer():
-    text = str(swalp.summary(swalp.convert(network(), PAPER)))
-    lines = [line.split() for line in text.splitlines()]
-    assert lines[0] == ["recipe", "paper-small-block-5"]
-    assert lines[2] == ["0", "Conv2d", "76", "float", "float"]
-    assert lines[6] == ["4", "Linear", "520", "bfp5t[0,1]", "bfp5t[0,1]"]
-    assert len(lines) == 2 + 7
-
-
 def test_mistakes():
     model = swalp.convert(network(), PAPER)
     with pytest.raises(ValueError, match="converted already"):
@@ -343,14 +334,6 @@ def test_a_container_in_a_pattern_is_explained():
     recipe = Recipe(name="mine", overrides=(Override(layers="0", weight=None),))
     with pytest.raises(ValueError, match=r"what holds some; use layers='0\.\*'"):
         swalp.convert(model, recipe)
-
-
-def test_native_products_are_refused_for_now():
-    eight = Quantizer(BlockFloat(8), Nearest())
-    recipe = Recipe(name="n", weight=eight, activation=eight, error=eight,
-                    placement="operands", product="native")  # fmt: skip
-    with pytest.raises(ValueError, match="cannot compute yet"):
-        swalp.convert(network(), recipe)
 
 
 def test_a_recipe_by_name():

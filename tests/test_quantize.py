@@ -565,11 +565,14 @@ def test_opcheck(clipped):
     arguments = (BlockFloat(8, axes=(1,)), Stochastic(1, random_bits=16))
     torch.library.opcheck(
         torch.ops.swalp.quantize.default,
-        (torch.randn(3, 4, requires_grad=True), *map(str, arguments), -5, 1, 2, None, clipped),
+        (
+            torch.randn(3, 4, requires_grad=True),
+            *(*map(str, arguments), -5, 1, 2, None, None, clipped),
+        ),
     )
     torch.library.opcheck(
         torch.ops.swalp.quantize.default,
-        (torch.randn(2, 3, 4).mT, "e4m3fn", "nearest", 0, 0, 0, None, clipped),
+        (torch.randn(2, 3, 4).mT, "e4m3fn", "nearest", 0, 0, 0, None, None, clipped),
     )
 
 

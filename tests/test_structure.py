@@ -10,7 +10,7 @@ import swalp
 SOURCE = Path(swalp.__file__).parent
 # Each module may import only from floors below its own, or from its own package.
 FLOORS = [
-    {"_validation", "_kernels"},
+    {"_validation", "_kernels", "buffers"},
     {"formats", "noise"},
     {"format_text", "rounding"},
     {"quantize"},
@@ -18,9 +18,8 @@ FLOORS = [
     {"recipes"},
     {"matmul"},
     {"layers"},
-    {"nonlinearities"},
     {"convert"},
-    {"optim", "averaging", "batchnorm", "schedules"},
+    {"optim", "summary", "averaging", "batchnorm", "schedules"},
     {"the front door"},
     {"training"},
     {"lab"},

@@ -3,12 +3,13 @@
 from swalp import optim, recipes, schedules
 from swalp.averaging import WeightAverage
 from swalp.batchnorm import recompute_batchnorm
-from swalp.convert import convert, noise_clock, summary, to_float
+from swalp.convert import convert, noise_clock, to_float
 from swalp.format_text import parse_format
 from swalp.formats import Binary, BlockFloat, FixedPoint, Microscaling, Minifloat
 from swalp.packed import PackedTensor, pack
 from swalp.quantize import quantize, quantize_many
 from swalp.rounding import Nearest, Stochastic, TowardNegative, TowardPositive, TowardZero
+from swalp.summary import summary
 
 __all__ = [
     "Binary",

@@ -8,6 +8,11 @@ BINARY: int
 FLOAT32: int
 CODE8: int
 CODE16: int
+BFLOAT16: int
+COMPENSATED: int
+MOVING32: int
+MOVING64: int
+SUM: int
 
 class Format:
     kind: int
@@ -76,6 +81,12 @@ def quantize(
     fmt: Format, layout: Layout, x: int, out: int, output: int, exponents: int,
     rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
 ) -> bool: ...  # fmt: skip
+def quantize_block(
+    fmt: Format, start: int, count: int, x: int, out: int, guess: int,
+    rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
+) -> tuple[bool, int]: ...  # fmt: skip
+def relu(count: int, x: int, out: int, passed: int, threads: int, /) -> None: ...
+def relu_gradient(count: int, gradient: int, passed: int, out: int, threads: int, /) -> None: ...
 def quantize_flat(
     fmt: Format, count: int, x: int, out: int,
     rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
@@ -87,6 +98,10 @@ def quantize_many(
 def unpack(
     fmt: Format, layout: Layout, codes: int, code_type: int, exponents: int, table: int,
     out: int, threads: int, /,
+) -> None: ...  # fmt: skip
+def average(
+    kind: int, weight: float, into: int, residual: int, x: int, dtype: int, count: int,
+    fmt: Format | None, layout: Layout | None, exponents: int, table: int, threads: int, /,
 ) -> None: ...  # fmt: skip
 def least_squares(
     size: int, weight: int, sum: int, squares: int, fmt: Format | None,
@@ -133,6 +148,15 @@ def convolution_input_gradient(
 def convolution_weight_gradient(
     c: Convolution, x: int, dy: int, exponent: int, channels_last: bool, dw: int, threads: int, /
 ) -> None: ...
+def convolution_channel_sums(
+    codes: int, rows: int, channels: int, sums: int, threads: int, /
+) -> None: ...
+
+class Pooling:
+    def __init__(self, sizes: Sequence[int], /) -> None: ...
+
+def max_pool(p: Pooling, x: int, y: int, taps: int, threads: int, /) -> None: ...
+def max_pool_gradient(p: Pooling, dy: int, taps: int, dx: int, threads: int, /) -> None: ...
 def has_fast_convolution() -> bool: ...
 def use(name: str, /) -> None: ...
 def used() -> str: ...

@@ -3,36 +3,81 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from swalp.formats import Format
-from swalp.layers import PRODUCTS, NoiseClock, QuantizedLayer, Rule, Site
-from swalp.nonlinearities import NONLINEARITIES
+from swalp.layers import (
+    CONVERTIBLE,
+    Family,
+    Kind,
+    NoiseClock,
+    Quantized,
+    QuantizedFunctions,
+    QuantizedLayer,
+    Rule,
+    Site,
+    check_convertible,
+    float_class,
+    kind_of,
+    lean_mixin,
+    native_mixin,
+    obstacle,
+    quantized_class,
+    simulated_mixin,
+)
 from swalp.packed import PackedTensor, pack
-from swalp.quantize import quantize
+from swalp.quantize import check, quantize
+from swalp.recipe import KEEP
 from swalp.recipes import LayerName, Quantizer, Recipe, fit, named
 from swalp.rounding import Stochastic
 
 _Module = TypeVar("_Module", bound=nn.Module)
-_LOW = PRODUCTS | NONLINEARITIES
-_FLOAT_OF: dict[type, type[nn.Module]] = {low: kind for kind, low in _LOW.items()}
+_Rules = tuple[Rule | None, Rule | None]
 
 
 @dataclass(slots=True)
-class _Conversion:
-    """What `convert` leaves on a model: the recipe, the clock, and the hook that drives it."""
+class Conversion:
+    """What `convert` leaves on a model: the recipe, the clock, and the hook that drives it.
+
+    Attributes:
+        recipe: with its overrides resolved for this model.
+        clock: of the model's noise.
+        significand: the most significant bits that an operand has.
+    """
 
     recipe: Recipe
     clock: NoiseClock
+    significand: int
 
     def __call__(self, module: nn.Module, args: object) -> None:
-        if module.training:
-            self.clock.step += 1
+        """Begin a pass."""
+        self._check_autocast()
+        if not module.training:
+            return
+        if torch.compiler.is_exporting():
+            raise RuntimeError(
+                "torch.export: a converted model in training mode would repeat the noise of one "
+                "step for ever; export model.eval()"
+            )
+        self.clock.tick()
+
+    def _check_autocast(self) -> None:
+        """Raise if autocast would round operands that have more bits than its type."""
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                carrier = torch.get_autocast_dtype(device)
+                if self.significand > _SIGNIFICANDS[carrier]:
+                    raise RuntimeError(
+                        f"autocast to {carrier} keeps {_SIGNIFICANDS[carrier]} significant bits, "
+                        f"but recipe {self.recipe.name!r} has operands of {self.significand}: "
+                        f"its products would be of other numbers. Leave autocast out, or take a "
+                        f"shorter word"
+                    )
 
 
 def convert(
@@ -40,12 +85,15 @@ def convert(
 ) -> _Module:
     """Make `model` compute in low precision, in place, and return it.
 
-    Linear and convolution layers, or nonlinearities, quantize their activations and errors where
-    the recipe's placement says. By default that is the input of product layers, except that the
-    first of them, in registration order, takes the network's input as it is unless the recipe says
-    otherwise; the output of the network and the gradient of the loss stay float. All parameters are
-    rounded, to nearest, to the weight format. Everything else computes in float: `summary` lists
-    it. Gradients, momentum and weights are quantized by `swalp.optim`.
+    Layers quantize their activations and errors where the recipe's placement says. By default that
+    is what enters products: the input of linear, convolution and recurrent layers, the hidden state
+    of the latter at each step, both operands of both products of attention, and those of products
+    that a module of any other class calls as functions in its forward. The layer that takes the
+    input of the network (the first, in registration order) takes it as it is unless the recipe says
+    otherwise; the output of the network and the gradient of the loss stay float. All parameters
+    are rounded, to nearest, to the weight format. `swalp.summary` says what each layer quantizes,
+    and what stayed float and why; ``docs/layers.md`` describes each kind. Gradients, momentum and
+    weights are quantized by `swalp.optim`.
 
     Names, parameters and `state_dict` keys do not change. In `eval()` activations are rounded to
     nearest and nothing is random.
@@ -60,50 +108,123 @@ def convert(
             replaced: make the optimizer afterwards.
 
     Raises:
-        ValueError: `model` is converted already, or has no layer to convert, or should be packed
-            without a weight format; or an override of the recipe matches none of its layers.
+        ValueError: `model` is converted already, has no layer to convert, or one that cannot be; it
+            should be packed without a weight format; or an override of the recipe matches none of
+            its layers.
     """
     recipe = named(recipe, "convert")
-    if any(isinstance(module, QuantizedLayer) for module in model.modules()):
+    if any(isinstance(module, Quantized) for module in model.modules()):
         raise ValueError(
-            "convert: this model is converted already; convert the float model, or take "
-            "swalp.to_float(model) first"
+            "convert: this model, or a part of it, is converted already; convert the float model, "
+            "or take swalp.to_float(model) first"
         )
-    if recipe.product == "native":
+    for name, module in model.named_modules():
+        check_convertible(name, module)
+    kinds = {name: kind_of(module) for name, module in model.named_modules()}
+    if not any(kind.family in _COMPUTING for kind in kinds.values()):
         raise ValueError(
-            f"convert: recipe {recipe.name!r} asks for native products, which this version cannot "
-            f'compute yet; product="simulated" gives the same numbers'
-        )
-    products = [name for name, module in model.named_modules() if type(module) in PRODUCTS]
-    if not products:
-        kinds = ", ".join(kind.__name__ for kind in PRODUCTS)
-        raise ValueError(
-            f"convert: {type(model).__name__} has no layer to convert; these kinds convert: {kinds}"
+            f"convert: {type(model).__name__} has no layer to convert; these kinds convert: "
+            f"{', '.join(CONVERTIBLE)}, and any module that computes products itself"
         )
     if packed and recipe.weight is None:
         raise ValueError(f"convert: packed=True needs a weight format; {recipe.name!r} has none")
     resolved = recipe.resolve(layer_names(model))
     clock = NoiseClock(seed)
+    entry = None if recipe.quantize_input else _entry(kinds)
+    places = {
+        name: _sites(
+            resolved.at(name), name, kinds, _named(recipe, name, type(module).__name__), clock
+        )
+        for name, module in model.named_modules()
+    }
+    _check_parameters(model, resolved)
     for name, module in list(model.named_modules()):
-        if type(module) not in _LOW:
-            continue
-        places = _sites(resolved.at(name), name, products, clock)
-        if type(module) in PRODUCTS or places != (None, None):
-            module.__class__ = _LOW[type(module)]
-            assert isinstance(module, QuantizedLayer)
-            module.input_site, module.output_site = places
+        kind, (before, after) = kinds[name], places[name]
+        lean = lean_mixin(module) if recipe.product == "native" else None
+        if kind.family in _COMPUTING or before is not None or after is not None or lean:
+            outer = name == entry
+            if outer and kind.mixin is QuantizedLayer:
+                before = None  # the others have further operands
+            mixin = kind.mixin if lean is None or before or after else lean
+            settings: dict[str, object] = {}
+            if recipe.product == "native" and kind.family is Family.PRODUCT:
+                mixin, settings = _native(module, kind, resolved, name, before, after)
+            elif recipe.product == "native" and kind.mixin is QuantizedFunctions:
+                reason = obstacle(before, after)
+                settings = {"simulated": reason} if reason else {"native": True}
+            module.__class__ = quantized_class(mixin, type(module))
+            assert isinstance(module, Quantized)
+            module.outer = outer
+            module.input_site, module.output_site = before, after
+            vars(module).update(settings)
     _round_parameters(model, resolved, packed)
-    model._swalp = _Conversion(recipe, clock)  # type: ignore[assignment]  # no tensor or module
+    model._swalp = Conversion(resolved, clock, _significand(resolved))  # type: ignore[assignment]  # no tensor or module
     model.register_forward_pre_hook(model._swalp)  # type: ignore[arg-type]  # typed as above
     return model
 
 
+# The layers of a network, of which one is the first and one the last; and all that a recipe's
+# placement speaks of, which are converted even where they have no site.
+_LAYERS = (Family.PRODUCT, Family.LOOKUP, Family.ATTENTION)
+_COMPUTING = (*_LAYERS, Family.FUNCTIONS)
+
+
+# What converting leaves on a layer, beside its class.
+_ATTRIBUTES = (
+    "input_site",
+    "output_site",
+    "outer",
+    "functions",
+    "native",
+    "simulated",
+    "weight_format",
+)
+
+
+_SIGNIFICANDS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
+
+
+def _significand(recipe: Recipe) -> int:
+    """The most significant bits of any operand of a product."""
+    operands = ("weight", "activation", "error")
+    quantizers = [getattr(recipe, role) for role in operands]
+    quantizers += [
+        value
+        for override in recipe.overrides
+        for role, value in override.changes()
+        if role in operands
+    ]
+    return max((q.format.significand_bits for q in quantizers if q is not None), default=0)
+
+
+def _native(
+    module: nn.Module,
+    kind: Kind,
+    recipe: Recipe,
+    name: str,
+    before: Site | None,
+    after: Site | None,
+) -> tuple[type[Quantized], dict[str, object]]:
+    """What computes the products of a layer, and the attributes it needs: integers if they can."""
+    native = native_mixin(module)
+    weight = module._parameters.get("weight")
+    quantizer = recipe.at(name, parameter="weight").weight
+    if isinstance(native, str):
+        reason = native
+    elif weight is None or quantizer is None:
+        reason = "its weight is float"
+    elif not (reason := obstacle(before, after)):
+        return native, {"weight_format": fit(quantizer.format, weight.shape)}
+    mixin = simulated_mixin(module, kind.mixin) if kind.mixin is QuantizedLayer else kind.mixin
+    return mixin, {"simulated": reason}
+
+
 def layer_names(model: nn.Module) -> list[LayerName]:
-    """What the overrides of a recipe match: every module with parameters of its own or sites."""
+    """What the overrides of a recipe match: every module but those that only hold others."""
     return [
         LayerName(name, type(module).__name__, tuple(module._parameters))
         for name, module in model.named_modules()
-        if module._parameters or type(module) in _LOW or isinstance(module, QuantizedLayer)
+        if module._parameters or not module._modules or kind_of(module).family is not Family.OTHER
     ]
 
 
@@ -113,89 +234,40 @@ def noise_clock(model: nn.Module) -> NoiseClock:
     Raises:
         ValueError: `model` is not what `convert` returned.
     """
-    return _conversion(model).clock
+    return conversion(model).clock
 
 
 def to_float(model: _Module) -> _Module:
     """A copy of `model` with the same parameters and no quantizers; of a float model, a copy."""
-    result = copy.deepcopy(model)
+    return strip(copy.deepcopy(model))
+
+
+def strip(model: _Module) -> _Module:
+    """Take the quantizers off `model`, in place, and return it: a float network again."""
     _replace_parameters(
-        result,
+        model,
         lambda value, *_: value.dequantize() if isinstance(value, PackedTensor) else value,
     )
-    for module in result.modules():
-        if isinstance(module, QuantizedLayer):
-            del module.input_site, module.output_site
-            module.__class__ = _FLOAT_OF[type(module)]  # type: ignore[assignment]  # its parent
+    for module in model.modules():
+        if isinstance(module, Quantized):
+            for name in _ATTRIBUTES:
+                vars(module).pop(name, None)
+            module.__class__ = float_class(module)  # type: ignore[assignment]  # its parent
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Conversion):
+            if isinstance(hook, Conversion):
                 del module._forward_pre_hooks[key]
                 del module._swalp
-    return result
+    return model
 
 
-@dataclass(frozen=True, slots=True)
-class LayerSummary:
-    """One row of `summary`: a layer, and the formats at its sites (None: float)."""
-
-    name: str
-    kind: str
-    parameters: int
-    activation: Format | None
-    error: Format | None
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """What `convert` did: every module without children of its own, in order."""
-
-    recipe: Recipe
-    layers: tuple[LayerSummary, ...]
-
-    def __str__(self) -> str:
-        rows = [("layer", "kind", "parameters", "activation", "error")]
-        rows += [
-            (row.name, row.kind, f"{row.parameters:,}", _name(row.activation), _name(row.error))
-            for row in self.layers
-        ]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if i == 2 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return "\n".join([f"recipe {self.recipe.name}", *lines])
-
-
-def summary(model: nn.Module) -> Summary:
-    """What each layer of a converted model quantizes, and what it left in float.
+def conversion(model: nn.Module) -> Conversion:
+    """What `convert` left on `model`.
 
     Raises:
         ValueError: `model` is not what `convert` returned.
     """
-    rows = []
-    for name, module in model.named_modules():
-        converted = isinstance(module, QuantizedLayer)
-        if not converted and next(module.children(), None) is not None:
-            continue
-        sites = [module.input_site, module.output_site] if converted else []
-        rows.append(
-            LayerSummary(
-                name,
-                type(module).__name__,
-                sum(parameter.numel() for parameter in module.parameters(recurse=False)),
-                _format(site.activation for site in sites if site is not None),
-                _format(site.error for site in sites if site is not None),
-            )
-        )
-    return Summary(_conversion(model).recipe, tuple(rows))
-
-
-def _conversion(model: nn.Module) -> _Conversion:
     found = getattr(model, "_swalp", None)
-    if not isinstance(found, _Conversion):
+    if not isinstance(found, Conversion):
         raise ValueError(
             f"{type(model).__name__} is not a converted model; use what swalp.convert(model, "
             f"recipe) returned"
@@ -204,33 +276,97 @@ def _conversion(model: nn.Module) -> _Conversion:
 
 
 def _sites(
-    recipe: Recipe, name: str, products: list[str], clock: NoiseClock
+    recipe: Recipe, name: str, kinds: dict[str, Kind], named: bool, clock: NoiseClock
 ) -> tuple[Site | None, Site | None]:
-    """The sites at the input and the output of the layer that `recipe` holds for."""
+    """The sites at the input and the output of a layer.
+
+    Args:
+        recipe: that holds for the layer.
+        name: of the layer.
+        kinds: of all layers, in order.
+        named: whether an override of the placement is meant for this layer, or its kind, alone.
+        clock: of the model.
+    """
+    family, placement = kinds[name].family, recipe.placement
+    if named:
+        if family is Family.LOOKUP and placement != "output":
+            raise ValueError(
+                f"convert: recipe {recipe.name!r} has placement={placement!r} for {name!r}, which "
+                f"takes indices; use placement='output'"
+            )
+        used = placement != "nonlinearity" or family is Family.NONLINEARITY
+    elif placement == "nonlinearity":
+        used = family is Family.NONLINEARITY
+    elif placement == "output":
+        last = [other for other, kind in kinds.items() if kind.family in _LAYERS][-1]
+        used = family in _COMPUTING and name != last
+    else:
+        used = family in _COMPUTING and family is not Family.LOOKUP
+    if not used:
+        return None, None
     activation = _rule(recipe.activation, clock.seed, "activation", name)
     error = _rule(recipe.error, clock.seed, "error", name)
-    product = name in products
-    before: tuple[Rule | None, Rule | None] = (None, None)
-    after: tuple[Rule | None, Rule | None] = (None, None)
-    outer = name == products[0] and not recipe.quantize_input
-    if recipe.placement == "input" and product and not outer:
-        before = activation, error
-    elif recipe.placement == "operands" and product:
-        before, after = (None if outer else activation, None), (None, error)
-    elif (recipe.placement == "output" and product and name != products[-1]) or (
-        recipe.placement == "nonlinearity" and not product
-    ):
-        after = activation, error
-    return (
-        None if before == (None, None) else Site(name, clock, *before),
-        None if after == (None, None) else Site(name, clock, *after),
+    match placement:
+        case "input":
+            return _site(name, clock, activation, error, "input"), None
+        case "operands":
+            before = _site(name, clock, activation, None, "input")
+            return before, _site(name, clock, None, error, "output")
+        case _:
+            return None, _site(name, clock, activation, error, "output")
+
+
+def _site(
+    name: str, clock: NoiseClock, activation: Rule | None, error: Rule | None, place: str
+) -> Site | None:
+    if activation is None and error is None:
+        return None
+    return Site(name, clock, activation, error, place)
+
+
+def _entry(kinds: dict[str, Kind]) -> str | None:
+    """The layer that takes the network's input, if it is one that could take it unquantized."""
+    first = next((name for name, kind in kinds.items() if kind.family in _LAYERS), None)
+    return first if first is not None and kinds[first].family is Family.PRODUCT else None
+
+
+def _named(recipe: Recipe, name: str, kind: str) -> bool:
+    """Whether an override changes the placement of this layer, or of its kind, in particular."""
+    return any(
+        override.placement is not KEEP
+        and (
+            override.layers == name
+            or (
+                override.kind != "*"
+                and fnmatchcase(kind, override.kind)
+                and fnmatchcase(name, override.layers)
+            )
+        )
+        for override in recipe.overrides
     )
+
+
+def _check_parameters(model: nn.Module, recipe: Recipe) -> None:
+    """Raise unless every parameter can be rounded, before any is."""
+    for layer, module in model.named_modules():
+        for name, value in module._parameters.items():
+            if value is None or not value.is_floating_point():
+                continue
+            quantizer = recipe.at(layer, parameter=name).weight
+            try:
+                if quantizer is not None:
+                    check(value, fit(quantizer.format, value.shape), quantizer.rounding)
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"convert: parameter {f'{layer}.{name}'.lstrip('.')!r} cannot be rounded: "
+                    f"{error}"
+                ) from None
 
 
 def _round_parameters(model: nn.Module, recipe: Recipe, packed: bool) -> None:
     def rounded(value: Tensor, layer: str, name: str) -> Tensor:
         quantizer = recipe.at(layer, parameter=name).weight
-        if quantizer is None:
+        if quantizer is None or not value.is_floating_point():
             return value
         grid = fit(quantizer.format, value.shape)
         return pack(value, grid) if packed else quantize(value, grid, out=value)
@@ -246,7 +382,7 @@ def _replace_parameters(model: nn.Module, change: Callable[[Tensor, str, str], T
     """
     changed: dict[nn.Parameter, nn.Parameter] = {}
     for layer, module in model.named_modules():
-        for name, parameter in module._parameters.items():
+        for name, parameter in list(module._parameters.items()):
             if parameter is None:
                 continue
             if parameter not in changed:
@@ -255,7 +391,8 @@ def _replace_parameters(model: nn.Module, change: Callable[[Tensor, str, str], T
                 changed[parameter] = (
                     parameter if same else nn.Parameter(value, parameter.requires_grad)
                 )
-            module._parameters[name] = changed[parameter]
+            if changed[parameter] is not parameter:
+                setattr(module, name, changed[parameter])  # recurrent layers keep a list, too
 
 
 def _rule(quantizer: Quantizer | None, seed: int, role: str, name: str) -> Rule | None:
@@ -265,11 +402,3 @@ def _rule(quantizer: Quantizer | None, seed: int, role: str, name: str) -> Rule 
     if isinstance(rounding, Stochastic):
         rounding = rounding.seeded(seed).stream(role, name)
     return Rule(quantizer.format, rounding)
-
-
-def _format(rules: Iterable[Rule | None]) -> Format | None:
-    return next((rule.format for rule in rules if rule is not None), None)
-
-
-def _name(fmt: Format | None) -> str:
-    return "float" if fmt is None else str(fmt)

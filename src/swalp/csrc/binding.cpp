@@ -65,6 +65,18 @@ bool quantize(const swalp_format& f, const swalp_layout& l, uintptr_t x, uintptr
   return lost != 0;
 }
 
+// Returns whether a NaN was lost, and the exponent.
+std::tuple<bool, int32_t> quantize_block(const swalp_format& f, int64_t start, int64_t n,
+                                         uintptr_t x, uintptr_t out, int32_t guess, int32_t rule,
+                                         int32_t bits, uint64_t seed, uint32_t step, uint32_t call,
+                                         int threads) {
+  const swalp_rounding r = {rule, bits, seed, step, call};
+  nb::gil_scoped_release unlocked;
+  const int lost = swalp_quantize_block(&f, &r, start, n, reinterpret_cast<const float*>(x),
+                                        reinterpret_cast<int8_t*>(out), &guess, threads);
+  return {lost != 0, guess};
+}
+
 swalp_layout flat(int64_t n) {
   swalp_layout l;
   l.dims = 1;
@@ -114,6 +126,23 @@ void split(uintptr_t halves, int64_t count, bool is_signed, uintptr_t codes, int
 void join(uintptr_t codes, int64_t count, uintptr_t halves, int threads) {
   nb::gil_scoped_release unlocked;
   swalp_join(reinterpret_cast<const void*>(codes), count, reinterpret_cast<void*>(halves), threads);
+}
+
+// `fmt` and `codes_layout` are None for an iterate of floats, of which there are `count`.
+void average(int32_t kind, double weight, uintptr_t into, uintptr_t residual, uintptr_t x,
+             int32_t type, int64_t count, const swalp_format* fmt, const swalp_layout* codes_layout,
+             uintptr_t exponents, uintptr_t table, int threads) {
+  const swalp_average_arguments a = {kind,
+                                     type,
+                                     weight,
+                                     reinterpret_cast<void*>(into),
+                                     reinterpret_cast<float*>(residual),
+                                     reinterpret_cast<const void*>(x),
+                                     reinterpret_cast<const int32_t*>(exponents),
+                                     reinterpret_cast<const float*>(table)};
+  const swalp_layout all = flat(count);
+  nb::gil_scoped_release unlocked;
+  swalp_average(&a, fmt, codes_layout ? codes_layout : &all, threads);
 }
 
 void noise(uintptr_t out, int64_t start, int64_t count, int32_t bits, uint64_t seed, uint32_t step,
@@ -346,12 +375,29 @@ NB_MODULE(_kernels, m) {
   m.attr("FLOAT32") = static_cast<int>(SWALP_FLOAT32);
   m.attr("CODE8") = static_cast<int>(SWALP_CODE8);
   m.attr("CODE16") = static_cast<int>(SWALP_CODE16);
+  m.attr("BFLOAT16") = static_cast<int>(SWALP_BFLOAT16);
+  m.attr("COMPENSATED") = static_cast<int>(SWALP_COMPENSATED);
+  m.attr("MOVING32") = static_cast<int>(SWALP_MOVING32);
+  m.attr("MOVING64") = static_cast<int>(SWALP_MOVING64);
+  m.attr("SUM") = static_cast<int>(SWALP_SUM);
   m.def("quantize", &quantize);
   m.def("quantize_flat", &quantize_flat);
   m.def("quantize_many", &quantize_many);
   m.def("unpack", &unpack);
   m.def("split", &split);
   m.def("join", &join);
+  m.def("quantize_block", &quantize_block);
+  m.def("relu", [](int64_t n, uintptr_t x, uintptr_t out, uintptr_t passed, int threads) {
+    nb::gil_scoped_release unlocked;
+    swalp_relu(n, at<float>(x), at<float>(out), at<uint8_t>(passed), threads);
+  });
+  m.def("relu_gradient", [](int64_t n, uintptr_t gradient, uintptr_t passed, uintptr_t out,
+                            int threads) {
+    nb::gil_scoped_release unlocked;
+    swalp_relu_gradient(n, at<float>(gradient), at<uint8_t>(passed), at<float>(out), threads);
+  });
+  m.def("average", &average, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
   m.def("noise", &noise);
   m.def("matmul", &matmul);
   m.def("has_matmul", [] { return swalp_has_multiply() != 0; });
@@ -364,6 +410,27 @@ NB_MODULE(_kernels, m) {
   m.def("convolution_forward", &convolution_forward);
   m.def("convolution_input_gradient", &convolution_input_gradient);
   m.def("convolution_weight_gradient", &convolution_weight_gradient);
+  m.def("convolution_channel_sums", [](uintptr_t codes, int64_t rows, int64_t channels,
+                                       uintptr_t sums, int threads) {
+    nb::gil_scoped_release unlocked;
+    swalp_convolution_channel_sums(at<int8_t>(codes), rows, channels, at<int64_t>(sums), threads);
+  });
+  nb::class_<swalp_pooling>(m, "Pooling")
+      .def("__init__", [](swalp_pooling* p, const std::vector<int64_t>& sizes) {
+        if (sizes.size() != sizeof(swalp_pooling) / sizeof(int64_t))
+          throw nb::value_error("Pooling: 12 sizes");
+        memcpy(p, sizes.data(), sizeof *p);
+      });
+  m.def("max_pool", [](const swalp_pooling& p, uintptr_t x, uintptr_t y, uintptr_t taps,
+                       int threads) {
+    nb::gil_scoped_release unlocked;
+    swalp_max_pool(&p, at<float>(x), at<float>(y), at<uint8_t>(taps), threads);
+  });
+  m.def("max_pool_gradient", [](const swalp_pooling& p, uintptr_t dy, uintptr_t taps, uintptr_t dx,
+                                int threads) {
+    nb::gil_scoped_release unlocked;
+    swalp_max_pool_gradient(&p, at<float>(dy), at<uint8_t>(taps), at<float>(dx), threads);
+  });
   m.def("has_fast_convolution", [] { return swalp_has_fast_convolution() != 0; });
   m.def("use", [](const std::string& name) {
     if (!swalp_use(name.c_str()))

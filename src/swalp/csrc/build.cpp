@@ -9,6 +9,9 @@
 #include "lanes_scalar.h"
 #endif
 
+#include <string.h>
+
+#include "average.h"
 #include "convex.h"
 #include "optim.h"
 
@@ -27,6 +30,85 @@ int quantize(const swalp_format* f, const swalp_rounding* r, const swalp_layout*
   const int lost = run_strips(task, own);
   free(own);
   return lost;
+}
+
+int quantize_block(const swalp_format* f, const swalp_rounding* r, int64_t start, int64_t n,
+                   const float* x, int8_t* out, int32_t* exponent, int threads) {
+  if (n < kSerial) threads = 1;
+  const swalp_role both = {*f, *r};
+  const Role role(both, SWALP_CODE8);
+  uint32_t most = 0;
+  const auto pass = [&](int32_t shared, bool search) {
+    return parallel((n + kChunk - 1) / kChunk, threads, [&](int64_t begin, int64_t end) {
+      alignas(64) uint32_t buffer[kChunk + kPadding];
+      uint32_t mine = 0;
+      bool lost = false;
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t at = chunk * kChunk, left = n - at, count = left < kChunk ? left : kChunk;
+        if (search) {
+          const uint32_t here = largest(x + at, count);
+          mine = here > mine ? here : mine;
+        }
+        lost |= role.span(x + at, out + at, start + at, count, shared, buffer);
+      }
+      if (search) raise(&most, mine);
+      return lost;
+    });
+  };
+  const bool lost = pass(*exponent, f->blocked);
+  const int32_t guess = *exponent;
+  if (f->blocked) *exponent = shared_exponent(*f, most);
+  if (*exponent != guess) pass(*exponent, false);
+  return lost;
+}
+
+void relu(int64_t n, const float* x, float* out, uint8_t* passed, int threads) {
+  if (n < kSerial) threads = 1;
+  parallel((n + 7) / 8, threads, [&](int64_t begin, int64_t end) {
+    int64_t byte = begin;
+#if defined(__AVX512F__)
+    for (; byte + 1 < end && 8 * byte + 16 <= n; byte += 2) {
+      const __m512 v = _mm512_loadu_ps(x + 8 * byte);
+      const __mmask16 keep = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ);
+      _mm512_storeu_ps(out + 8 * byte, _mm512_maskz_mov_ps(keep, v));
+      memcpy(passed + byte, &keep, 2);
+    }
+#endif
+    for (; byte < end; ++byte) {
+      const int64_t at = 8 * byte, count = n - at < 8 ? n - at : 8;
+      uint8_t bits = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const float v = x[at + i];
+        const bool keep = !(v <= 0);  // a NaN stays one
+        bits = static_cast<uint8_t>(bits | keep << i);
+        out[at + i] = keep ? v : 0.0f;
+      }
+      passed[byte] = bits;
+    }
+    return false;
+  });
+}
+
+void relu_gradient(int64_t n, const float* gradient, const uint8_t* passed, float* out,
+                   int threads) {
+  if (n < kSerial) threads = 1;
+  parallel((n + 7) / 8, threads, [&](int64_t begin, int64_t end) {
+    int64_t byte = begin;
+#if defined(__AVX512F__)
+    for (; byte + 1 < end && 8 * byte + 16 <= n; byte += 2) {
+      __mmask16 keep;
+      memcpy(&keep, passed + byte, 2);
+      _mm512_storeu_ps(out + 8 * byte, _mm512_maskz_loadu_ps(keep, gradient + 8 * byte));
+    }
+#endif
+    for (; byte < end; ++byte) {
+      const int64_t at = 8 * byte, count = n - at < 8 ? n - at : 8;
+      const uint8_t bits = passed[byte];
+      for (int64_t i = 0; i < count; ++i)
+        out[at + i] = bits >> i & 1 ? gradient[at + i] : 0.0f;
+    }
+    return false;
+  });
 }
 
 // 2**gap as two normal factors.
@@ -63,38 +145,47 @@ void decode(const swalp_format& f, const Code* codes, int64_t n, int32_t shared,
   }
 }
 
-template <class Code>
-void unpack_codes(const swalp_format& f, const swalp_layout& l, const Code* codes,
-                  const int32_t* exponents, const float* table, float* out, int threads) {
+// work(at, count, shared exponent) over all stretches of elements that share an exponent.
+template <class Work>
+void each_stretch(const swalp_format& f, const swalp_layout& l, const int32_t* exponents,
+                  int threads, const Work& work) {
   const int64_t n = elements(l);
-  const auto stretch = [&](int64_t at, int64_t count, int32_t shared) {
-    decode(f, codes + at, count, shared, table, out + at);
-    return false;
-  };
   if (!f.blocked || (l.dims == 1 && l.extent[0] == n)) {
     const int32_t shared = f.blocked ? exponents[0] : 0;
-    parallel(n, threads, [&](int64_t b, int64_t e) { return stretch(b, e - b, shared); });
+    parallel(n, threads, [&](int64_t b, int64_t e) {
+      work(b, e - b, shared);
+      return false;
+    });
   } else if (l.dims == 1) {
     const int64_t length = l.extent[0], blocks = n / length;
     if (length >= kSerial)
       for (int64_t block = 0; block < blocks; ++block)
         parallel(length, threads, [&](int64_t b, int64_t e) {
-          return stretch(block * length + b, e - b, exponents[block]);
+          work(block * length + b, e - b, exponents[block]);
+          return false;
         });
     else
       parallel(blocks, threads, [&](int64_t b, int64_t e) {
-        for (; b < e; ++b) stretch(b * length, length, exponents[b]);
+        for (; b < e; ++b) work(b * length, length, exponents[b]);
         return false;
       });
   } else {
     const Strips strips(l, threads);
     parallel(strips.grid[strips.owner], threads, [&](int64_t b, int64_t e) {
       strips.walk(b, e, true, [&](int64_t at, int64_t count, int64_t block) {
-        stretch(at, count, exponents[block]);
+        work(at, count, exponents[block]);
       });
       return false;
     });
   }
+}
+
+template <class Code>
+void unpack_codes(const swalp_format& f, const swalp_layout& l, const Code* codes,
+                  const int32_t* exponents, const float* table, float* out, int threads) {
+  each_stretch(f, l, exponents, threads, [&](int64_t at, int64_t count, int32_t shared) {
+    decode(f, codes + at, count, shared, table, out + at);
+  });
 }
 
 void unpack(const swalp_format* f, const swalp_layout* l, const void* codes, int32_t code_type,
@@ -128,6 +219,64 @@ void join(const void* codes, int64_t count, void* halves, int threads) {
   });
 }
 
+template <class Code, class Taker>
+void take_codes(const Taker& take, const swalp_average_arguments& a, const swalp_format& f,
+                const swalp_layout& l, int threads) {
+  const Code* codes = static_cast<const Code*>(a.x);
+  each_stretch(f, l, a.exponents, threads, [&](int64_t at, int64_t n, int32_t shared) {
+    take_widened(take, at, n, [&](int64_t from, int64_t count, float* values) {
+      decode(f, codes + at + from, count, shared, a.table, values);
+    });
+  });
+}
+
+template <class Taker>
+void take(const Taker& take, const swalp_average_arguments& a, const swalp_format* f,
+          const swalp_layout& l, int threads) {
+  if (a.type == SWALP_CODE8) return take_codes<int8_t>(take, a, *f, l, threads);
+  if (a.type == SWALP_CODE16) return take_codes<int16_t>(take, a, *f, l, threads);
+  parallel(elements(l), threads, [&](int64_t b, int64_t e) {
+    if (a.type == SWALP_FLOAT32) {
+      take(b, static_cast<const float*>(a.x) + b, e - b);
+    } else {
+      take_widened(take, b, e - b, [&](int64_t from, int64_t count, float* values) {
+        widen_bfloat16(static_cast<const uint16_t*>(a.x) + b + from, count, values);
+      });
+    }
+    return false;
+  });
+}
+
+template <class Code>
+void sum_codes(const swalp_average_arguments& a, const swalp_layout& l, int threads) {
+  const Sum<Code> take = {static_cast<int64_t*>(a.average)};
+  parallel(elements(l), threads, [&](int64_t b, int64_t e) {
+    take(b, static_cast<const Code*>(a.x) + b, e - b);
+    return false;
+  });
+}
+
+void average(const swalp_average_arguments* a, const swalp_format* f, const swalp_layout* l,
+             int threads) {
+  const int64_t n = elements(*l);
+  if (n == 0) return;
+  if (n < kSerial) threads = 1;
+  switch (a->kind) {
+    case SWALP_COMPENSATED:
+      return take(Compensated{static_cast<float*>(a->average), a->residual,
+                              static_cast<float>(a->weight)},
+                  *a, f, *l, threads);
+    case SWALP_MOVING32:
+      return take(Moving<float>{static_cast<float*>(a->average), static_cast<float>(a->weight)}, *a,
+                  f, *l, threads);
+    case SWALP_MOVING64:
+      return take(Moving<double>{static_cast<double*>(a->average), a->weight}, *a, f, *l, threads);
+    default:
+      return a->type == SWALP_CODE8 ? sum_codes<int8_t>(*a, *l, threads)
+                                    : sum_codes<int16_t>(*a, *l, threads);
+  }
+}
+
 void noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out) {
   const Noise stream(*r);
   alignas(64) uint32_t buffer[kChunk + kPadding];
@@ -147,5 +296,6 @@ void noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out)
 #define SWALP_JOIN_(name) swalp_build_##name
 #define SWALP_JOIN(name) SWALP_JOIN_(name)
 extern const swalp_build SWALP_JOIN(SWALP_BUILD);
-const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, unpack, split,
-                                              join, noise, sgd, adam, least_squares, softmax, scalars};
+const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, quantize_block,
+                                             relu, relu_gradient, unpack, split, join, average,
+                                             noise, sgd, adam, least_squares, softmax, scalars};

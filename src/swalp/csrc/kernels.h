@@ -11,7 +11,7 @@ extern "C" {
 
 enum { SWALP_GRID, SWALP_MINIFLOAT, SWALP_BINARY };                      // kind of a format
 enum { SWALP_NEAREST, SWALP_ZERO, SWALP_POSITIVE, SWALP_NEGATIVE, SWALP_STOCHASTIC };  // rules
-enum { SWALP_FLOAT32, SWALP_CODE8, SWALP_CODE16 };                       // what is written
+enum { SWALP_FLOAT32, SWALP_CODE8, SWALP_CODE16, SWALP_BFLOAT16 };       // what is written or read
 enum { SWALP_MAX_DIMS = 8 };
 
 // A format, resolved to numbers. "Gap" is log2 of the distance between neighbours.
@@ -55,6 +55,18 @@ typedef struct {
 int swalp_quantize(const swalp_format*, const swalp_rounding*, const swalp_layout*, const float* x,
                    void* out, int32_t output, int32_t* exponents, int threads);
 
+// One block of `n` neighbours to codes of 8 bits, in one pass if its exponent is `guess`, else in two.
+//
+// `start`: index of the first element, for its noise. `exponent`: the guess, then the true one.
+// Returns 1 if a NaN had no code (then 0), else 0.
+int swalp_quantize_block(const swalp_format*, const swalp_rounding*, int64_t start, int64_t n,
+                         const float* x, int8_t* out, int32_t* exponent, int threads);
+
+// ReLU, and a bit for each element, whether it passed; and the gradient where it did.
+void swalp_relu(int64_t n, const float* x, float* out, uint8_t* passed, int threads);
+void swalp_relu_gradient(int64_t n, const float* gradient, const uint8_t* passed, float* out,
+                         int threads);
+
 // The same for many row-major tensors, to float32 values: threads share the small ones among them.
 // Returns -1 if memory ran out, else 0.
 int swalp_quantize_many(const swalp_format*, int64_t count, const swalp_rounding*,
@@ -70,6 +82,23 @@ void swalp_unpack(const swalp_format*, const swalp_layout*, const void* codes, i
 // fourth bit is the sign.
 void swalp_split(const void* halves, int64_t count, int32_t is_signed, void* codes, int threads);
 void swalp_join(const void* codes, int64_t count, void* halves, int threads);
+
+// Take an iterate into an average, in place. `average`: float32 with as many residuals in `residual`
+// (a compensated mean), float32 alone, float64, or int64 (the sum of codes; `weight` is not used).
+// `x`: float32, bfloat16 or, with a format, codes as for `swalp_unpack`; in the memory order of the
+// average. average += weight * (x - average).
+enum { SWALP_COMPENSATED, SWALP_MOVING32, SWALP_MOVING64, SWALP_SUM };   // kind of an average
+typedef struct {
+  int32_t kind, type;  // type: of `x`
+  double weight;
+  void* average;
+  float* residual;
+  const void* x;
+  const int32_t* exponents;
+  const float* table;
+} swalp_average_arguments;
+void swalp_average(const swalp_average_arguments*, const swalp_format*, const swalp_layout*,
+                   int threads);
 
 // `count` elements of noise as the kernels see it, from element `start` on: 16-bit or 32-bit words.
 void swalp_noise(const swalp_rounding*, int64_t start, int64_t count, uint32_t* out);
@@ -159,9 +188,13 @@ int swalp_has_threads(void);
 struct swalp_build {
   const char* name;
   decltype(&swalp_quantize) quantize;
+  decltype(&swalp_quantize_block) quantize_block;
+  decltype(&swalp_relu) relu;
+  decltype(&swalp_relu_gradient) relu_gradient;
   decltype(&swalp_unpack) unpack;
   decltype(&swalp_split) split;
   decltype(&swalp_join) join;
+  decltype(&swalp_average) average;
   decltype(&swalp_noise) noise;
   decltype(&swalp_sgd_step) sgd;
   decltype(&swalp_adam_step) adam;

@@ -1,5 +1,5 @@
 """Tensor to tensor on a format's grid."""
 
-from swalp.quantize.api import quantize, quantize_many
+from swalp.quantize.api import check, quantize, quantize_at, quantize_many
 
-__all__ = ["quantize", "quantize_many"]
+__all__ = ["check", "quantize", "quantize_at", "quantize_many"]

@@ -88,13 +88,38 @@ def quantize(
         if rounding.seed is None:
             key = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
         else:
-            seed = rounding.seed - (rounding.seed >> 63 << 64)  # as a signed 64-bit int
+            seed = _signed(rounding.seed)
     transformed = torch._C._are_functorch_transforms_active()
     operator: Any = _Transformable.apply if transformed else torch.ops.swalp.quantize
     result: Tensor = operator(
-        x, str(fmt), str(rounding), seed, step, call, key, gradient == "clipped"
+        x, str(fmt), str(rounding), seed, step, call, key, None, gradient == "clipped"
     )
     return result if out is None else out.copy_(result)
+
+
+def quantize_at(x: Tensor, fmt: Format, rounding: Stochastic, step: Tensor, call: int) -> Tensor:
+    """`quantize` with ``rounding.at(step, call)``, the step being data.
+
+    For a graph that is compiled once and run at many steps.
+
+    Args:
+        x: as for `quantize`.
+        fmt: likewise.
+        rounding: with a seed.
+        step: int64, of no dimension.
+        call: likewise a counter, but part of the graph.
+    """
+    assert rounding.seed is not None
+    seed = _signed(rounding.seed)
+    result: Tensor = torch.ops.swalp.quantize(
+        x, str(fmt), str(rounding), seed, 0, call, None, step, False
+    )
+    return result
+
+
+def _signed(seed: int) -> int:
+    """A 64-bit key as the operator takes it."""
+    return seed - (seed >> 63 << 64)
 
 
 @torch.no_grad()
@@ -231,11 +256,13 @@ def _operator(
     step: int,
     call: int,
     key: Tensor | None,
+    clock: Tensor | None,
     clipped: bool,
 ) -> Tensor:
     rule = DETERMINISTIC.get(rounding)
     if rule is None:
         seed = seed if key is None else int(key)
+        step = step if clock is None else int(clock)
         bits = int(rounding.removeprefix("stochastic"))
         rule = Stochastic(seed & (2**64 - 1), random_bits=bits, step=step, call=call)
     return dispatch.run(x, parse_format(fmt), rule)

@@ -246,25 +246,29 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | N
 def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None, bool]:
     """`pack` to a format of int8 integers times a power of two; and whether `x` has a NaN.
 
-    A NaN gets the code 0, whether or not `fmt` has a code for it.
+    A NaN gets the code 0, whether or not `fmt` has a code for it. The codes of a tensor whose
+    channels are last in memory are so too; others are contiguous.
 
     Args:
         x: float32 on the CPU, any shape.
         fmt: `FixedPoint` or `BlockFloat` of at most 8 bits that `supports` accepts.
         rounding: the rule.
     """
-    codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
     plan = plan_of(fmt)
     if x.numel() == 0:
+        codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
         return codes, definition.pack(x, fmt, rounding)[1], False
     if plan.integers is None:
         plan.integers = _numbers(fmt)
         plan.integers.has_nan = 0
     blocked = isinstance(fmt, BlockFloat)
-    if x.is_neg() or not x.is_contiguous():
-        x = x.resolve_neg().contiguous()
+    x = x.resolve_neg()
     found = _layout(plan, x)
-    assert found is not None  # a contiguous tensor has one
+    if found is None or not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
+        x = x.contiguous()
+        found = _layout(plan, x)
+        assert found is not None  # a contiguous tensor has one
+    codes = torch.empty_like(x, dtype=torch.int8)
     exponents = torch.empty(found[0].grid, dtype=torch.int32) if blocked else None
     lost = _kernels.quantize(
         plan.integers, found[1], x.data_ptr(), codes.data_ptr(), _kernels.CODE8,
@@ -300,18 +304,35 @@ def unpack(
         out = torch.empty_like(codes, dtype=torch.float32)
     elif out.stride() != codes.stride() or out.is_neg():
         return out.copy_(unpack(codes, exponents, fmt))
+    known = stored(codes, exponents, fmt)
+    assert known is not None  # `supports`
+    numbers, layout, code_type, exponents, table = known
+    _kernels.unpack(
+        numbers, layout, codes.data_ptr(), code_type,
+        0 if exponents is None else exponents.data_ptr(),
+        0 if table is None else table.data_ptr(),  # 0 as well if it is empty
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def stored(
+    codes: Tensor, exponents: Tensor | None, fmt: Format
+) -> tuple[_kernels.Format, _kernels.Layout, int, Tensor | None, Tensor | None] | None:
+    """Codes and exponents as the kernels read them; None if they cannot.
+
+    Returns:
+        Format, layout, type of the codes, exponents as int32, and the values of bit patterns.
+    """
+    plan = plan_of(fmt)
+    found = _layout(plan, codes) if codes.numel() else None
+    if plan.kernel is None or found is None:
+        return None
     if exponents is not None:
         exponents = exponents.to(torch.int32).contiguous()
     if plan.table is None:
         plan.table = _table(fmt)
-    assert plan.kernel is not None  # `supports`
-    _kernels.unpack(
-        plan.kernel, found[1], codes.data_ptr(), _code_type(fmt),
-        0 if exponents is None else exponents.data_ptr(),
-        0 if plan.table is None else plan.table.data_ptr(),  # 0 as well if it is empty
-        out.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return out
+    return plan.kernel, found[1], _code_type(fmt), exponents, plan.table
 
 
 def join(codes: Tensor) -> Tensor:

@@ -25,19 +25,30 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    data: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100"] = Field(
+    data: Literal["digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "imagenet"] = Field(
         description="the data set"
     )
-    model: Literal["cnn", "strided-cnn", "mlp", "small-vgg"] = Field(
-        description="two convolutions with pooling, two of stride 2, three linear layers, or three "
-        "convolutions in the manner of VGG"
+    model: Literal[
+        "cnn",
+        "strided-cnn",
+        "mlp",
+        "small-vgg",
+        "vgg16",
+        "vgg16-bn",
+        "preresnet164",
+        "resnet20",
+        "resnet18",
+    ] = Field(
+        description="small: two convolutions with pooling, two of stride 2, three linear layers, "
+        "or three convolutions; or a published network, of which resnet18 is for large images"
     )
     width: int = Field(
         ge=1, le=4096, description="channels of the first convolution, or hidden units"
     )
     augment: bool = Field(
         default=False,
-        description="crop the training images at random, 4 pixels off, and flip half of them",
+        description="crop training images at random, up to 4 pixels off (ImageNet: to 8 to 100 % "
+        "of the area), and flip half of them",
     )
     arms: tuple[str, ...] = Field(
         strict=False,

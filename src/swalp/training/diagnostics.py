@@ -96,10 +96,14 @@ class _Watch:
     name: str
     note: Callable[[Row], None]
 
-    def __call__(self, x: Tensor, training: bool) -> Tensor:
+    def begin(self) -> int:
+        """As the site's."""
+        return self.site.begin()
+
+    def __call__(self, x: Tensor, training: bool, call: int | None = None) -> Tensor:
         # An alias, as what else uses x sends gradients back to it too.
         entering = x.view_as(x)
-        leaving = self.site(entering, training)
+        leaving = self.site(entering, training, call)
         activation, error = self.site.activation, self.site.error
         if activation is not None:
             fmt = fit(activation.format, x.shape)

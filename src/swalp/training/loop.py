@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import swalp
+from swalp.noise import stream_seed
 from swalp.optim import SGD
 from swalp.training import averages, deployment, models
 from swalp.training.augmentation import Draws
@@ -169,7 +171,8 @@ def _step(
         group["lr"] = rate(run.step)
 
     run.model.train()
-    loss = nn.functional.cross_entropy(run.model(x), y)
+    with dropout_noise(run):
+        loss = nn.functional.cross_entropy(run.model(x), y)
     value = loss.item()
     if not math.isfinite(value):
         raise NonFiniteLossError(
@@ -200,6 +203,18 @@ def _step(
     return Step(value, record)
 
 
+@contextmanager
+def dropout_noise(run: Trajectory) -> Iterator[None]:
+    """PyTorch's generator, from which dropout draws, as a function of seed and step alone."""
+    generator = torch.default_generator
+    before = generator.get_state()
+    generator.manual_seed(stream_seed(run.seed, "dropout", str(run.step)))
+    try:
+        yield
+    finally:
+        generator.set_state(before)
+
+
 def _errors(run: Trajectory, data: Dataset, config: RunConfig, *, last: bool) -> dict[str, Any]:
     """The errors (%) of the iterate and of its averages at the end of an epoch."""
     found: dict[str, Any] = {
@@ -211,17 +226,17 @@ def _errors(run: Trajectory, data: Dataset, config: RunConfig, *, last: bool) ->
         found["validation_error"] = error(run.model, data.validation)
         found["average_validation_error"] = None
     if run.average.count > 0:
-        average = averaged_model(run.average, data)
+        average = averaged_model(run.average, config, data, run.seed)
         found["average_error"] = error(average, data.test)
         if data.validation is not None:
             found["average_validation_error"] = error(average, data.validation)
         if last:
             for name in deployment.MODELS:
-                model = deployment.deployed(average, config, run.arm, data, name)
+                model = deployment.deployed(average, config, run.arm, data, name, run.seed)
                 found[f"{name}_error"] = error(model, data.test)
     for text, each in run.averages.items():
         if each.count > 0:
-            model = averaged_model(each, data)
+            model = averaged_model(each, config, data, run.seed)
             found.setdefault("averages", {})[text] = {
                 "error": error(model, data.test),
                 "averaged": each.count,
@@ -229,9 +244,11 @@ def _errors(run: Trajectory, data: Dataset, config: RunConfig, *, last: bool) ->
     return found
 
 
-def averaged_model(average: swalp.WeightAverage, data: Dataset) -> nn.Module:
-    """The averaged network in float, its batch-norm statistics those of the training data."""
-    swalp.recompute_batchnorm(average.module, evaluation_batches(data.train))
+def averaged_model(
+    average: swalp.WeightAverage, config: RunConfig, data: Dataset, seed: int
+) -> nn.Module:
+    """The averaged network in float, its batch-norm statistics recomputed."""
+    deployment.recompute_batchnorm(average.module, config, data, seed)
     return average.module
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from swalp.noise import stream_seed
-from swalp.training.networks import small
+from swalp.training.networks import preresnet, resnet, small, vgg
 
 Builder = Callable[[int, int, int, int], nn.Module]
 
@@ -17,6 +17,11 @@ KINDS: dict[str, Builder] = {
     "strided-cnn": small.strided_cnn,
     "mlp": small.mlp,
     "small-vgg": small.small_vgg,
+    "vgg16": vgg.vgg16,
+    "vgg16-bn": vgg.vgg16_bn,
+    "preresnet164": preresnet.preresnet164,
+    "resnet20": resnet.resnet20,
+    "resnet18": resnet.resnet18,
 }
 
 

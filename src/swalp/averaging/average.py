@@ -1,0 +1,355 @@
+"""`WeightAverage`: an average of a model's parameters over its training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swalp._validation import require_int
+from swalp.averaging import taking
+from swalp.averaging.kinds import Accumulator, Equal, Exponential, Kind, check
+from swalp.averaging.overlap import Overlap
+from swalp.averaging.shards import is_sharded, local, reshard, sharded_like, whole
+from swalp.convert import strip
+from swalp.packed import PackedTensor
+from swalp.recipes import Quantizer
+
+
+class WeightAverage:
+    """An average of a model's parameters over its training.
+
+    Call `update_parameters` once a step (or once an epoch: `start` and `every` count the calls).
+    With t counting the calls, the parameters are taken when t > `start` and (t - start) is a
+    multiple of `every`. Several averages of one run are several `WeightAverage`s.
+
+    It keeps, for each weight: 8 bytes; with a `Quantizer` of at most 16 bits, codes and exponents;
+    with `Window`, `length` iterates as they are. `nbytes` says how much. `module` needs 4 bytes
+    more, from its first use on, unless the accumulator is torch.float32, whose memory it shares.
+
+    Args:
+        model: the network to be averaged: converted or float, packed or not, sharded or not.
+        start: S, calls before averaging starts.
+        every: c, calls from one iterate taken to the next.
+        kind: `Equal()`, `Exponential(decay)` or `Window(length)`.
+        accumulator: what the average is kept in, whatever the type of the parameters.
+
+            * torch.float64: running mean;
+            * torch.float32: running mean with a second float32 that collects what rounding loses,
+              so that 10**6 iterates are averaged to within 2 units in the last place;
+            * ``ExactSum(format)``: for fixed-point weights, integer sums;
+            * ``Quantizer(format, rounding)``: the paper's Q_SWA: each update is rounded to a
+              low-precision format. A stochastic rule gets streams of its own from `seed`.
+        device: where the average lives, such as "cpu" for a model on a GPU; default: with the
+            parameters.
+        overlap: take iterates in a thread of its own while training goes on, from a copy that has
+            the size of the parameters as they are held. The average is the same bit for bit;
+            whatever reads it waits for that thread.
+        seed: the run's seed, for a stochastic `accumulator`.
+
+    Source: Yang et al. 2019 (arXiv:1904.11943), Algorithms 1 and 2.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        start: int = 0,
+        every: int = 1,
+        kind: Kind = Equal(),  # noqa: B008  (frozen)
+        accumulator: Accumulator = torch.float32,
+        device: torch.device | str | None = None,
+        overlap: bool = False,
+        seed: int = 0,
+    ) -> None:
+        require_int("WeightAverage", "start", start, 0, 2**62, "it counts calls")
+        require_int("WeightAverage", "every", every, 1, 2**62, "it counts calls")
+        check(kind, accumulator)
+        self.start = start
+        self.every = every
+        self.kind = kind
+        self.accumulator = accumulator
+        self.steps = 0
+        self.count = 0
+        self._seed = seed
+        self._device = None if device is None else torch.device(device)
+        self._overlap = Overlap() if overlap else None
+        reshard(model)
+        parameters = dict(model.named_parameters())
+        self._sharded = any(is_sharded(each) for each in parameters.values())
+        self._state = {name: self._empty(each) for name, each in parameters.items()}
+        self._buffers = {
+            name: self._at_home(buffer.detach().clone()) for name, buffer in model.named_buffers()
+        }
+        self._module = None if self._sharded else self._skeleton(model)
+        self._stale = True
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Count a call, and take `model`'s parameters into the average if it is time."""
+        self.steps += 1
+        elapsed = self.steps - self.start
+        if elapsed <= 0 or elapsed % self.every:
+            return
+        if self._overlap is not None:
+            self._overlap.wait()
+        if self._sharded:
+            reshard(model)
+        weight, count = self._weight(), self.count
+        jobs = [(name, local(parameter.detach())) for name, parameter in model.named_parameters()]
+        if self._overlap is None:
+            self._take(jobs, weight, count, torch.get_num_threads())
+        else:
+            self._overlap.start(
+                jobs, lambda copies: self._take(copies, weight, count, 1), self._device
+            )
+        for name, buffer in model.named_buffers():
+            self._buffers[name].copy_(buffer)
+        self.count += 1
+        self._stale = True
+
+    @property
+    def module(self) -> nn.Module:
+        """A float network with the averaged parameters and the latest buffers.
+
+        It is one and the same network, brought up to date at each access. Parameters and buffers of
+        fewer than 32 bits are float32 there. Batch-norm statistics are those of the last iterate:
+        run `recompute_batchnorm` on it before using it; they stay until the next iterate is taken.
+
+        Raises:
+            RuntimeError: nothing has been averaged yet, or the model is sharded.
+        """
+        if self._module is None:
+            raise RuntimeError(
+                "WeightAverage: a sharded model has no averaged network of its own; load "
+                "averaged_state_dict(), on all ranks at once, into a plain one, or validate inside "
+                "applied(model)"
+            )
+        self._require_iterates()
+        if self._stale:
+            with torch.no_grad():
+                self._fill(self._module)
+            self._stale = False
+        return self._module
+
+    def value(self, name: str) -> Tensor:
+        """The average of one parameter: float64, or float32 where that is what is kept.
+
+        Of a sharded parameter it is sharded alike.
+        """
+        self._settle()
+        state = self._state[name]
+        average = taking.value(
+            {key: local(each) for key, each in state.items()},
+            self.kind,
+            self.accumulator,
+            self.count,
+        )
+        return sharded_like(next(iter(state.values())), average)
+
+    def averaged_state_dict(self) -> dict[str, Tensor]:
+        """The averaged parameters, whole, and the latest buffers, for `nn.Module.load_state_dict`.
+
+        Of a sharded model all ranks must ask at once.
+
+        Raises:
+            RuntimeError: nothing has been averaged yet.
+        """
+        self._require_iterates()
+        averages = {name: self.value(name) for name in self._state}
+        full = {name: whole(value) for name, value in averages.items()}
+        return full | {name: buffer.clone() for name, buffer in self._buffers.items()}
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """`model` with the averaged parameters, inside a ``with`` block; afterwards its own again.
+
+        The averages stand there as floats, whatever the parameters are, in the type that the model
+        computes in; a converted model goes on quantizing its activations. Buffers changed inside,
+        such as recomputed batch-norm statistics, are put back too.
+        """
+        self._require_iterates()
+        if self._sharded:
+            reshard(model)
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        put_back: list[Any] = []
+        try:
+            with torch.no_grad():
+                for parent, key, own, average in self._slots(model):
+                    if is_sharded(own):  # FSDP knows its shards, and needs them to stay
+                        shard = local(own)
+                        put_back.append((shard.copy_, shard.clone()))
+                        shard.copy_(local(average))
+                    else:
+                        value = average.to(own.device, own.dtype, copy=True)
+                        put_back.append((lambda own, p=parent, k=key: p.update({k: own}), own))
+                        parent[key] = nn.Parameter(value, requires_grad=False)
+            yield
+        finally:
+            if self._sharded:
+                reshard(model)
+            with torch.no_grad():
+                for restore, value in put_back:
+                    restore(value)
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept: of the averages (this rank's shards), of `module`, of copies to overlap."""
+        kept = [local(each) for state in self._state.values() for each in state.values()]
+        shared = {each.data_ptr() for each in kept if not isinstance(each, PackedTensor)}
+        own = [] if self._module is None else list(self._module.parameters())
+        extra = [each for each in own if not each.is_meta and each.data_ptr() not in shared]
+        copies = 0 if self._overlap is None else self._overlap.nbytes
+        return sum(each.nbytes for each in (*kept, *extra)) + copies
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on: counts, what is kept of each parameter, the buffers."""
+        self._settle()
+        return {
+            "steps": self.steps,
+            "count": self.count,
+            "average": {
+                name: {key: value.clone() for key, value in state.items()}
+                for name, state in self._state.items()
+            },
+            "buffers": {name: value.clone() for name, value in self._buffers.items()},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state.
+
+        Raises:
+            ValueError: it belongs to another network, or to another kind of average.
+        """
+        self._settle()
+        mine, theirs = _shapes(self._state), _shapes(state["average"])
+        if mine != theirs:
+            different = sorted(
+                name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
+            )
+            raise ValueError(
+                f"WeightAverage: the saved average is of another network or kind; what differs: "
+                f"{', '.join(different[:5])}"
+            )
+        self.steps, self.count = state["steps"], state["count"]
+        for name, kept in self._state.items():
+            for key, value in kept.items():
+                value.copy_(state["average"][name][key])
+        for name, buffer in self._buffers.items():
+            buffer.copy_(state["buffers"][name])
+        self._stale = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._settle()
+        return self.__dict__.copy()
+
+    def _take(
+        self, jobs: list[tuple[str, Tensor]], weight: float, count: int, threads: int
+    ) -> None:
+        for name, parameter in jobs:
+            taking.take(
+                {key: local(each) for key, each in self._state[name].items()},
+                parameter,
+                self.kind,
+                self.accumulator,
+                weight=weight,
+                count=count,
+                seed=self._seed,
+                name=name,
+                threads=threads,
+            )
+
+    def _empty(self, parameter: Tensor) -> taking.State:
+        kept = taking.empty(local(parameter.detach()), self.kind, self.accumulator, self._device)
+        return {key: sharded_like(parameter, each) for key, each in kept.items()}
+
+    def _at_home(self, value: Tensor) -> Tensor:
+        """`value` where the average lives, in float32 if it is a shorter float."""
+        short = value.is_floating_point() and value.dtype.itemsize < 4
+        return value.to(self._device, torch.float32 if short else value.dtype)
+
+    def _skeleton(self, model: nn.Module) -> nn.Module:
+        """A float copy of `model` without values: its buffers are the average's own."""
+        memo: dict[int, Any] = {}
+        for parameter in model.parameters():
+            dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            memo[id(parameter)] = nn.Parameter(
+                torch.empty(parameter.shape, dtype=dtype, device="meta"), requires_grad=False
+            )
+        for name, buffer in model.named_buffers():
+            memo[id(buffer)] = self._buffers[name]
+        return strip(copy.deepcopy(model, memo))
+
+    def _fill(self, module: nn.Module) -> None:
+        """Values for the network's parameters: shared with what is kept, or copied from it."""
+        named = dict(module.named_parameters())
+        if any(each.is_meta for each in named.values()):
+            memory = {each: self._memory(name, each) for name, each in named.items()}
+            for part in module.modules():
+                for key, each in part._parameters.items():
+                    if each is not None:
+                        part._parameters[key] = memory[each]
+            named = dict(module.named_parameters())
+        for name, each in named.items():
+            if each.data_ptr() != self._shareable(name, each):
+                each.copy_(self.value(name))
+
+    def _memory(self, name: str, like: Tensor) -> nn.Parameter:
+        """Memory for a parameter of `module`."""
+        state = self._state[name]
+        if self._shareable(name, like) is not None:
+            return nn.Parameter(state["average"], requires_grad=False)
+        home = next(iter(state.values())).device
+        return nn.Parameter(torch.empty_like(like, device=home), requires_grad=False)
+
+    def _shareable(self, name: str, like: Tensor) -> int | None:
+        """Where the average of a parameter lies, if it lies as `module` needs it."""
+        average = self._state[name].get("average")
+        if average is None or isinstance(self.accumulator, Quantizer):
+            return None
+        return average.data_ptr() if average.dtype == like.dtype else None
+
+    def _slots(self, model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor, Tensor]]:
+        """(its module's dict, its key there, a parameter, its average), for each place of each."""
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for module in model.modules():
+            for key, parameter in list(module._parameters.items()):
+                if parameter is not None and names[parameter] in self._state:
+                    average = self.value(names[parameter])
+                    yield module._parameters, key, parameter, average
+
+    def _require_iterates(self) -> None:
+        self._settle()
+        if self.count == 0:
+            raise RuntimeError(
+                f"WeightAverage: no average after {self.steps} steps; it starts after step "
+                f"{self.start} and takes every {self.every}th"
+            )
+
+    def _settle(self) -> None:
+        """Wait until the last iterate is taken."""
+        if self._overlap is not None:
+            self._overlap.wait()
+
+    def _weight(self) -> float:
+        """The weight of the next iterate."""
+        if isinstance(self.kind, Exponential) and self.count > 0:
+            return 1 - self.kind.decay
+        return 1 / (self.count + 1)
+
+
+def _shapes(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    return {
+        name: {
+            key: (value.shape, value.dtype, getattr(value, "format", None))
+            for key, value in kept.items()
+        }
+        for name, kept in state.items()
+    }

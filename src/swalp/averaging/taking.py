@@ -1,0 +1,161 @@
+"""Taking one parameter of an iterate into an average: what is kept of it, and how it moves."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from swalp.averaging import kernel
+from swalp.averaging.kinds import Accumulator, ExactSum, Kind, Window
+from swalp.formats import FixedPoint
+from swalp.packed import PackedTensor, pack
+from swalp.quantize import quantize
+from swalp.recipes import Quantizer, fit
+from swalp.rounding import Stochastic
+
+State = dict[str, Tensor]
+
+
+def moving_mean(average: Tensor, iterate: Tensor, weight: float) -> Tensor:
+    """Return average + weight * (iterate - average), in the dtype of `average`."""
+    return average + (iterate.to(average) - average) * weight
+
+
+def compensated_mean(average: Tensor, residual: Tensor, iterate: Tensor, weight: float) -> None:
+    """`moving_mean` in place, on the unevaluated sum `average` + `residual`.
+
+    What the addition to `average` rounds away is kept in `residual` (Fast2Sum), so that increments
+    far below a unit in the last place add up.
+
+    Source: Kahan 1965, "Further remarks on reducing truncation errors"; Dekker 1971.
+    """
+    increment = (iterate - average - residual) * weight + residual
+    total = average + increment
+    # Exact where |average| >= |increment|; elsewhere, as at the first iterate, off by a rounding.
+    residual.copy_(increment - (total - average))
+    average.copy_(total)
+
+
+def empty(
+    parameter: Tensor, kind: Kind, accumulator: Accumulator, device: torch.device | None
+) -> State:
+    """What is kept of a parameter, before anything is taken."""
+
+    def zeros(dtype: torch.dtype) -> Tensor:
+        like = parameter._element_codes() if isinstance(parameter, PackedTensor) else parameter
+        return torch.zeros_like(like, dtype=dtype, device=device or parameter.device)
+
+    match kind, accumulator:
+        case Window(length), _:
+            if isinstance(parameter, PackedTensor):
+                slot = parameter.to(device) if device is not None else parameter
+                return {str(number): slot.clone() for number in range(length)}
+            return {str(number): zeros(parameter.dtype) for number in range(length)}
+        case _, ExactSum():
+            return {"sum": zeros(torch.int64)}
+        case _, Quantizer(fmt, _) if fmt.bits <= 16:
+            return {"average": pack(zeros(torch.float32), fit(fmt, parameter.shape))}
+        case _, torch.float32:
+            return {"average": zeros(torch.float32), "residual": zeros(torch.float32)}
+        case _, torch.float64:
+            return {"average": zeros(torch.float64)}
+        case _:
+            return {"average": zeros(torch.float32)}
+
+
+def take(
+    state: State,
+    parameter: Tensor,
+    kind: Kind,
+    accumulator: Accumulator,
+    *,
+    weight: float,
+    count: int,
+    seed: int,
+    name: str,
+    threads: int,
+) -> None:
+    """Take a parameter into what is kept of it.
+
+    Args:
+        state: as `empty` made it; changed in place.
+        parameter: of the iterate, packed or not, on any device.
+        kind: of the average.
+        accumulator: what it is kept in.
+        weight: of the iterate; not used by a window or a sum.
+        count: iterates taken before.
+        seed: of the run, for a stochastic accumulator.
+        name: of the parameter.
+        threads: of the compiled pass.
+
+    Raises:
+        ValueError: an exact sum was asked for, and the parameter is not on the grid.
+    """
+    if isinstance(kind, Window):
+        state[str(count % kind.length)].copy_(parameter)
+        return
+    if isinstance(accumulator, Quantizer):
+        _take_rounded(state, parameter, accumulator, weight, count, seed, name, threads)
+        return
+    if kernel.take(state, parameter, accumulator, weight, threads):
+        return
+    if isinstance(accumulator, ExactSum):
+        state["sum"] += _integers(parameter, accumulator.format, name).to(state["sum"].device)
+        return
+    average = state["average"]
+    values = _floats(parameter).to(average)
+    if accumulator == torch.float64:
+        average.copy_(moving_mean(average, values, weight))
+    else:
+        compensated_mean(average, state["residual"], values, weight)
+
+
+def value(state: State, kind: Kind, accumulator: Accumulator, count: int) -> Tensor:
+    """The average that is kept: float64, or float32 where that is what is kept."""
+    if isinstance(kind, Window):
+        kept = [state[str(slot)] for slot in range(min(count, kind.length))]
+        return torch.stack([each.to(torch.float64) for each in kept]).mean(0)
+    if isinstance(accumulator, ExactSum):
+        return state["sum"].to(torch.float64) / count * accumulator.format.gap
+    return _floats(state["average"]).clone()
+
+
+def _take_rounded(
+    state: State,
+    parameter: Tensor,
+    accumulator: Quantizer,
+    weight: float,
+    count: int,
+    seed: int,
+    name: str,
+    threads: int,
+) -> None:
+    """Q_SWA: the moved average, rounded to its format."""
+    average = state["average"]
+    rounding = accumulator.rounding
+    if isinstance(rounding, Stochastic):
+        rounding = rounding.seeded(seed).stream("average", name).at(count)
+    moved = _floats(average)
+    if not kernel.take({"average": moved}, parameter, torch.float32, weight, threads):
+        moved.copy_(moving_mean(moved, _floats(parameter).to(moved), weight))
+    fmt = fit(accumulator.format, moved.shape)
+    if isinstance(average, PackedTensor):
+        average.copy_(pack(moved, fmt, rounding))
+    else:
+        quantize(moved, fmt, rounding, out=average)
+
+
+def _floats(x: Tensor) -> Tensor:
+    return x.dequantize() if isinstance(x, PackedTensor) else x
+
+
+def _integers(parameter: Tensor, fmt: FixedPoint, name: str) -> Tensor:
+    """The integers of a parameter on the grid of `fmt`, int64."""
+    scaled = _floats(parameter).to(torch.float64) / fmt.gap
+    integers = scaled.to(torch.int64)
+    if not torch.equal(integers.to(torch.float64), scaled):
+        raise ValueError(
+            f"WeightAverage: {name} is not on the grid of {fmt}, so its sum would not be exact; "
+            f"give ExactSum the format of the weights, or average in torch.float64"
+        )
+    return integers

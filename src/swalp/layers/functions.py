@@ -1,0 +1,216 @@
+"""Products that a module calls as functions: found while its forward runs, and quantized.
+
+A network from outside computes some of its products without a layer: attention above all, but also
+`torch.matmul`, `einsum`, a head tied to an embedding by `F.linear`. While the forward of a module
+of a converted network runs, these functions go through `_Interception`, a mode of PyTorch that
+`torch.compile` and `torch.export` trace like the rest. It ends with that forward: no other network,
+and no code outside, ever sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from swalp.layers.attention import attention, multi_head_attention
+from swalp.layers.base import Quantized
+from swalp.layers.products import Products
+
+
+class _Interception(TorchFunctionMode):
+    """Quantizes around the products that are called while it is active.
+
+    Attributes:
+        products: of the module whose forward runs; None inside a layer that quantizes by itself.
+    """
+
+    def __init__(self, products: Products | None) -> None:
+        super().__init__()
+        self.products = products
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        handler = None if self.products is None else _HANDLERS.get(func)
+        if handler is None:
+            return func(*args, **kwargs)
+        return handler(self.products, func, *args, **kwargs)
+
+
+def _active() -> _Interception | None:
+    for place in reversed(range(torch._C._len_torch_function_stack())):
+        mode = torch._C._get_function_stack_at(place)
+        if isinstance(mode, _Interception):
+            return mode
+    return None
+
+
+@contextmanager
+def intercepted(products: Products | None) -> Iterator[None]:
+    """Quantize around the products that are called inside."""
+    mode = _active()
+    if mode is None:
+        with _Interception(products):
+            yield
+        return
+    before, mode.products = mode.products, products
+    try:
+        yield
+    finally:
+        mode.products = before
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Leave the products inside alone: the layer that calls them quantizes by itself."""
+    mode = _active()
+    if mode is None:
+        yield
+        return
+    before, mode.products = mode.products, None
+    try:
+        yield
+    finally:
+        mode.products = before
+
+
+class QuantizedFunctions(Quantized):
+    """Mixin over a module: sites quantize around the products that its forward calls.
+
+    Attributes:
+        functions: which it called in its last pass in eager mode, and how often.
+    """
+
+    functions: dict[str, int] | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's forward, its products between the sites."""
+        products = Products.begin(self.input_site, self.output_site, self.training, self.native)
+        with intercepted(products):
+            result = super().forward(*args, **kwargs)  # type: ignore[misc]  # a mixin
+        if not torch.compiler.is_compiling():
+            self.functions = products.functions
+        return result
+
+
+Handler = Callable[..., Any]
+
+
+def _attention(products: Products, func: Any, *args: Any, **kwargs: Any) -> Any:
+    if products.off("scaled_dot_product_attention"):
+        return func(*args, **kwargs)
+    return attention(products, *args, **kwargs)[0]
+
+
+def _multi_head_attention(products: Products, func: Any, *args: Any, **kwargs: Any) -> Any:
+    if products.off("multi_head_attention"):
+        return func(*args, **kwargs)
+    return multi_head_attention(products, *args, **kwargs)
+
+
+def _product(function: str, *names: str, first: int = 0, matrices: bool = True) -> Handler:
+    """The handler of a function with two operands.
+
+    Args:
+        function: its name.
+        names: of the operands.
+        first: place of the first of them among the arguments.
+        matrices: whether it is a product of matrices: the second has the dimension that is summed
+            in the last place but one.
+    """
+
+    def handler(products: Products, func: Any, *args: Any, **kwargs: Any) -> Any:
+        given = list(args)
+        for place, name in enumerate(names, start=first):
+            if place == len(given) and name in kwargs:
+                given.append(kwargs.pop(name))
+        x, y = given[first : first + 2]
+        numbers = x.is_floating_point() and y.is_floating_point()
+        # Positions, say, or a sum of one product, which is none.
+        other = not numbers or (matrices and x.size(-1) == 1)
+        if other or products.off(function):
+            return func(*given, **kwargs)
+        activations = not isinstance(x, nn.Parameter) and not isinstance(y, nn.Parameter)
+        if products.native and activations and func in _PLAIN and len(given) == 2 and not kwargs:
+            return products.matmul(x, y)
+        given[first] = _enter(products, x)
+        given[first + 1] = _enter(products, y, summed=-2 if matrices else -1)
+        return products.leave(func(*given, **kwargs))
+
+    return handler
+
+
+def _einsum(products: Products, func: Any, equation: str, *operands: Any) -> Any:
+    # PyTorch has made a string of equations in lists, but leaves lists of operands.
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = tuple(operands[0])
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    summed = not arrow or set(inputs) - set(output) - {",", "."}
+    numbers = all(x.is_floating_point() for x in operands)
+    if len(operands) < 2 or not summed or not numbers or products.off("einsum"):
+        return func(equation, *operands)
+    return products.leave(func(equation, *(_enter(products, x) for x in operands)))
+
+
+def _enter(products: Products, x: Tensor, summed: int = -1) -> Tensor:
+    """An operand, quantized; a weight as it is."""
+    if isinstance(x, nn.Parameter):
+        return x  # on its grid already
+    return products.enter(x, summed)
+
+
+_matmul = _product("matmul", "input", "other")
+_mm = _product("mm", "input", "mat2")
+_bmm = _product("bmm", "input", "mat2")
+_mv = _product("mv", "input", "vec")
+_addmm = _product("addmm", "mat1", "mat2", first=1)
+_baddbmm = _product("baddbmm", "batch1", "batch2", first=1)
+
+
+def _weighted(function: str) -> Handler:
+    return _product(function, "input", "weight", matrices=False)
+
+
+_HANDLERS: dict[Any, Handler] = {
+    F.scaled_dot_product_attention: _attention,
+    F.multi_head_attention_forward: _multi_head_attention,
+    torch.matmul: _matmul,
+    Tensor.matmul: _matmul,
+    Tensor.__matmul__: _matmul,
+    torch.mm: _mm,
+    Tensor.mm: _mm,
+    torch.bmm: _bmm,
+    Tensor.bmm: _bmm,
+    torch.mv: _mv,
+    Tensor.mv: _mv,
+    torch.addmm: _addmm,
+    Tensor.addmm: _addmm,
+    torch.baddbmm: _baddbmm,
+    Tensor.baddbmm: _baddbmm,
+    torch.einsum: _einsum,
+    F.linear: _weighted("linear"),
+    F.conv1d: _weighted("conv1d"),
+    F.conv2d: _weighted("conv2d"),
+    F.conv3d: _weighted("conv3d"),
+    F.conv_transpose1d: _weighted("conv_transpose1d"),
+    F.conv_transpose2d: _weighted("conv_transpose2d"),
+    F.conv_transpose3d: _weighted("conv_transpose3d"),
+    F.bilinear: _product("bilinear", "input1", "input2", matrices=False),
+}
+# Products of two matrices or stacks of them, and nothing else.
+_PLAIN = (
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.mm,
+    Tensor.mm,
+    torch.bmm,
+    Tensor.bmm,
+)

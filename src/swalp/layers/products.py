@@ -1,0 +1,124 @@
+"""Products inside a module's forward, between the module's sites."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from swalp.layers.sites import Site
+from swalp.matmul import batched
+from swalp.matmul.linear import Quantization
+from swalp.packed import PackedTensor
+
+_USES = 1 << 16  # of a site in one forward pass of its module: half of the 32-bit counter
+
+
+def integers(x: Tensor) -> bool:
+    """Whether integer products can take this operand now; if not, they are simulated."""
+    return (
+        x.is_cpu
+        and x.dtype == torch.float32
+        and not isinstance(x, PackedTensor)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+@dataclass(slots=True)
+class Products:
+    """The products of one forward pass of a module.
+
+    What enters each of them passes the operand site, what leaves it the result site; each use has
+    noise of its own, and the same again when the pass is repeated.
+
+    Attributes:
+        operand: the site that operands pass, weights excepted; None: they stay float.
+        result: the site that products pass.
+        training: whether noise may be random.
+        first: the number of the pass's first use.
+        native: whether products of two operands run on integers.
+        uses: so far.
+        functions: that were intercepted, and how often.
+    """
+
+    operand: Site | None
+    result: Site | None
+    training: bool
+    first: int
+    native: bool = False
+    uses: int = 0
+    functions: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def begin(
+        cls, operand: Site | None, result: Site | None, training: bool, native: bool = False
+    ) -> Products:
+        """The products of a pass that begins now."""
+        site = operand or result
+        run = 0 if site is None or not training else site.begin()
+        return cls(operand, result, training, run * _USES, native)
+
+    def off(self, function: str) -> bool:
+        """Whether nothing is quantized here; notes that the module called `function`."""
+        self.functions[function] = self.functions.get(function, 0) + 1
+        return self.operand is None and self.result is None
+
+    def enter(self, x: Tensor, summed: int = -1) -> Tensor:
+        """An operand, quantized.
+
+        Args:
+            x: the operand.
+            summed: its dimension that the product sums over, -1 or, of the second of two matrices,
+                -2. It is the last one to the format, so that tiles run along it and exponents
+                differ between the others.
+        """
+        if self.operand is None:
+            return x
+        if summed == -1 or x.dim() < 2:
+            return self.operand(x, self.training, self._use())
+        # In row-major order the kernels are three times as fast.
+        return self.operand(x.mT.contiguous(), self.training, self._use()).mT
+
+    def leave(self, y: Tensor) -> Tensor:
+        """A result, quantized."""
+        return y if self.result is None else self.result(y, self.training, self._use())
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`torch.nn.functional.linear` with a weight that is on its grid already."""
+        return self.leave(F.linear(self.enter(x), weight, bias))
+
+    def matmul(self, x: Tensor, y: Tensor) -> Tensor:
+        """`torch.matmul` of two operands."""
+        if self.native and integers(x) and integers(y) and batched.multiplies(x, y):
+            return batched.matmul(x, y, *self._moments(x, y))
+        return self.leave(torch.matmul(self.enter(x), self.enter(y, summed=-2)))
+
+    def _moments(self, x: Tensor, y: Tensor) -> tuple[Quantization, Quantization, Quantization]:
+        """How a product of two operands rounds them, and the gradient of its result."""
+        assert self.operand is not None
+        assert self.operand.activation is not None
+        assert self.result is not None
+        assert self.result.error is not None
+        step = self.operand.clock.step if self.training else None
+        rounded = self.operand.activation
+        left = rounded.at(x.shape, step, self._use() if self.training else 0)
+        right = rounded.at(y.mT.shape, step, self._use() if self.training else 0)
+        shape = (*x.shape[:-1], y.shape[-1])
+        call = self._use() if self.training else 0
+        return left, right, self.result.error.at(shape, step, call)
+
+    def _use(self) -> int:
+        use = self.uses
+        if use == _USES:
+            site = self.operand or self.result
+            assert site is not None
+            raise RuntimeError(
+                f"layer {site.name!r} quantizes more than {_USES} tensors in one pass, more than "
+                f"its noise can tell apart; split the sequence"
+            )
+        self.uses = use + 1
+        return self.first + use
