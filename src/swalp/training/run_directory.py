@@ -147,7 +147,13 @@ class RunDirectory:
     def model_path(self, arm: str, seed: int, model: str) -> Path:
         """Where one model is saved: "sgd", "last", "average", "best" or "average TEXT"."""
         name = re.sub(r"[^\w.=,\[\]-]+", "-", model)
-        return self.path / "models" / arm / f"seed-{seed}" / f"{name}.safetensors"
+        return (
+            self.path
+            / "models"
+            / re.sub(r"[/\\:]+", "-", arm)
+            / f"seed-{seed}"
+            / f"{name}.safetensors"
+        )
 
     def save_model(self, path: Path, state: dict[str, Tensor]) -> None:
         """Save a state dict, packed tensors as codes and exponents."""
