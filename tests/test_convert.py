@@ -336,14 +336,6 @@ def test_a_container_in_a_pattern_is_explained():
         swalp.convert(model, recipe)
 
 
-def test_native_products_are_refused_for_now():
-    eight = Quantizer(BlockFloat(8), Nearest())
-    recipe = Recipe(name="n", weight=eight, activation=eight, error=eight,
-                    placement="operands", product="native")  # fmt: skip
-    with pytest.raises(ValueError, match="cannot compute yet"):
-        swalp.convert(network(), recipe)
-
-
 def test_a_recipe_by_name():
     model = swalp.convert(network(), "paper-small-block-5", seed=3)
     expected = swalp.convert(network(), PAPER, seed=3)

@@ -14,6 +14,7 @@ from swalp.lab.claim import Claim, Context, Stopped, Verdict, markdown, pick
 from swalp.lab.claims import CLAIMS
 from swalp.lab.parallel import in_threads
 from swalp.lab.plots import figure
+from swalp.training import environment
 from swalp.training.mistakes import UserError
 
 
@@ -190,4 +191,4 @@ def test_the_list_shows_every_claim(capsys):
 
 
 def test_a_commit_is_named():
-    assert record.commit() == "unknown" or len(record.commit().rstrip("+")) == 12
+    assert environment.commit() == "unknown" or len(environment.commit().rstrip("+")) == 12

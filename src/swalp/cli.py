@@ -6,15 +6,21 @@ import functools
 import signal
 import sys
 import time
-from collections.abc import Iterator
+import webbrowser
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from swalp.report.formats import formats_command
 from swalp.training.mistakes import UserError
+
+if TYPE_CHECKING:
+    from swalp.report.progress import Display, Moment
+    from swalp.training.config import RunConfig
+    from swalp.training.run_directory import RunDirectory
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _MISTAKE = 2
@@ -34,6 +40,10 @@ DataDir = Annotated[
 ]
 Download = Annotated[
     bool, typer.Option("--download", help="Fetch missing data files from their public mirror.")
+]
+TensorBoard = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Also write the scalars for TensorBoard, in DIR/RUN."),
 ]
 
 
@@ -101,12 +111,15 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(metavar="RUN", help="Go on with a run that was stopped.")
     ] = None,
+    tensorboard: TensorBoard = None,
 ) -> int:
     """Train in float and in low precision side by side, and compare SGD with its average."""
     from swalp.report import curves, tables
     from swalp.report.progress import Display
     from swalp.training import config, data, run_directory, study
 
+    if tensorboard is not None:
+        _require_tensorboard()
     if resume is not None:
         if source is not None or set_ or out is not None:
             raise UserError(
@@ -129,9 +142,10 @@ def train(
                 f"swalp evaluate {directory.path}"
             )
         try:
-            summary = study.train(
-                directory, examples, watch=display, say=display.say, stop=lambda: bool(asked)
-            )
+            with _watching(display, directory, settings, tensorboard) as watch:
+                summary = study.train(
+                    directory, examples, watch=watch, say=display.say, stop=lambda: bool(asked)
+                )
         except study.Stopped:
             display.say(f"stopped; go on with: swalp resume {directory.path}")
             return 128 + asked[0]
@@ -153,9 +167,10 @@ def resume(
     run: Annotated[Path, typer.Argument(help="The directory of a run that was stopped.")],
     data_dir: DataDir = None,
     download: Download = False,
+    tensorboard: TensorBoard = None,
 ) -> int:
     """Go on with a run that was stopped or killed: it ends as if it had never been."""
-    return train(resume=run, data_dir=data_dir, download=download)
+    return train(resume=run, data_dir=data_dir, download=download, tensorboard=tensorboard)
 
 
 @app.command()
@@ -178,6 +193,33 @@ def evaluate(
     if not changed:
         print(f"\nEvery error equals the one in {run}.")
     return _DIFFERENT if changed else 0
+
+
+@app.command()
+def report(
+    records: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN…|CLAIM…", help="Directories of runs, or names or directories of claims."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file; default: report-NAME.html here, report.html for several."),
+    ] = None,
+    open_: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+) -> None:
+    """Make one HTML page of runs or claims: verdicts, tables, curves, weights, errors, settings."""
+    from swalp.report import page
+    from swalp.report.records import RecordError
+
+    try:
+        written = page.write(records or [], out)
+    except RecordError as error:
+        raise UserError(str(error)) from None
+    print(f"written: {written}")
+    if open_ and not webbrowser.open(written.resolve().as_uri()):
+        raise UserError(f"no browser was found; open {written} yourself")
 
 
 @app.command()
@@ -298,6 +340,37 @@ def formats(*words: object, **options: object) -> None:
         formats_command(*words, **options)  # type: ignore[arg-type]  # typer has checked them
     except ValueError as error:
         raise UserError(str(error)) from None
+
+
+def _require_tensorboard() -> None:
+    try:
+        import torch.utils.tensorboard  # noqa: F401  # what `Scalars` needs
+    except ImportError as error:
+        raise UserError(
+            f"--tensorboard needs the package tensorboard ({error}): pip install "
+            f"'swalp[tensorboard]'"
+        ) from None
+
+
+@contextmanager
+def _watching(
+    display: Display, run: RunDirectory, settings: RunConfig, tensorboard: Path | None
+) -> Iterator[Callable[[Moment], None]]:
+    """What is called after each step: the display, and TensorBoard's writer if there is one."""
+    if tensorboard is None:
+        yield display
+        return
+    from swalp.report.scalars import Scalars
+
+    folder = tensorboard / run.path.resolve().name
+    trajectories = len(settings.arms) * settings.seeds
+    with Scalars(folder, run.metrics(), trajectories=trajectories) as scalars:
+
+        def both(moment: Moment) -> None:
+            display(moment)
+            scalars(moment)
+
+        yield both
 
 
 def _fail(message: str) -> int:

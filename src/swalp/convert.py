@@ -23,6 +23,8 @@ from swalp.layers import (
     check_convertible,
     float_class,
     kind_of,
+    native_mixin,
+    obstacle,
     quantized_class,
 )
 from swalp.packed import PackedTensor, pack
@@ -113,11 +115,6 @@ def convert(
             "convert: this model, or a part of it, is converted already; convert the float model, "
             "or take swalp.to_float(model) first"
         )
-    if recipe.product == "native":
-        raise ValueError(
-            f"convert: recipe {recipe.name!r} asks for native products, which this version cannot "
-            f'compute yet; product="simulated" gives the same numbers'
-        )
     for name, module in model.named_modules():
         check_convertible(name, module)
     kinds = {name: kind_of(module) for name, module in model.named_modules()}
@@ -141,12 +138,18 @@ def convert(
     for name, module in list(model.named_modules()):
         kind, (before, after) = kinds[name], places[name]
         if kind.family in _COMPUTING or before is not None or after is not None:
-            module.__class__ = quantized_class(kind.mixin, type(module))
-            assert isinstance(module, Quantized)
-            module.outer = name == entry
-            if module.outer and kind.mixin is QuantizedLayer:
+            outer = name == entry
+            if outer and kind.mixin is QuantizedLayer:
                 before = None  # the others have further operands
+            mixin = kind.mixin
+            settings: dict[str, object] = {}
+            if recipe.product == "native" and kind.family is Family.PRODUCT:
+                mixin, settings = _native(module, kind, resolved, name, before, after)
+            module.__class__ = quantized_class(mixin, type(module))
+            assert isinstance(module, Quantized)
+            module.outer = outer
             module.input_site, module.output_site = before, after
+            vars(module).update(settings)
     _round_parameters(model, resolved, packed)
     model._swalp = Conversion(resolved, clock, _significand(resolved))  # type: ignore[assignment]  # no tensor or module
     model.register_forward_pre_hook(model._swalp)  # type: ignore[arg-type]  # typed as above
@@ -157,6 +160,10 @@ def convert(
 # placement speaks of, which are converted even where they have no site.
 _LAYERS = (Family.PRODUCT, Family.LOOKUP, Family.ATTENTION)
 _COMPUTING = (*_LAYERS, Family.FUNCTIONS)
+
+
+# What converting leaves on a layer, beside its class.
+_ATTRIBUTES = ("input_site", "output_site", "outer", "functions", "simulated", "weight_format")
 
 
 _SIGNIFICANDS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
@@ -173,6 +180,27 @@ def _significand(recipe: Recipe) -> int:
         if role in operands
     ]
     return max((q.format.significand_bits for q in quantizers if q is not None), default=0)
+
+
+def _native(
+    module: nn.Module,
+    kind: Kind,
+    recipe: Recipe,
+    name: str,
+    before: Site | None,
+    after: Site | None,
+) -> tuple[type[Quantized], dict[str, object]]:
+    """What computes the products of a layer, and the attributes it needs: integers if they can."""
+    native = native_mixin(module)
+    if native is None:
+        return kind.mixin, {"simulated": f"{type(module).__name__} has no integer products"}
+    weight = module._parameters["weight"]
+    quantizer = recipe.at(name, parameter="weight").weight
+    if weight is None or quantizer is None:
+        return kind.mixin, {"simulated": "its weight is float"}
+    if reason := obstacle(before, after):
+        return kind.mixin, {"simulated": reason}
+    return native, {"weight_format": fit(quantizer.format, weight.shape)}
 
 
 def layer_names(model: nn.Module) -> list[LayerName]:
@@ -206,7 +234,7 @@ def strip(model: _Module) -> _Module:
     )
     for module in model.modules():
         if isinstance(module, Quantized):
-            for name in ("input_site", "output_site", "outer", "functions"):
+            for name in _ATTRIBUTES:
                 vars(module).pop(name, None)
             module.__class__ = float_class(module)  # type: ignore[assignment]  # its parent
         for key, hook in list(module._forward_pre_hooks.items()):

@@ -11,6 +11,8 @@ from functools import lru_cache
 from glob import escape
 from typing import Final, Literal, NamedTuple, get_args
 
+import torch
+
 from swalp.formats import Binary, BlockFloat, FixedPoint, Format, Microscaling, Minifloat
 from swalp.rounding import Rounding, Stochastic
 
@@ -324,18 +326,21 @@ def fit(fmt: Format, shape: Sequence[int]) -> Format:
             return fmt
         axes = tuple(axis for axis in fmt.axes if -len(shape) <= axis < len(shape))
         axes = axes[: max(len(shape) - 1, 0)]
-        return fmt if axes == fmt.axes else _with_axes(fmt, axes)
+        if axes == fmt.axes:
+            return fmt
+        # Dynamo warns of caches, and needs none: what it traces, it keeps.
+        compiling = torch.compiler.is_compiling()
+        return _with_axes(fmt, axes) if compiling else _with_axes_kept(fmt, axes)
     if isinstance(fmt, BlockFloat | Microscaling):
-        return _tiled(fmt, tuple(shape))
+        compiling = torch.compiler.is_compiling()
+        return _tiled(fmt, tuple(shape)) if compiling else _tiled_kept(fmt, tuple(shape))
     return fmt
 
 
-@lru_cache(maxsize=1024)
 def _with_axes(fmt: BlockFloat, axes: tuple[int, ...]) -> BlockFloat:
     return replace(fmt, axes=axes or None)
 
 
-@lru_cache(maxsize=1024)
 def _tiled(fmt: BlockFloat | Microscaling, shape: tuple[int, ...]) -> Format:
     if isinstance(fmt, Microscaling):
         if not shape:  # one number with a scale of its own: integers of as many bits, shared by one
@@ -354,6 +359,10 @@ def _tiled(fmt: BlockFloat | Microscaling, shape: tuple[int, ...]) -> Format:
     axes = tuple(axis for axis, _ in along)
     tile = tuple(_divisor(shape[axis], extent) for axis, extent in along)
     return replace(fmt, axes=fmt.axes and axes, tile=tile)
+
+
+_with_axes_kept = lru_cache(maxsize=1024)(_with_axes)
+_tiled_kept = lru_cache(maxsize=1024)(_tiled)
 
 
 def _divisor(extent: int, most: int) -> int:

@@ -65,6 +65,18 @@ bool quantize(const swalp_format& f, const swalp_layout& l, uintptr_t x, uintptr
   return lost != 0;
 }
 
+// Returns whether a NaN was lost, and the exponent.
+std::tuple<bool, int32_t> quantize_block(const swalp_format& f, int64_t start, int64_t n,
+                                         uintptr_t x, uintptr_t out, int32_t guess, int32_t rule,
+                                         int32_t bits, uint64_t seed, uint32_t step, uint32_t call,
+                                         int threads) {
+  const swalp_rounding r = {rule, bits, seed, step, call};
+  nb::gil_scoped_release unlocked;
+  const int lost = swalp_quantize_block(&f, &r, start, n, reinterpret_cast<const float*>(x),
+                                        reinterpret_cast<int8_t*>(out), &guess, threads);
+  return {lost != 0, guess};
+}
+
 swalp_layout flat(int64_t n) {
   swalp_layout l;
   l.dims = 1;
@@ -374,6 +386,16 @@ NB_MODULE(_kernels, m) {
   m.def("unpack", &unpack);
   m.def("split", &split);
   m.def("join", &join);
+  m.def("quantize_block", &quantize_block);
+  m.def("relu", [](int64_t n, uintptr_t x, uintptr_t out, uintptr_t passed, int threads) {
+    nb::gil_scoped_release unlocked;
+    swalp_relu(n, at<float>(x), at<float>(out), at<uint8_t>(passed), threads);
+  });
+  m.def("relu_gradient", [](int64_t n, uintptr_t gradient, uintptr_t passed, uintptr_t out,
+                            int threads) {
+    nb::gil_scoped_release unlocked;
+    swalp_relu_gradient(n, at<float>(gradient), at<uint8_t>(passed), at<float>(out), threads);
+  });
   m.def("average", &average, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
   m.def("noise", &noise);
@@ -388,6 +410,11 @@ NB_MODULE(_kernels, m) {
   m.def("convolution_forward", &convolution_forward);
   m.def("convolution_input_gradient", &convolution_input_gradient);
   m.def("convolution_weight_gradient", &convolution_weight_gradient);
+  m.def("convolution_channel_sums", [](uintptr_t codes, int64_t rows, int64_t channels,
+                                       uintptr_t sums, int threads) {
+    nb::gil_scoped_release unlocked;
+    swalp_convolution_channel_sums(at<int8_t>(codes), rows, channels, at<int64_t>(sums), threads);
+  });
   m.def("has_fast_convolution", [] { return swalp_has_fast_convolution() != 0; });
   m.def("use", [](const std::string& name) {
     if (!swalp_use(name.c_str()))

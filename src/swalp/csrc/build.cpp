@@ -9,6 +9,8 @@
 #include "lanes_scalar.h"
 #endif
 
+#include <string.h>
+
 #include "average.h"
 #include "convex.h"
 #include "optim.h"
@@ -28,6 +30,85 @@ int quantize(const swalp_format* f, const swalp_rounding* r, const swalp_layout*
   const int lost = run_strips(task, own);
   free(own);
   return lost;
+}
+
+int quantize_block(const swalp_format* f, const swalp_rounding* r, int64_t start, int64_t n,
+                   const float* x, int8_t* out, int32_t* exponent, int threads) {
+  if (n < kSerial) threads = 1;
+  const swalp_role both = {*f, *r};
+  const Role role(both, SWALP_CODE8);
+  uint32_t most = 0;
+  const auto pass = [&](int32_t shared, bool search) {
+    return parallel((n + kChunk - 1) / kChunk, threads, [&](int64_t begin, int64_t end) {
+      alignas(64) uint32_t buffer[kChunk + kPadding];
+      uint32_t mine = 0;
+      bool lost = false;
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        const int64_t at = chunk * kChunk, left = n - at, count = left < kChunk ? left : kChunk;
+        if (search) {
+          const uint32_t here = largest(x + at, count);
+          mine = here > mine ? here : mine;
+        }
+        lost |= role.span(x + at, out + at, start + at, count, shared, buffer);
+      }
+      if (search) raise(&most, mine);
+      return lost;
+    });
+  };
+  const bool lost = pass(*exponent, f->blocked);
+  const int32_t guess = *exponent;
+  if (f->blocked) *exponent = shared_exponent(*f, most);
+  if (*exponent != guess) pass(*exponent, false);
+  return lost;
+}
+
+void relu(int64_t n, const float* x, float* out, uint8_t* passed, int threads) {
+  if (n < kSerial) threads = 1;
+  parallel((n + 7) / 8, threads, [&](int64_t begin, int64_t end) {
+    int64_t byte = begin;
+#if defined(__AVX512F__)
+    for (; byte + 1 < end && 8 * byte + 16 <= n; byte += 2) {
+      const __m512 v = _mm512_loadu_ps(x + 8 * byte);
+      const __mmask16 keep = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ);
+      _mm512_storeu_ps(out + 8 * byte, _mm512_maskz_mov_ps(keep, v));
+      memcpy(passed + byte, &keep, 2);
+    }
+#endif
+    for (; byte < end; ++byte) {
+      const int64_t at = 8 * byte, count = n - at < 8 ? n - at : 8;
+      uint8_t bits = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const float v = x[at + i];
+        const bool keep = !(v <= 0);  // a NaN stays one
+        bits = static_cast<uint8_t>(bits | keep << i);
+        out[at + i] = keep ? v : 0.0f;
+      }
+      passed[byte] = bits;
+    }
+    return false;
+  });
+}
+
+void relu_gradient(int64_t n, const float* gradient, const uint8_t* passed, float* out,
+                   int threads) {
+  if (n < kSerial) threads = 1;
+  parallel((n + 7) / 8, threads, [&](int64_t begin, int64_t end) {
+    int64_t byte = begin;
+#if defined(__AVX512F__)
+    for (; byte + 1 < end && 8 * byte + 16 <= n; byte += 2) {
+      __mmask16 keep;
+      memcpy(&keep, passed + byte, 2);
+      _mm512_storeu_ps(out + 8 * byte, _mm512_maskz_loadu_ps(keep, gradient + 8 * byte));
+    }
+#endif
+    for (; byte < end; ++byte) {
+      const int64_t at = 8 * byte, count = n - at < 8 ? n - at : 8;
+      const uint8_t bits = passed[byte];
+      for (int64_t i = 0; i < count; ++i)
+        out[at + i] = bits >> i & 1 ? gradient[at + i] : 0.0f;
+    }
+    return false;
+  });
 }
 
 // 2**gap as two normal factors.
@@ -215,6 +296,6 @@ void noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out)
 #define SWALP_JOIN_(name) swalp_build_##name
 #define SWALP_JOIN(name) SWALP_JOIN_(name)
 extern const swalp_build SWALP_JOIN(SWALP_BUILD);
-const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, unpack, split,
-                                             join, average, noise, sgd, adam, least_squares, softmax,
-                                             scalars};
+const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, quantize_block,
+                                             relu, relu_gradient, unpack, split, join, average,
+                                             noise, sgd, adam, least_squares, softmax, scalars};

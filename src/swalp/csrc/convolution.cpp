@@ -60,3 +60,8 @@ int swalp_convolution_weight_gradient(const swalp_convolution* c, const int8_t* 
                                       int threads) {
   return chosen().weight_gradient(c, x, dy, exponent, channels_last, dw, threads);
 }
+
+void swalp_convolution_channel_sums(const int8_t* codes, int64_t rows, int64_t channels,
+                                    int64_t* sums, int threads) {
+  chosen().channel_sums(codes, rows, channels, sums, threads);
+}

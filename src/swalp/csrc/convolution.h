@@ -30,6 +30,10 @@ int swalp_convolution_weight_gradient(const swalp_convolution*, const int8_t* x,
                                       int64_t exponent, int32_t channels_last, float* dw,
                                       int threads);
 
+// sums[c] = the sum of column c of codes (rows, channels).
+void swalp_convolution_channel_sums(const int8_t* codes, int64_t rows, int64_t channels,
+                                    int64_t* sums, int threads);
+
 // Whether the machine and the build have AVX-512 VNNI: without it the results are the same, slowly.
 int swalp_has_fast_convolution(void);
 
@@ -42,5 +46,6 @@ struct swalp_convolution_build {
   decltype(&swalp_convolution_forward) forward;
   decltype(&swalp_convolution_input_gradient) input_gradient;
   decltype(&swalp_convolution_weight_gradient) weight_gradient;
+  decltype(&swalp_convolution_channel_sums) channel_sums;
 };
 #endif

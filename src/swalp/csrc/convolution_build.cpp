@@ -60,10 +60,36 @@ int weight_gradient(const swalp_convolution* c, const int8_t* x, const int8_t* d
   return WeightGradient(*c).run(x, dy, exponent, channels_last != 0, dw, threads);
 }
 
+void channel_sums(const int8_t* codes, int64_t rows, int64_t channels, int64_t* sums, int threads) {
+  constexpr int64_t kShort = 128;  // rows whose sums fit 16 bits
+  memset(sums, 0, static_cast<size_t>(channels) * 8);
+  if (rows * channels < kFewProducts) threads = 1;
+  // Threads share the rows of narrow matrices in stretches; sums of integers come in any order.
+  parallel(ceil_div(rows, kShort), threads, [&](int64_t begin, int64_t end) {
+    constexpr int64_t kColumns = 256;
+    for (int64_t c0 = 0; c0 < channels; c0 += kColumns) {
+      const int64_t width = smaller(kColumns, channels - c0);
+      int64_t mine[kColumns] = {};
+      for (int64_t stretch = begin; stretch < end; ++stretch) {
+        int16_t part[kColumns] = {};
+        const int64_t last = smaller(rows, (stretch + 1) * kShort);
+        for (int64_t r = stretch * kShort; r < last; ++r) {
+          const int8_t* row = codes + r * channels + c0;
+          for (int64_t c = 0; c < width; ++c) part[c] = static_cast<int16_t>(part[c] + row[c]);
+        }
+        for (int64_t c = 0; c < width; ++c) mine[c] += part[c];
+      }
+      for (int64_t c = 0; c < width; ++c)
+        __atomic_fetch_add(sums + c0 + c, mine[c], __ATOMIC_RELAXED);
+    }
+    return false;
+  });
+}
+
 }  // namespace
 
 #define SWALP_JOIN_(name) swalp_##name
 #define SWALP_JOIN(name) SWALP_JOIN_(name)
 extern const swalp_convolution_build SWALP_JOIN(SWALP_BUILD);
 const swalp_convolution_build SWALP_JOIN(SWALP_BUILD) = {packed_bytes, pack, forward, input_gradient,
-                                                         weight_gradient};
+                                                         weight_gradient, channel_sums};

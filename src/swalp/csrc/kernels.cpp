@@ -39,6 +39,20 @@ int swalp_quantize(const swalp_format* f, const swalp_rounding* r, const swalp_l
   return active->quantize(f, r, l, x, out, output, exponents, threads);
 }
 
+int swalp_quantize_block(const swalp_format* f, const swalp_rounding* r, int64_t start, int64_t n,
+                         const float* x, int8_t* out, int32_t* exponent, int threads) {
+  return active->quantize_block(f, r, start, n, x, out, exponent, threads);
+}
+
+void swalp_relu(int64_t n, const float* x, float* out, uint8_t* passed, int threads) {
+  active->relu(n, x, out, passed, threads);
+}
+
+void swalp_relu_gradient(int64_t n, const float* gradient, const uint8_t* passed, float* out,
+                         int threads) {
+  active->relu_gradient(n, gradient, passed, out, threads);
+}
+
 int swalp_quantize_many(const swalp_format* f, int64_t count, const swalp_rounding* r,
                         const swalp_layout* const* l, const float* const* x, float* const* out,
                         int threads) {

@@ -55,6 +55,18 @@ typedef struct {
 int swalp_quantize(const swalp_format*, const swalp_rounding*, const swalp_layout*, const float* x,
                    void* out, int32_t output, int32_t* exponents, int threads);
 
+// One block of `n` neighbours to codes of 8 bits, in one pass if its exponent is `guess`, else in two.
+//
+// `start`: index of the first element, for its noise. `exponent`: the guess, then the true one.
+// Returns 1 if a NaN had no code (then 0), else 0.
+int swalp_quantize_block(const swalp_format*, const swalp_rounding*, int64_t start, int64_t n,
+                         const float* x, int8_t* out, int32_t* exponent, int threads);
+
+// ReLU, and a bit for each element, whether it passed; and the gradient where it did.
+void swalp_relu(int64_t n, const float* x, float* out, uint8_t* passed, int threads);
+void swalp_relu_gradient(int64_t n, const float* gradient, const uint8_t* passed, float* out,
+                         int threads);
+
 // The same for many row-major tensors, to float32 values: threads share the small ones among them.
 // Returns -1 if memory ran out, else 0.
 int swalp_quantize_many(const swalp_format*, int64_t count, const swalp_rounding*,
@@ -176,6 +188,9 @@ int swalp_has_threads(void);
 struct swalp_build {
   const char* name;
   decltype(&swalp_quantize) quantize;
+  decltype(&swalp_quantize_block) quantize_block;
+  decltype(&swalp_relu) relu;
+  decltype(&swalp_relu_gradient) relu_gradient;
   decltype(&swalp_unpack) unpack;
   decltype(&swalp_split) split;
   decltype(&swalp_join) join;

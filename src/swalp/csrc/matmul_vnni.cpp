@@ -18,7 +18,7 @@
 namespace {
 
 constexpr int64_t kRows = 6, kWide = 64;     // a tile of the result: 24 registers of sums
-constexpr int64_t kDepth = 512;              // of the contraction: a packed panel is 32 KB, in L1
+constexpr int64_t kDepth = 1024;             // of the contraction, at a time: a panel is 64 KB
 constexpr int64_t kRowBlock = 96, kColumnBlock = 256;  // of a thread's piece of work
 constexpr int64_t kSerial = int64_t{1} << 22;  // products below which a thread more costs more
 constexpr int64_t kPanel = 4 * kWide;        // bytes of a panel for each four of the contraction
@@ -230,6 +230,9 @@ Tile tile_of(int64_t rows, int64_t columns) {
   }
 }
 
+// The contraction in equal parts of at most kDepth.
+int64_t depth_of(int64_t k) { return ceil_div(ceil_div(k, ceil_div(k, kDepth)), 64) * 64; }
+
 // 2**exponent as two normal factors; beyond ±252 every product is 0 or infinite anyway.
 void factors(int64_t exponent, Finish& f) {
   exponent = exponent < -252 ? -252 : exponent > 252 ? 252 : exponent;
@@ -279,7 +282,7 @@ struct Product {
 
   size_t bytes() const {
     const int64_t panels = right_panels + (pack_left ? left_panels : 0);
-    const int64_t depth = p.k < kDepth ? p.k : kDepth;
+    const int64_t depth = smaller(p.k, depth_of(p.k));
     return static_cast<size_t>(panels * panel_bytes(depth) + left_panels * kWide * 4);
   }
 
@@ -343,8 +346,8 @@ struct Product {
   }
 
   void serial(int64_t exponent, uint8_t* memory) const {
-    for (int64_t k = 0; k < p.k; k += kDepth) {
-      const int64_t depth = smaller(kDepth, p.k - k);
+    for (int64_t k = 0, step = depth_of(p.k); k < p.k; k += step) {
+      const int64_t depth = smaller(step, p.k - k);
       for (int64_t i = 0; i < packings(); ++i) pack_piece(i, k, depth, memory);
       for (int64_t i = 0; i < pieces(); ++i)
         piece(i, k, depth, finish(k, depth, exponent), memory);
@@ -354,8 +357,8 @@ struct Product {
   void parallel(int64_t exponent, uint8_t* memory, int threads) const {
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
-    for (int64_t k = 0; k < p.k; k += kDepth) {
-      const int64_t depth = smaller(kDepth, p.k - k);
+    for (int64_t k = 0, step = depth_of(p.k); k < p.k; k += step) {
+      const int64_t depth = smaller(step, p.k - k);
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < packings(); ++i) pack_piece(i, k, depth, memory);
 #pragma omp for schedule(static)

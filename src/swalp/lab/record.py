@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import swalp
 from swalp.lab import plots
 from swalp.lab.claim import Claim, Row, Verdict
 from swalp.training import environment
@@ -110,7 +108,7 @@ def write(
         "verdict": dataclasses.asdict(verdict),
         "command": command,
         "seconds": round(seconds, 1),
-        "environment": environment.describe() | {"commit": commit()},
+        "environment": environment.describe(),
     }
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     files = {
@@ -150,22 +148,6 @@ and machine. Made at commit {made["commit"]} with torch {made["torch"]}, Python 
 
 def _wrapped(text: str) -> str:
     return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
-
-
-def commit() -> str:
-    """The commit of the source tree that swalp runs from, with a + if the tree differs from it."""
-    source = Path(swalp.__file__).parent
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(source), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # or it is somebody else's repository
-        changed = git("status", "--porcelain", "--", ".")
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _plain(settings: Any) -> dict[str, Any]:

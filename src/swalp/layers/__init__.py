@@ -2,6 +2,7 @@
 
 from swalp.layers.base import Quantized, float_class, quantized_class
 from swalp.layers.functions import QuantizedFunctions
+from swalp.layers.native import native_mixin, obstacle
 from swalp.layers.registry import CONVERTIBLE, Family, Kind, check_convertible, kind_of
 from swalp.layers.single import QuantizedLayer
 from swalp.layers.sites import NoiseClock, Rule, Site
@@ -19,5 +20,7 @@ __all__ = [
     "check_convertible",
     "float_class",
     "kind_of",
+    "native_mixin",
+    "obstacle",
     "quantized_class",
 ]

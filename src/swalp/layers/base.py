@@ -19,11 +19,14 @@ class Quantized:
         input_site: where it quantizes what enters it, or its products; None: nowhere.
         output_site: where it quantizes what leaves it, or its products.
         outer: whether it takes the input of the network, which stays as it is.
+        simulated: why its products are simulated though the recipe asks for native ones; empty: it
+            does not ask, or they are native.
     """
 
     input_site: Site | None
     output_site: Site | None
     outer: bool
+    simulated: str = ""
     training: bool
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -115,10 +115,11 @@ def _multi_head_attention(products: Products, func: Any, *args: Any, **kwargs: A
     return multi_head_attention(products, *args, **kwargs)
 
 
-def _product(*names: str, first: int = 0, matrices: bool = True) -> Handler:
+def _product(function: str, *names: str, first: int = 0, matrices: bool = True) -> Handler:
     """The handler of a function with two operands.
 
     Args:
+        function: its name.
         names: of the operands.
         first: place of the first of them among the arguments.
         matrices: whether it is a product of matrices: the second has the dimension that is summed
@@ -132,9 +133,9 @@ def _product(*names: str, first: int = 0, matrices: bool = True) -> Handler:
                 given.append(kwargs.pop(name))
         x, y = given[first : first + 2]
         numbers = x.is_floating_point() and y.is_floating_point()
-        if not numbers or (matrices and x.size(-1) == 1):  # positions, say; or a sum of one
-            return func(*given, **kwargs)
-        if products.off(func.__name__.strip("_")):
+        # Positions, say, or a sum of one product, which is none.
+        other = not numbers or (matrices and x.size(-1) == 1)
+        if other or products.off(function):
             return func(*given, **kwargs)
         given[first] = _enter(products, x)
         given[first + 1] = _enter(products, y, summed=-2 if matrices else -1)
@@ -143,21 +144,16 @@ def _product(*names: str, first: int = 0, matrices: bool = True) -> Handler:
     return handler
 
 
-def _einsum(products: Products, func: Any, *args: Any, **kwargs: Any) -> Any:
-    equation, *operands = args
+def _einsum(products: Products, func: Any, equation: str, *operands: Any) -> Any:
+    # PyTorch has made a string of equations in lists, but leaves lists of operands.
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
-        operands = list(operands[0])
-    if not isinstance(equation, str):
-        raise TypeError(
-            "einsum: in a converted network, write the equation as a string, einsum('ij,jk', x, y)"
-        )
+        operands = tuple(operands[0])
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     summed = not arrow or set(inputs) - set(output) - {",", "."}
-    if len(operands) < 2 or not summed or not all(x.is_floating_point() for x in operands):
-        return func(*args, **kwargs)
-    if products.off("einsum"):
-        return func(*args, **kwargs)
-    return products.leave(func(equation, *(_enter(products, x) for x in operands), **kwargs))
+    numbers = all(x.is_floating_point() for x in operands)
+    if len(operands) < 2 or not summed or not numbers or products.off("einsum"):
+        return func(equation, *operands)
+    return products.leave(func(equation, *(_enter(products, x) for x in operands)))
 
 
 def _enter(products: Products, x: Tensor, summed: int = -1) -> Tensor:
@@ -167,11 +163,17 @@ def _enter(products: Products, x: Tensor, summed: int = -1) -> Tensor:
     return products.enter(x, summed)
 
 
-_matmul = _product("input", "other")
-_batched = _product("input", "mat2")
-_added = _product("mat1", "mat2", first=1)
-_added_batched = _product("batch1", "batch2", first=1)
-_weighted = _product("input", "weight", matrices=False)
+_matmul = _product("matmul", "input", "other")
+_mm = _product("mm", "input", "mat2")
+_bmm = _product("bmm", "input", "mat2")
+_mv = _product("mv", "input", "vec")
+_addmm = _product("addmm", "mat1", "mat2", first=1)
+_baddbmm = _product("baddbmm", "batch1", "batch2", first=1)
+
+
+def _weighted(function: str) -> Handler:
+    return _product(function, "input", "weight", matrices=False)
+
 
 _HANDLERS: dict[Any, Handler] = {
     F.scaled_dot_product_attention: _attention,
@@ -179,23 +181,23 @@ _HANDLERS: dict[Any, Handler] = {
     torch.matmul: _matmul,
     Tensor.matmul: _matmul,
     Tensor.__matmul__: _matmul,
-    torch.mm: _batched,
-    Tensor.mm: _batched,
-    torch.bmm: _batched,
-    Tensor.bmm: _batched,
-    torch.mv: _product("input", "vec"),
-    Tensor.mv: _product("input", "vec"),
-    torch.addmm: _added,
-    Tensor.addmm: _added,
-    torch.baddbmm: _added_batched,
-    Tensor.baddbmm: _added_batched,
+    torch.mm: _mm,
+    Tensor.mm: _mm,
+    torch.bmm: _bmm,
+    Tensor.bmm: _bmm,
+    torch.mv: _mv,
+    Tensor.mv: _mv,
+    torch.addmm: _addmm,
+    Tensor.addmm: _addmm,
+    torch.baddbmm: _baddbmm,
+    Tensor.baddbmm: _baddbmm,
     torch.einsum: _einsum,
-    F.linear: _weighted,
-    F.conv1d: _weighted,
-    F.conv2d: _weighted,
-    F.conv3d: _weighted,
-    F.conv_transpose1d: _weighted,
-    F.conv_transpose2d: _weighted,
-    F.conv_transpose3d: _weighted,
-    F.bilinear: _product("input1", "input2", matrices=False),
+    F.linear: _weighted("linear"),
+    F.conv1d: _weighted("conv1d"),
+    F.conv2d: _weighted("conv2d"),
+    F.conv3d: _weighted("conv3d"),
+    F.conv_transpose1d: _weighted("conv_transpose1d"),
+    F.conv_transpose2d: _weighted("conv_transpose2d"),
+    F.conv_transpose3d: _weighted("conv_transpose3d"),
+    F.bilinear: _product("bilinear", "input1", "input2", matrices=False),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,12 +73,18 @@ class Rule:
 
     def __call__(self, x: Tensor, step: int | Tensor | None, call: int) -> Tensor:
         """`x`, quantized at that moment of a run; `step` None: in evaluation, to nearest."""
-        fmt, rounding = fit(self.format, x.shape), self.rounding
+        if isinstance(step, Tensor):
+            if isinstance(self.rounding, Stochastic):
+                return quantize_at(x, fit(self.format, x.shape), self.rounding, step, call)
+            step = None
+        return quantize(x, *self.at(x.shape, step, call))
+
+    def at(self, shape: Sequence[int], step: int | None, call: int) -> tuple[Format, Rounding]:
+        """What applies to a tensor of that shape at that moment; `step` None: in evaluation."""
+        rounding = self.rounding
         if isinstance(rounding, Stochastic):
-            if isinstance(step, Tensor):
-                return quantize_at(x, fmt, rounding, step, call)
             rounding = Nearest() if step is None else rounding.at(step, call)
-        return quantize(x, fmt, rounding)
+        return fit(self.format, shape), rounding
 
 
 @dataclass(slots=True)

@@ -11,12 +11,28 @@ from swalp.matmul import kernels
 from swalp.matmul.operands import Operand, values
 
 
+def product(left: Operand | Tensor, right: Operand | Tensor, bias: Tensor | None = None) -> Tensor:
+    """``left @ right + bias``: on integers if both operands have them, else in float32.
+
+    Args:
+        left: (..., m, k): integers, or float32 values.
+        right: (..., k, n).
+        bias: float32, (n,).
+    """
+    if isinstance(left, Operand) and isinstance(right, Operand):
+        return native(left, right, bias)
+    a, b = (values(x).float() if isinstance(x, Operand) else x for x in (left, right))
+    result = a @ b
+    return result if bias is None else result.add_(bias)
+
+
 def native(left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
     """``left @ right + bias``: int32 sums, which are exact, to the nearest float32, then scaled.
 
     Where a sum has 24 bits or fewer, as it has for k <= 1024, this is the product of the values,
     not rounded at all. In general the result is within 2**-24 of it, relatively; then comes the
-    rounding of adding `bias`, if there is one.
+    rounding of adding `bias`, if there is one. Beyond k = 2**17, where int32 could overflow, the
+    results of that many terms at a time are added in float32.
 
     Args:
         left: codes (..., m, k). An exponent for each index of the first dimension is allowed where
@@ -28,22 +44,15 @@ def native(left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
         float32, (..., m, n).
 
     Raises:
-        ValueError: shapes do not fit, or k is beyond 2**17, where int32 could overflow.
+        ValueError: shapes do not fit, or an exponent changes along the sum.
     """
-    shape = (*left.codes.shape[:-1], right.codes.shape[-1])
     _check(left, right)
-    found = kernels.kernel()
+    shape = (*left.codes.shape[:-1], right.codes.shape[-1])
     a, b = _stacked(left), _stacked(right)
-    out = torch.empty(a.codes.shape[0], a.codes.shape[1], b.codes.shape[2])
-    assert found.multiply is not None  # the caller asked
-    if found.multiply is kernels.multiply_vnni:
-        gap = a.gap + b.gap
-        kernels.run_vnni(a.codes, b.codes, out, gap, a.exponents, b.exponents, bias)
-        return out.view(shape)
-    exponent = (a.exponent() + b.exponent()).reshape(-1, 1, 1).clamp(-252, 252)
-    half = exponent.div(2, rounding_mode="trunc")
-    out = torch.ldexp(torch.ldexp(found.multiply(a.codes, b.codes).float(), half), exponent - half)
-    return (out if bias is None else out + bias).view(shape)
+    result = _native(*_part(a, b, 0), bias)
+    for first in range(kernels.DEEPEST, a.codes.shape[2], kernels.DEEPEST):
+        result += _native(*_part(a, b, first), None)
+    return result.view(shape)
 
 
 def simulated(left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
@@ -59,17 +68,40 @@ def simulated(left: Operand, right: Operand, bias: Tensor | None = None) -> Tens
     return product if bias is None else product + bias
 
 
+def _native(left: Operand, right: Operand, bias: Tensor | None) -> Tensor:
+    found = kernels.kernel()
+    assert found.multiply is not None  # the caller asked
+    if found.multiply is kernels.multiply_vnni:
+        out = torch.empty(left.codes.shape[0], left.codes.shape[1], right.codes.shape[2])
+        gap = left.gap + right.gap
+        kernels.run_vnni(
+            left.codes, right.codes, out, gap, left.exponents, right.exponents, bias
+        )  # fmt: skip
+        return out
+    exponent = (left.exponent() + right.exponent()).reshape(-1, 1, 1).clamp(-252, 252)
+    half = exponent.div(2, rounding_mode="trunc")
+    sums = found.multiply(left.codes, right.codes).float()
+    out = torch.ldexp(torch.ldexp(sums, half), exponent - half)
+    return out if bias is None else out + bias
+
+
+def _part(left: Operand, right: Operand, first: int) -> tuple[Operand, Operand]:
+    """The terms that one int32 sum holds, from `first` on."""
+    if left.codes.shape[2] <= kernels.DEEPEST:
+        return left, right
+    terms = slice(first, first + kernels.DEEPEST)
+    return (
+        left._replace(codes=left.codes[:, :, terms]),
+        right._replace(codes=right.codes[:, terms]),
+    )
+
+
 def _check(left: Operand, right: Operand) -> None:
     a, b = left.codes.shape, right.codes.shape
     if len(a) < 2 or len(a) != len(b) or a[:-2] != b[:-2] or a[-1] != b[-2]:
         raise ValueError(
             f"product of codes of shapes {tuple(a)} and {tuple(b)}: they must be (..., m, k) and "
             f"(..., k, n)"
-        )
-    if a[-1] > kernels.DEEPEST:
-        raise ValueError(
-            f"product over {a[-1]} elements: int32 holds sums of at most {kernels.DEEPEST} "
-            f"products of 8-bit codes; split it, or simulate"
         )
     if len(a) == 2 and (left.each or right.each):
         raise ValueError(

@@ -246,25 +246,29 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | N
 def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None, bool]:
     """`pack` to a format of int8 integers times a power of two; and whether `x` has a NaN.
 
-    A NaN gets the code 0, whether or not `fmt` has a code for it.
+    A NaN gets the code 0, whether or not `fmt` has a code for it. The codes of a tensor whose
+    channels are last in memory are so too; others are contiguous.
 
     Args:
         x: float32 on the CPU, any shape.
         fmt: `FixedPoint` or `BlockFloat` of at most 8 bits that `supports` accepts.
         rounding: the rule.
     """
-    codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
     plan = plan_of(fmt)
     if x.numel() == 0:
+        codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
         return codes, definition.pack(x, fmt, rounding)[1], False
     if plan.integers is None:
         plan.integers = _numbers(fmt)
         plan.integers.has_nan = 0
     blocked = isinstance(fmt, BlockFloat)
-    if x.is_neg() or not x.is_contiguous():
-        x = x.resolve_neg().contiguous()
+    x = x.resolve_neg()
     found = _layout(plan, x)
-    assert found is not None  # a contiguous tensor has one
+    if found is None or not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
+        x = x.contiguous()
+        found = _layout(plan, x)
+        assert found is not None  # a contiguous tensor has one
+    codes = torch.empty_like(x, dtype=torch.int8)
     exponents = torch.empty(found[0].grid, dtype=torch.int32) if blocked else None
     lost = _kernels.quantize(
         plan.integers, found[1], x.data_ptr(), codes.data_ptr(), _kernels.CODE8,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -50,7 +51,7 @@ def _picture(fmt: Format) -> bytes:
     _number_line(rows[0], values)
     if _spans_binades(fmt):
         _binades(rows[1], fmt, values[values > 0])
-    _staircase(rows[-1], fmt, values)
+    _staircase(rows[-1], fmt)
     count = f"{len(values)} values" + (
         " in a block of exponent 0" if isinstance(fmt, BlockFloat | Microscaling) else ""
     )
@@ -111,10 +112,32 @@ def _strokes(axes: Axes, places: Tensor, among: Tensor, colour: str, label: str 
     axes.vlines(list(shown.values()), 0, 1, color=colour, linewidth=width, label=label)
 
 
-def _staircase(axes: Axes, fmt: Format, values: Tensor) -> None:
-    """What nearest and stochastic rounding make of a number."""
-    low, high = _window(fmt, values)
-    x = torch.linspace(low, high, 4001, dtype=torch.float64)
+@dataclass(frozen=True, slots=True)
+class Staircase:
+    """What rounding makes of the numbers `x`: float64, ascending.
+
+    Attributes:
+        x: the numbers.
+        nearest: rounded to nearest.
+        below: the lower outcome of stochastic rounding; the number itself, if it is a value.
+        above: the upper one.
+        expected: the mean of the outcomes.
+    """
+
+    x: Tensor
+    nearest: Tensor
+    below: Tensor
+    above: Tensor
+    expected: Tensor
+
+
+def staircase(fmt: Format, points: int) -> Staircase:
+    """Rounding to a format where it is worth seeing: all of it, a binade, or its upper end.
+
+    Of a block format: in a block whose largest magnitude lies in [1, 2).
+    """
+    low, high = _window(fmt, fmt.values())
+    x = torch.linspace(low, high, points, dtype=torch.float64)
     with_block = torch.cat([x, torch.tensor([1.5], dtype=torch.float64)])  # exponent 0, if blocks
     flat = _one_block(fmt, len(with_block))
     nearest, below, above = (
@@ -122,15 +145,22 @@ def _staircase(axes: Axes, fmt: Format, values: Tensor) -> None:
         for rule in (Nearest(), TowardNegative(), TowardPositive())
     )
     expected = torch.minimum(torch.maximum(x, below), above)  # all there is, between neighbours
+    return Staircase(x, nearest, below, above, expected)
+
+
+def _staircase(axes: Axes, fmt: Format) -> None:
+    """What nearest and stochastic rounding make of a number."""
+    found = staircase(fmt, 4001)
+    x, nearest, expected = found.x, found.nearest, found.expected
     axes.plot(x.tolist(), x.tolist(), color="0.75", linewidth=0.8, linestyle=":", label="identity")
     axes.fill_between(
-        x.tolist(), below.tolist(), above.tolist(), color=_EXPECTED, alpha=0.18, linewidth=0,
-        label="stochastic: the two outcomes",
+        x.tolist(), found.below.tolist(), found.above.tolist(), color=_EXPECTED, alpha=0.18,
+        linewidth=0, label="stochastic: the two outcomes",
     )  # fmt: skip
     axes.plot(x.tolist(), expected.tolist(), color=_EXPECTED, linewidth=1.1,
               label="stochastic: the mean")  # fmt: skip
     axes.plot(x.tolist(), nearest.tolist(), color=_NEAREST, linewidth=1.3, label="nearest")
-    axes.set_xlim(low, high)
+    axes.set_xlim(x[0].item(), x[-1].item())
     axes.set_xlabel("x")
     axes.set_ylabel("Q(x)")
     axes.tick_params(labelsize="small")

@@ -8,6 +8,7 @@ import swalp
 from swalp import Nearest, parse_format, recipes
 from swalp.packed import storage_bytes
 from swalp.recipes import Quantizer, Recipe, fit
+from swalp.training.augmentation import Draws
 from swalp.training.config import FLOAT, RunConfig
 from swalp.training.data import Dataset, evaluation_batches
 
@@ -34,12 +35,23 @@ def recipe(config: RunConfig, arm: str, model: str) -> Recipe:
     )
 
 
+def recompute_batchnorm(network: nn.Module, config: RunConfig, data: Dataset, seed: int) -> None:
+    """Give `network` the batch-norm statistics of the training images as training sees them.
+
+    If they are augmented in training they are here too, once each, with the noise of the epoch
+    after the last. The statistics of the images as they are fit the weights less: on CIFAR-10 the
+    average of a small network errs in 2 % of all images more (experiments/cifar10-small).
+    """
+    draws = Draws(seed, config.epochs) if config.augment else None
+    swalp.recompute_batchnorm(network, evaluation_batches(data.train, draws))
+
+
 def deployed(
-    average: nn.Module, config: RunConfig, arm: str, data: Dataset, model: str
+    average: nn.Module, config: RunConfig, arm: str, data: Dataset, model: str, seed: int
 ) -> nn.Module:
-    """A copy of the float `average`, quantized, with batch-norm statistics of the training data."""
+    """A copy of the float `average`, quantized, its batch-norm statistics recomputed."""
     result = swalp.convert(swalp.to_float(average), recipe(config, arm, model))
-    swalp.recompute_batchnorm(result, evaluation_batches(data.train))
+    recompute_batchnorm(result, config, data, seed)
     return result
 
 

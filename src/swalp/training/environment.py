@@ -6,9 +6,12 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import subprocess
+from pathlib import Path
 
 import torch
 
+import swalp
 from swalp.matmul import kernels
 from swalp.quantize import cpu
 
@@ -22,6 +25,7 @@ def describe() -> dict[str, str | int]:
     versions = {name: version(name) for name in PACKAGES}
     return {
         **versions,
+        "commit": commit(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "device": "cpu",
@@ -31,6 +35,22 @@ def describe() -> dict[str, str | int]:
         "quantizer": kernel(),
         "integer products": kernels.describe(),
     }
+
+
+def commit() -> str:
+    """The commit of the source tree that swalp runs from, with a + if the tree differs from it."""
+    source = Path(swalp.__file__).parent
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(source), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # or it is somebody else's repository
+        changed = git("status", "--porcelain", "--", ".")
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def kernel() -> str:

@@ -226,17 +226,17 @@ def _errors(run: Trajectory, data: Dataset, config: RunConfig, *, last: bool) ->
         found["validation_error"] = error(run.model, data.validation)
         found["average_validation_error"] = None
     if run.average.count > 0:
-        average = averaged_model(run.average, data)
+        average = averaged_model(run.average, config, data, run.seed)
         found["average_error"] = error(average, data.test)
         if data.validation is not None:
             found["average_validation_error"] = error(average, data.validation)
         if last:
             for name in deployment.MODELS:
-                model = deployment.deployed(average, config, run.arm, data, name)
+                model = deployment.deployed(average, config, run.arm, data, name, run.seed)
                 found[f"{name}_error"] = error(model, data.test)
     for text, each in run.averages.items():
         if each.count > 0:
-            model = averaged_model(each, data)
+            model = averaged_model(each, config, data, run.seed)
             found.setdefault("averages", {})[text] = {
                 "error": error(model, data.test),
                 "averaged": each.count,
@@ -244,9 +244,11 @@ def _errors(run: Trajectory, data: Dataset, config: RunConfig, *, last: bool) ->
     return found
 
 
-def averaged_model(average: swalp.WeightAverage, data: Dataset) -> nn.Module:
-    """The averaged network in float, its batch-norm statistics those of the training data."""
-    swalp.recompute_batchnorm(average.module, evaluation_batches(data.train))
+def averaged_model(
+    average: swalp.WeightAverage, config: RunConfig, data: Dataset, seed: int
+) -> nn.Module:
+    """The averaged network in float, its batch-norm statistics recomputed."""
+    deployment.recompute_batchnorm(average.module, config, data, seed)
     return average.module
 
 

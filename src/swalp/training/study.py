@@ -150,7 +150,7 @@ def saved_model(
     path = run.model_path(arm, seed, summary.file_of(name))
     model.load_state_dict(run.load_model(path, sha256))
     if name in deployment.MODELS:
-        return deployment.deployed(model, config, arm, data, name)
+        return deployment.deployed(model, config, arm, data, name, seed)
     return model
 
 

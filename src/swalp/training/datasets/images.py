@@ -110,15 +110,17 @@ def as_batch(pixels: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
     return x.view(n, 1, height, width) if channels == 1 else x.permute(0, 3, 1, 2)
 
 
-def evaluation_batches(images: Images) -> Iterator[tuple[Tensor, Tensor]]:
-    """All images in order, as they are.
+def evaluation_batches(
+    images: Images, draws: Draws | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """All images in order, as they are or, given `draws`, augmented.
 
     The size of a batch is a function of that of an image alone, so that an evaluation gives the
     same bits again.
     """
     _, height, width = images.shape
     size = max(1, min(EVALUATION_BATCH, EVALUATION_PIXELS // (height * width)))
-    return images.batches(torch.split(torch.arange(len(images.labels)), size))
+    return images.batches(torch.split(torch.arange(len(images.labels)), size), draws)
 
 
 def epoch_order(examples: int, seed: int, epoch: int) -> Tensor:

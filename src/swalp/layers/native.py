@@ -1,0 +1,100 @@
+"""Layers whose products run on integers, between the same sites as their simulation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swalp.formats import Format
+from swalp.layers.single import QuantizedLayer
+from swalp.layers.sites import Site
+from swalp.matmul import kernels
+from swalp.matmul.linear import Quantization, linear
+from swalp.packed import PackedTensor
+
+_CONV1D = "transformers.pytorch_utils.Conv1D.forward"  # a linear layer, its weight transposed
+
+
+class NativeLinear(QuantizedLayer):
+    """Mixin over a linear layer: its three products multiply int8 codes.
+
+    The numbers are those of `QuantizedLayer`, up to the rounding of sums that float32 cannot hold;
+    `swalp.matmul.products` has the bounds. What the integers cannot do, this simulates: other
+    devices and types, autocast, compiled graphs and transforms of PyTorch.
+
+    Attributes:
+        weight_format: of its weight.
+    """
+
+    weight_format: Format
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The parent's forward between the sites."""
+        if not runs(x, self.weight):
+            return super().forward(x, *args, **kwargs)
+        return linear(
+            x,
+            self.weight,
+            self.bias,
+            self.weight_format,
+            *moments(self, x),
+            transposed=_is_conv1d(type(self).__bases__[1]),
+        )
+
+
+def native_mixin(module: nn.Module) -> type[NativeLinear] | None:
+    """What computes the products of this kind of layer on integers; None: nothing does."""
+    if module.__class__.forward is nn.Linear.forward or _is_conv1d(type(module)):
+        return NativeLinear
+    return None
+
+
+def obstacle(before: Site | None, after: Site | None) -> str:
+    """Why the products of a layer with those sites are simulated; empty: they are not.
+
+    That each format has integers of 8 bits and one scale, the recipe has checked.
+    """
+    found = kernels.kernel()
+    if found.multiply is None:
+        return found.reason
+    activation = None if before is None else before.activation
+    error = None if after is None else after.error
+    if activation is None:
+        return "its input is float"
+    return "its error is float" if error is None else ""
+
+
+def runs(x: Tensor, weight: Tensor) -> bool:
+    """Whether the integer products can take this input now."""
+    return (
+        x.is_cpu
+        and x.dtype == torch.float32
+        and weight.dtype == torch.float32
+        and x.dim() > 1
+        and x.numel() > 0
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+        and not isinstance(x, PackedTensor)
+    )
+
+
+def moments(layer: QuantizedLayer, x: Tensor) -> tuple[Quantization, Quantization]:
+    """How this pass rounds the input, and the gradient of the output."""
+    before, after = layer.input_site, layer.output_site
+    assert before is not None
+    assert after is not None
+    assert before.activation is not None
+    assert after.error is not None
+    step = before.clock.step if layer.training else None
+    call = before.begin() if layer.training else 0
+    result = after.begin() if layer.training else 0
+    return before.activation.at(x.shape, step, call), after.error.at(x.shape, step, result)
+
+
+def _is_conv1d(kind: Any) -> bool:
+    return f"{kind.forward.__module__}.{kind.forward.__qualname__}" == _CONV1D

@@ -1,0 +1,128 @@
+"""The convolution layer on integers: its product, and both backward products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swalp.formats import Format
+from swalp.matmul import convolution
+from swalp.matmul.convolution import Weight, Window
+from swalp.matmul.linear import Quantization, keep, kept, operand, weight_operand
+from swalp.matmul.operands import Operand, values
+from swalp.packed import PackedTensor
+
+
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    weight_format: Format,
+    activation: Quantization,
+    error: Quantization,
+) -> Tensor:
+    """The convolution of `x` in one or two dimensions, with all three products on integers.
+
+    `x` is rounded to `activation` and the gradient of the result to `error`, and those codes are
+    what is multiplied. Autograd keeps them, one byte for each element of `x`, and `weight` itself.
+    The values are those of float32 products of the quantized operands; see `convolution`. A NaN in
+    an operand sends the products that it enters through float32.
+
+    Args:
+        x: float32, (batch, in, ...), best with the channels last in memory.
+        weight: (out, in / groups, ...), packed, or float32. What is not on the grid of
+            `weight_format` is multiplied in float32.
+        bias: float32, (out,); it may be packed.
+        window: how it moves; see `convolution.unsupported` for what should not come here.
+        weight_format: of `weight`: one exponent for the tensor.
+        activation: of `x`: likewise.
+        error: of the gradient: likewise.
+
+    Returns:
+        float32, (batch, out, ...), channels last in memory.
+    """
+    result: Tensor = _Convolve.apply(x, weight, bias, window, weight_format, activation, error)  # type: ignore[no-untyped-call]  # PyTorch ships no type
+    return result
+
+
+class _Convolve(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        window: Window,
+        weight_format: Format,
+        activation: Quantization,
+        error: Quantization,
+    ) -> Tensor:
+        inputs = operand(x, activation)
+        weights = weight_operand(weight, weight_format)
+        added = bias.dequantize() if isinstance(bias, PackedTensor) else bias
+        ctx.error, ctx.weight_format, ctx.window = error, weight_format, window
+        ctx.size, ctx.has_bias = x.shape[2:], bias is not None
+        keep(ctx, inputs, weight)
+        if isinstance(inputs, Operand) and isinstance(weights, Operand):
+            return convolution.forward(inputs, Weight(weights, window.groups), added, window)
+        settings = (window.stride, window.padding, window.dilation)
+        return torch.ops.aten.convolution(  # type: ignore[no-any-return]  # PyTorch ships no type
+            floats(inputs), floats(weights), added, *settings, False, _zeros(window), window.groups
+        )
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, (weight,) = kept(ctx)
+        window: Window = ctx.window
+        errors = operand(grad, ctx.error)
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            weights = weight_operand(weight, ctx.weight_format)
+            if isinstance(errors, Operand) and isinstance(weights, Operand):
+                packed = Weight(weights, window.groups)
+                dx = convolution.input_gradient(errors, packed, ctx.size, window)
+            else:
+                dx = _backward(errors, inputs, weights, window, 0)
+        if ctx.needs_input_grad[1]:
+            if isinstance(errors, Operand) and isinstance(inputs, Operand):
+                last = not weight.is_contiguous()
+                dw = convolution.weight_gradient(inputs, errors, weight.shape[2:], window, last)
+            else:
+                dw = _backward(errors, inputs, weight, window, 1)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            if isinstance(errors, Operand):
+                db = convolution.bias_gradient(errors)
+            else:
+                db = errors.sum([0, *range(2, grad.dim())])
+        return dx, dw, db, None, None, None, None
+
+
+def floats(x: Operand | Tensor) -> Tensor:
+    """The values in float32."""
+    if isinstance(x, Operand):
+        return values(x).float()
+    return x.dequantize() if isinstance(x, PackedTensor) else x
+
+
+def _backward(
+    errors: Operand | Tensor,
+    inputs: Operand | Tensor,
+    weights: Operand | Tensor,
+    window: Window,
+    which: int,
+) -> Tensor:
+    """The input gradient (0) or the weight gradient (1) in float32."""
+    settings = (window.stride, window.padding, window.dilation)
+    results = torch.ops.aten.convolution_backward(
+        floats(errors), floats(inputs), floats(weights), None, *settings, False, _zeros(window),
+        window.groups, [which == 0, which == 1, False],
+    )  # fmt: skip
+    gradient: Tensor = results[which]
+    return gradient
+
+
+def _zeros(window: Window) -> list[int]:
+    return [0] * len(window.stride)

@@ -1,0 +1,140 @@
+"""The linear layer on integers: y = x W^T + b, and both backward products."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swalp.formats import Format
+from swalp.matmul.operands import Operand, of_packed, quantized
+from swalp.matmul.products import product
+from swalp.packed import PackedTensor
+from swalp.quantize import quantize
+from swalp.quantize.dispatch import unpack
+from swalp.rounding import Nearest, Rounding
+
+Quantization = tuple[Format, Rounding]
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    weight_format: Format,
+    activation: Quantization,
+    error: Quantization,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """``x @ weight.T + bias`` with all three products on integers.
+
+    `x` is rounded to `activation` and the gradient of the result to `error`, and those codes are
+    what is multiplied. Autograd keeps them, one byte for each element of `x`, and `weight` itself.
+    The values are those of float32 products of the quantized operands; see `products.native`. A NaN
+    in an operand sends the products that it enters through float32.
+
+    Args:
+        x: float32, (..., in_features).
+        weight: (out_features, in_features), packed, or float32. What is not on the grid of
+            `weight_format` is multiplied in float32.
+        bias: float32, (out_features,); it may be packed.
+        weight_format: of `weight`.
+        activation: of `x`: one exponent for the tensor.
+        error: of the gradient, likewise.
+        transposed: whether `weight` is (in_features, out_features).
+
+    Returns:
+        float32, (..., out_features).
+    """
+    result: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
+        x, weight, bias, weight_format, activation, error, transposed
+    )
+    return result
+
+
+def operand(x: Tensor, quantization: Quantization) -> Operand | Tensor:
+    """`x` rounded: to integers, or to float values if it has a NaN."""
+    return quantized(x, *quantization) or quantize(x, *quantization)
+
+
+def weight_operand(weight: Tensor, fmt: Format) -> Operand | Tensor:
+    """The integers of a weight, if all its elements have one, else its float values.
+
+    A packed tensor's codes are used where they lie; a float tensor on the grid of `fmt` is packed.
+    """
+    if isinstance(weight, PackedTensor):
+        return of_packed(weight) or weight.dequantize()
+    found = quantized(weight, fmt, Nearest())
+    if found is not None and torch.equal(unpack(found.codes, found.exponents, fmt), weight):
+        return found
+    return weight
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        weight_format: Format,
+        activation: Quantization,
+        error: Quantization,
+        transposed: bool,
+    ) -> Tensor:
+        inputs = rows(operand(x, activation))
+        weights = weight_operand(weight, weight_format)
+        added = bias.dequantize() if isinstance(bias, PackedTensor) else bias
+        ctx.error, ctx.weight_format, ctx.shape = error, weight_format, x.shape
+        ctx.has_bias, ctx.transposed = bias is not None, transposed
+        keep(ctx, inputs, weight)
+        y = product(inputs, weights if transposed else transpose(weights), added)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, (weight,) = kept(ctx)
+        errors = rows(operand(grad, ctx.error))
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            weights = weight_operand(weight, ctx.weight_format)
+            dx = product(errors, transpose(weights) if ctx.transposed else weights).view(ctx.shape)
+        if ctx.needs_input_grad[1]:
+            left, right = (inputs, errors) if ctx.transposed else (errors, inputs)
+            dw = product(transpose(left), right)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            db = column_sums(errors)
+        return dx, dw, db, None, None, None, None
+
+
+def rows(x: Operand | Tensor) -> Operand | Tensor:
+    """As a matrix: all but the last dimension joined."""
+    return x.flatten() if isinstance(x, Operand) else x.reshape(-1, x.shape[-1])
+
+
+def transpose(x: Operand | Tensor) -> Operand | Tensor:
+    """The last two dimensions exchanged."""
+    return x.transpose() if isinstance(x, Operand) else x.transpose(-1, -2)
+
+
+def column_sums(x: Operand | Tensor) -> Tensor:
+    """The sum of the rows of a matrix: float32."""
+    if not isinstance(x, Operand):
+        return x.sum(0)
+    ones = Operand(torch.ones(1, x.codes.shape[0], dtype=torch.int8), None, 0)
+    return product(ones, x).view(-1)
+
+
+def keep(ctx: Any, x: Operand | Tensor, *others: Tensor) -> None:
+    """Save an operand, and other tensors, for the backward pass."""
+    ctx.gap = x.gap if isinstance(x, Operand) else None
+    parts = (x.codes, x.exponents) if isinstance(x, Operand) else (x, None)
+    ctx.save_for_backward(*parts, *others)
+
+
+def kept(ctx: Any) -> tuple[Operand | Tensor, tuple[Tensor, ...]]:
+    """What `keep` saved."""
+    codes, exponents, *others = ctx.saved_tensors
+    return codes if ctx.gap is None else Operand(codes, exponents, ctx.gap), tuple(others)

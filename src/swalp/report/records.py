@@ -1,0 +1,301 @@
+"""Records on disk, read as plain values: a run's directory, a claim's directory."""
+
+from __future__ import annotations
+
+import csv
+import json
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+Row = dict[str, Any]
+
+# Where a claim that is given by its name is looked for, first where experiments are kept.
+CLAIM_FOLDERS = ("experiments", "reproduced")
+
+
+class RecordError(ValueError):
+    """What was asked for is no record, or is damaged; the text is one line for the user."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A training run.
+
+    Attributes:
+        name: of its directory.
+        path: as it was given.
+        settings: names and values, in order.
+        meanings: what settings are, by name, from the comments of the settings file.
+        metrics: one for each arm, seed and epoch, in order.
+        sessions: beginnings and ends of the processes that worked on it.
+        summary: the rows of the table; None: the run is not finished.
+        diagnostics: of arms at their ends; empty: none were recorded.
+        picture: the PNG of its curves, if there is one.
+    """
+
+    name: str
+    path: Path
+    settings: Row
+    meanings: dict[str, str]
+    metrics: list[Row]
+    sessions: list[Row]
+    summary: Row | None
+    diagnostics: list[Row]
+    picture: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A table of texts; `numeric` says of each column whether it is aligned to the right."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A claim's record, or another experiment's page with its rows.
+
+    Attributes:
+        name: of its directory.
+        path: as it was given.
+        record: title, statement, settings, verdict, environment …; empty for other experiments.
+        rows: what was measured.
+        page: README.md as HTML, without its tables and pictures; only for other experiments.
+        tables: those of README.md.
+        picture: the PNG, if there is one.
+    """
+
+    name: str
+    path: Path
+    record: Row
+    rows: list[Row]
+    page: str
+    tables: list[Table]
+    picture: bytes | None
+
+    @property
+    def title(self) -> str:
+        """The record's, or the name."""
+        return str(self.record.get("title", self.name))
+
+
+def load(word: str) -> Run | Claim:
+    """The run or claim that a path, or a claim's name, stands for.
+
+    Raises:
+        RecordError: there is none, or it is damaged.
+    """
+    path = _find(word)
+    if (path / "config.toml").is_file() and (path / "metrics.jsonl").is_file():
+        return _run(path)
+    if (path / "record.json").is_file() or (path / "README.md").is_file():
+        return _claim(path)
+    raise RecordError(
+        f"{word}: neither a run (it has no config.toml and metrics.jsonl) nor a claim's record (no "
+        f"record.json)"
+    )
+
+
+def _find(word: str) -> Path:
+    path = Path(word)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise RecordError(f"{word}: not a directory; name a run's directory, or a claim")
+    if path.name == word:
+        for folder in CLAIM_FOLDERS:
+            if (Path(folder) / word).is_dir():
+                return Path(folder) / word
+        known = [
+            entry.name
+            for folder in CLAIM_FOLDERS
+            if Path(folder).is_dir()
+            for entry in Path(folder).iterdir()
+            if entry.is_dir()
+        ]
+        here = f"; claims here: {', '.join(sorted(set(known)))}" if known else ""
+        raise RecordError(
+            f"{word}: no such directory, and no claim of that name in experiments/ or "
+            f"reproduced/{here}"
+        )
+    raise RecordError(f"{word}: no such directory")
+
+
+def _run(path: Path) -> Run:
+    text = _text(path / "config.toml")
+    try:
+        settings = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecordError(f"{path / 'config.toml'}: damaged: {_one_line(error)}") from None
+    summary_file = path / "summary.json"
+    run = Run(
+        name=path.resolve().name,
+        path=path,
+        settings=settings,
+        meanings=_comments(text),
+        metrics=_lines(path / "metrics.jsonl"),
+        sessions=_optional_lines(path / "sessions.jsonl"),
+        summary=_object(summary_file) if summary_file.exists() else None,
+        diagnostics=_optional_lines(path / "diagnostics.jsonl"),
+        picture=_picture(path / "curves.png"),
+    )
+    _require(path / "metrics.jsonl", run.metrics, ("arm", "seed", "epoch"))
+    _require(path / "diagnostics.jsonl", run.diagnostics, ("arm", "errors", "histograms"))
+    if run.summary is not None:
+        rows = run.summary.get("rows")
+        if not isinstance(rows, list) or not rows:
+            raise RecordError(f"{summary_file}: damaged: it has no rows")
+        _require(summary_file, rows, ("arm", "model", "test_error"))
+    return run
+
+
+def _claim(path: Path) -> Claim:
+    file = path / "record.json"
+    record = _object(file) if file.exists() else {}
+    verdict = record.get("verdict")
+    if record and not (isinstance(verdict, dict) and {"holds", "sentence"} <= set(verdict)):
+        raise RecordError(f"{file}: damaged: it has no verdict")
+    page, tables = "", list[Table]()
+    if (path / "README.md").exists():
+        page, tables = _markdown(_text(path / "README.md"))
+    rows = _optional_lines(path / "rows.jsonl")
+    for sheet in [] if rows else sorted(path.glob("*.csv")):
+        rows += _sheet(sheet)
+    pictures = [path / "plot.png", *sorted(path.glob("*.png"))]
+    return Claim(
+        name=path.resolve().name,
+        path=path,
+        record=record,
+        rows=rows,
+        page="" if record else page,
+        tables=tables,
+        picture=next(filter(None, map(_picture, pictures)), None),
+    )
+
+
+def _markdown(text: str) -> tuple[str, list[Table]]:
+    """A page as HTML without raw HTML, pictures and tables; and its tables, as texts."""
+    reader = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = reader.parse(text)
+    kept: list[Token] = []
+    tables: list[Table] = []
+    title = ""
+    inside: list[list[str]] | None = None
+    for place, token in enumerate(tokens):
+        if token.type == "heading_open":
+            title = _plain(tokens[place + 1].content)
+        if token.type == "table_open":
+            inside, aligned = [], []
+        if inside is None:
+            if token.type == "inline" and token.children:
+                token.children = [child for child in token.children if child.type != "image"]
+            kept.append(token)
+        elif token.type == "tr_open":
+            inside.append([])
+        elif token.type in ("th_open", "td_open"):
+            inside[-1].append(_plain(tokens[place + 1].content))
+            if token.type == "th_open":
+                aligned.append("right" in str(token.attrs.get("style", "")))
+        elif token.type == "table_close":
+            header, *body = map(tuple, inside)
+            tables.append(Table(title, header, tuple(body), tuple(aligned)))
+            inside = None
+    return reader.renderer.render(kept, reader.options, {}), tables
+
+
+def _plain(markup: str) -> str:
+    return markup.replace("**", "").replace("`", "")
+
+
+def _sheet(path: Path) -> list[Row]:
+    """The rows of a CSV file, numbers as numbers."""
+    reader = csv.DictReader(_text(path).splitlines())
+    return [{str(key): _number(value) for key, value in row.items()} for row in reader]
+
+
+def _number(text: Any) -> Any:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except (TypeError, ValueError):
+            continue
+    return text
+
+
+def _comments(toml: str) -> dict[str, str]:
+    """The comment above each key."""
+    lines = toml.splitlines()
+    return {
+        line.split("=")[0].strip(): above.removeprefix("#").strip()
+        for above, line in pairwise(lines)
+        if above.startswith("#") and "=" in line and not line.startswith("#")
+    }
+
+
+def _lines(path: Path) -> list[Row]:
+    """The JSON objects in a file, one to a line; half a line at its end is not yet one."""
+    *whole, rest = _text(path).split("\n")
+    found = []
+    for number, line in enumerate(whole, 1):
+        found.append(_parsed(f"{path}: line {number}", line))
+    try:
+        return [*found, *([json.loads(rest)] if rest else [])]
+    except ValueError:
+        return found  # being written now
+
+
+def _optional_lines(path: Path) -> list[Row]:
+    return _lines(path) if path.exists() else []
+
+
+def _object(path: Path) -> Row:
+    return _parsed(str(path), _text(path))
+
+
+def _parsed(where: str, text: str) -> Row:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise RecordError(f"{where}: damaged: {_one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise RecordError(f"{where}: damaged: not a JSON object")
+    return value
+
+
+def _require(path: Path, rows: list[Row], keys: tuple[str, ...]) -> None:
+    for number, row in enumerate(rows, 1):
+        missing = [key for key in keys if not isinstance(row, dict) or key not in row]
+        if missing:
+            raise RecordError(f"{path}: damaged: record {number} has no {missing[0]!r}")
+
+
+def _picture(path: Path) -> bytes | None:
+    return _reading(path, Path.read_bytes) if path.exists() else None
+
+
+def _text(path: Path) -> str:
+    try:
+        return _reading(path, Path.read_bytes).decode()
+    except UnicodeDecodeError as error:
+        raise RecordError(f"{path}: damaged: not UTF-8 text (byte {error.start})") from None
+
+
+def _reading(path: Path, read: Callable[[Path], bytes]) -> bytes:
+    try:
+        return read(path)
+    except OSError as error:
+        raise RecordError(f"{path}: cannot read: {error.strerror}") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,211 @@
+"""Products that modules call as functions: which are quantized, and that nothing leaks."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import swalp
+from rounded import lossless, recipe, rounded
+
+
+class Calls(nn.Module):
+    """A module whose forward is a function of it and its arguments."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 12).reshape(3, 4))
+        self.images = nn.Parameter(torch.linspace(-1, 1, 24).reshape(2, 3, 2, 2))
+
+    def forward(self, *arguments):
+        return self.function(self, *arguments)
+
+
+def q(x, call):
+    return rounded(x, "", seed=0, step=1, call=call)
+
+
+X, Y, Z = (torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+BATCH, OTHER = torch.randn(2, 5, 4), torch.randn(2, 4, 3)
+IMAGES = torch.randn(2, 3, 4, 4)
+# A call, and the same written out with Q at each operand, the summed dimension being the last.
+PRODUCTS = {
+    "matmul": (lambda m: torch.matmul(X, Y.mT), lambda m: q(X, 0) @ q(Y, 1).mT),
+    "method": (lambda m: X.matmul(other=Y.mT), lambda m: q(X, 0) @ q(Y, 1).mT),
+    "@": (lambda m: X @ Y.mT, lambda m: q(X, 0) @ q(Y, 1).mT),
+    "mm": (lambda m: torch.mm(X, mat2=Y.mT), lambda m: q(X, 0) @ q(Y, 1).mT),
+    "bmm": (lambda m: BATCH.bmm(OTHER), lambda m: q(BATCH, 0) @ q(OTHER.mT, 1).mT),
+    "mv": (lambda m: torch.mv(X, Y[0]), lambda m: q(X, 0) @ q(Y[0], 1)),
+    "addmm": (
+        lambda m: torch.addmm(torch.ones(5), X, Y.mT),
+        lambda m: torch.addmm(torch.ones(5), q(X, 0), q(Y, 1).mT),
+    ),
+    "baddbmm": (
+        lambda m: torch.baddbmm(torch.ones(2, 5, 3), BATCH, OTHER),
+        lambda m: torch.baddbmm(torch.ones(2, 5, 3), q(BATCH, 0), q(OTHER.mT, 1).mT),
+    ),
+    "einsum": (
+        lambda m: torch.einsum("ik, jk -> ij", X, Y),
+        lambda m: torch.einsum("ik,jk->ij", q(X, 0), q(Y, 1)),
+    ),
+    "einsum, as lists": (
+        lambda m: torch.einsum(X, [0, 1], Y, [2, 1], [0, 2]),
+        lambda m: torch.einsum("ik,jk->ij", q(X, 0), q(Y, 1)),
+    ),
+    "einsum, a list of operands": (
+        lambda m: torch.einsum("ik,jk->ij", [X, Y]),
+        lambda m: torch.einsum("ik,jk->ij", q(X, 0), q(Y, 1)),
+    ),
+    "linear, a parameter": (
+        lambda m: F.linear(X, m.weight),
+        lambda m: F.linear(q(X, 0), m.weight),
+    ),
+    "linear, a computed weight": (
+        lambda m: F.linear(X, m.weight * 2),
+        lambda m: F.linear(q(X, 0), q(m.weight * 2, 1)),
+    ),
+    "a parameter to the right": (
+        lambda m: BATCH @ m.weight.mT,
+        lambda m: q(BATCH, 0) @ q(m.weight, 1).mT,
+    ),
+    "conv2d": (lambda m: F.conv2d(IMAGES, m.images), lambda m: F.conv2d(q(IMAGES, 0), m.images)),
+    "conv_transpose2d": (
+        lambda m: F.conv_transpose2d(IMAGES[:, :2], weight=m.images, stride=2),
+        lambda m: F.conv_transpose2d(q(IMAGES[:, :2], 0), m.images, stride=2),
+    ),
+    "bilinear": (
+        lambda m: F.bilinear(X, Y, m.images[:, 0, :1].expand(2, 4, 2).repeat(1, 1, 2)),
+        lambda m: F.bilinear(q(X, 0), q(Y, 1), m.images[:, 0, :1].expand(2, 4, 2).repeat(1, 1, 2)),
+    ),
+    "one after the other": (
+        lambda m: (X @ Y.mT) @ Z,
+        lambda m: q(q(X, 0) @ q(Y, 1).mT, 2) @ q(Z.mT, 3).mT,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_operands_are_quantized(name):
+    call, written_out = PRODUCTS[name]
+    model = swalp.convert(Calls(call), recipe())
+    given = model()
+    assert torch.equal(given, written_out(model))
+    assert not torch.equal(given, call(model))
+
+
+# Not sums of products of numbers: positions times frequencies above all must stay exact.
+UNTOUCHED = {
+    "an outer product": lambda m: X[:, :1] @ Y[:1, :],
+    "einsum without a sum": lambda m: torch.einsum("i,j->ij", X[0], Y[0]),
+    "einsum of one": lambda m: torch.einsum("ij->ji", X),
+    "integers": lambda m: torch.arange(4).reshape(2, 2) @ torch.arange(4).reshape(2, 2),
+    "elementwise": lambda m: X * Y + Z,
+}
+
+
+@pytest.mark.parametrize("name", UNTOUCHED)
+def test_what_is_no_product_stays(name):
+    model = swalp.convert(Calls(UNTOUCHED[name]), recipe())
+    assert torch.equal(model(), UNTOUCHED[name](model))
+
+
+def test_errors_of_functions_are_quantized():
+    x = X.clone().requires_grad_()
+    twin = X.clone().requires_grad_()
+    model = swalp.convert(Calls(lambda m, x: x @ Y.mT), recipe())
+    model(x).sum().backward()
+    (q(twin, 0) @ q(Y, 1).mT).sum().backward()
+    assert torch.equal(x.grad, twin.grad)
+
+
+def test_error_at_the_result_for_operands():
+    """One quantized error serves both backward products."""
+    x = X.clone().requires_grad_()
+    model = swalp.convert(Calls(lambda m, x: x @ Y.mT), recipe(placement="operands"))
+    gradient = torch.randn(5, 5)
+    model(x).backward(gradient)
+    twin = torch.zeros_like(gradient, requires_grad=True)
+    rounded(twin, "", seed=0, step=1, call=2).backward(gradient)  # uses 0 and 1 are X and Y
+    activation = q(Y, 1)
+    torch.testing.assert_close(x.grad, twin.grad @ activation, rtol=0, atol=1e-6)
+
+
+def test_nothing_leaks_out_of_the_forward():
+    seen = []
+
+    def inside(model):
+        seen.append(torch._C._len_torch_function_stack())
+        raise RuntimeError("stop")
+
+    model = swalp.convert(Calls(inside), recipe())
+    with pytest.raises(RuntimeError, match="stop"):
+        model()
+    assert seen == [1]
+    assert torch._C._len_torch_function_stack() == 0
+    assert torch.equal(Calls(lambda m: X @ Y.mT)(), X @ Y.mT)
+
+
+class Outer(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inner(self.layer(x)) @ Z.mT
+
+
+def test_nested_modules_and_layers_quantize_once_each():
+    """A layer inside a module that calls functions does not have its input rounded again."""
+    model = swalp.convert(Outer(Calls(lambda m, x: x @ Y.mT @ Y)), recipe(), seed=3)
+
+    def at(x, layer, call=0):
+        return rounded(x, layer, seed=3, step=1, call=call)
+
+    x = F.linear(at(X, "layer"), model.layer.weight, model.layer.bias)
+    x = at(x, "inner") @ at(Y, "inner", 1).mT
+    x = at(x, "inner", 2) @ at(Y.mT, "inner", 3).mT
+    assert torch.equal(model(X), at(x, "") @ at(Z, "", 1).mT)
+
+
+def test_a_module_that_is_off_is_not_seen_by_the_one_around_it():
+    off = swalp.recipes.Override(layers="inner", activation=None, error=None)
+    model = swalp.convert(Outer(Calls(lambda m, x: x @ Y.mT @ Y)), recipe(overrides=[off]), seed=3)
+
+    def at(x, layer, call=0):
+        return rounded(x, layer, seed=3, step=1, call=call)
+
+    x = F.linear(at(X, "layer"), model.layer.weight, model.layer.bias) @ Y.mT @ Y
+    assert torch.equal(model(X), at(x, "") @ at(Z, "", 1).mT)
+
+
+def test_a_parametrized_weight_is_an_operand():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+    model = swalp.convert(layer, recipe())
+    expected = F.linear(q(X, 0), q(model.weight, 1), model.bias)
+    assert torch.equal(model(X), expected)
+
+
+def test_several_uses_in_several_passes():
+    """Each pass and each use has noise of its own; a second run in one pass, too."""
+    model = swalp.convert(nn.Sequential(Calls(lambda m, x: x @ Y.mT)), recipe())
+    first, second = model(X), model(X)
+    assert torch.equal(first, rounded(X, "0", seed=0, step=1) @ rounded(Y, "0", seed=0, step=1,
+                                                                        call=1).mT)  # fmt: skip
+    assert not torch.equal(first, second)
+    again = model[0](X)  # no tick: the second run of the layer in pass 2
+    expected = [rounded(x, "0", seed=0, step=2, call=(1 << 16) + i) for i, x in enumerate((X, Y))]
+    assert torch.equal(again, expected[0] @ expected[1].mT)
+
+
+def test_too_many_uses_are_refused():
+    def many(module):
+        for _ in range(3):
+            X @ Y.mT
+
+    model = swalp.convert(Calls(many), lossless())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("swalp.layers.products._USES", 4)
+        with pytest.raises(RuntimeError, match="more than 4 tensors in one pass"):
+            model()

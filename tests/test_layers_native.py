@@ -1,0 +1,201 @@
+"""Layers on integers: the same training as their simulation, one byte kept for each element."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import swalp
+from swalp import BlockFloat, Stochastic
+from swalp.layers.native import NativeLinear
+from swalp.recipes import Override, Quantizer, Recipe
+
+EIGHT = Quantizer(BlockFloat(8), Stochastic(random_bits=16))
+NATIVE = Recipe(
+    name="native",
+    weight=Quantizer(BlockFloat(8), Stochastic()),
+    activation=EIGHT,
+    error=EIGHT,
+    gradient=EIGHT,
+    momentum=EIGHT,
+    quantize_input=True,
+    placement="operands",
+    product="native",
+)
+SIMULATED = replace(NATIVE, product="simulated")
+
+
+def mlp(bias=True):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(12, 40, bias=bias), nn.ReLU(), nn.Linear(40, 24, bias=bias), nn.ReLU(),
+        nn.Linear(24, 5, bias=bias),
+    )  # fmt: skip
+
+
+def train(model, recipe, steps=6, shape=(32, 12), consume=False, **options):
+    model = swalp.convert(copy.deepcopy(model), recipe, seed=3, **options)
+    optimizer = swalp.optim.SGD(
+        model.named_parameters(), lr=0.1, momentum=0.9, recipe=recipe, seed=3
+    )
+    if consume:
+        optimizer.consume_gradients()
+    generator = torch.Generator().manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(shape, generator=generator)
+        loss = model(x).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
+
+
+def kinds(model):
+    return [type(m).__mro__[1] for m in model.modules() if isinstance(m, nn.Linear)]
+
+
+@pytest.mark.parametrize("options", [{}, {"packed": True}, {"packed": True, "consume": True}])
+@pytest.mark.parametrize("shape", [(32, 12), (2, 16, 12)])
+def test_training_without_biases_equals_the_simulation_bit_for_bit(options, shape):
+    native, losses = train(mlp(bias=False), NATIVE, shape=shape, **options)
+    simulated, expected = train(mlp(bias=False), SIMULATED, shape=shape, **options)
+    assert kinds(native) == [NativeLinear] * 3
+    assert losses == expected
+    for a, b in zip(native.parameters(), simulated.parameters(), strict=True):
+        assert torch.equal(a.detach() + 0.0, b.detach() + 0.0)
+
+
+def test_gradients_with_biases():
+    native = swalp.convert(mlp(), NATIVE, seed=3)
+    simulated = swalp.convert(mlp(), SIMULATED, seed=3)
+    x = torch.randn(32, 12, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    native(x).square().mean().backward()
+    simulated(y).square().mean().backward()
+    # Float adds the bias before or after rounding the sum: an ulp, which may flip a rounding.
+    torch.testing.assert_close(x.grad, y.grad, rtol=0.05, atol=1e-4)
+    last, other = native[4], simulated[4]
+    assert last.bias.grad.shape == (5,)
+    torch.testing.assert_close(last.bias.grad, other.bias.grad, rtol=1e-5, atol=1e-7)
+    for name in ("weight", "bias"):
+        for a, b in ((native[0], simulated[0]), (native[2], simulated[2])):
+            a, b = getattr(a, name).grad, getattr(b, name).grad
+            assert (a - b).norm() < 0.02 * b.norm()
+
+
+def test_evaluation_is_the_nearest_and_draws_nothing():
+    native, simulated = (swalp.convert(mlp(bias=False), r).eval() for r in (NATIVE, SIMULATED))
+    x = torch.randn(7, 12)
+    assert torch.equal(native(x), simulated(x))
+    assert torch.equal(native(x), native(x))
+
+
+def test_only_codes_are_kept():
+    kept = []
+    model = swalp.convert(mlp(), NATIVE, packed=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model[0](torch.randn(64, 12))
+    sizes = {t.dtype: t.numel() for t in kept if not isinstance(t, swalp.PackedTensor)}
+    assert sizes == {torch.int8: 1} or sizes[torch.int8] in (1, 64 * 12)
+    assert all(t.dtype == torch.int8 for t in kept if not isinstance(t, swalp.PackedTensor))
+    assert sum(t.numel() for t in kept if t.dtype == torch.int8) == 64 * 12 + 1
+
+
+def test_checkpointing_repeats_the_noise():
+    model = swalp.convert(mlp(bias=False), NATIVE, seed=3)
+    other = copy.deepcopy(model)
+    x = torch.randn(16, 12)
+    model[2](model[0](x)).sum().backward()
+    y = torch.utils.checkpoint.checkpoint(other[0], x, use_reentrant=False)
+    other[2](y).sum().backward()
+    for layer in (0, 2):
+        assert torch.equal(model[layer].weight.grad, other[layer].weight.grad)
+
+
+def test_a_nan_goes_through_float_and_arrives():
+    model = swalp.convert(mlp(), NATIVE)
+    x = torch.randn(4, 12)
+    x[1, 3] = torch.nan
+    y = model(x)
+    assert y[1].isnan().all()
+    assert not y[[0, 2, 3]].isnan().any()
+    y.sum().backward()
+    assert model[0].weight.grad.isnan().any()
+    packed = swalp.convert(mlp(), NATIVE, packed=True)
+    with torch.no_grad():
+        values = packed[0].weight.dequantize()
+        values[3, 2] = torch.nan
+        packed[0].weight.copy_(values)
+    assert packed[0](torch.randn(4, 12))[:, 3].isnan().all()
+
+
+def test_a_weight_off_its_grid_is_multiplied_as_it_is():
+    model = swalp.convert(mlp(), NATIVE)
+    with torch.no_grad():
+        model[0].weight.mul_(1.0001)
+    x = torch.randn(4, 12)
+    y = model[0](x)
+    rounded = model[0].input_site.activation(x, 0, 0)
+    simulated = swalp.convert(mlp(), SIMULATED)
+    simulated[0].weight.data.copy_(model[0].weight)
+    torch.testing.assert_close(y, simulated[0](x))
+    assert rounded.shape == x.shape
+
+
+def test_what_cannot_run_on_integers_is_simulated_and_said():
+    overrides = (Override(layers="2", weight=None), Override(layers="4", error=None))
+    recipe = replace(NATIVE, quantize_input=False, overrides=overrides)
+    model = swalp.convert(mlp(), recipe)
+    assert NativeLinear not in kinds(model)
+    notes = {row.name: row.note for row in swalp.summary(model).layers}
+    assert "products simulated: its input is float" in notes["0"]
+    assert "products simulated: its weight is float" in notes["2"]
+    assert "products simulated: its error is float" in notes["4"]
+    y = model(torch.randn(3, 12))
+    y.sum().backward()
+    native = swalp.convert(mlp(), NATIVE)
+    assert "products on integers" in {r.name: r.note for r in swalp.summary(native).layers}["0"]
+    back = swalp.to_float(native)
+    assert [type(m) for m in back] == [type(m) for m in mlp()]
+    assert not {"weight_format", "simulated"} & set(vars(back[0]))
+
+
+def test_float64_autocast_and_vectors_are_simulated():
+    model = swalp.convert(mlp(), NATIVE)
+    assert model[0](torch.randn(12)).shape == (40,)
+    assert model.double()[0](torch.randn(2, 12, dtype=torch.float64)).dtype == torch.float64
+    model = swalp.convert(mlp(), NATIVE)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model[0](torch.randn(2, 12)).dtype == torch.bfloat16
+    assert model(torch.randn(0, 12)).shape == (0, 5)
+
+
+def test_gpt2s_linear_layer():
+    from transformers.pytorch_utils import Conv1D
+
+    torch.manual_seed(0)
+    layer = Conv1D(20, 12)
+    results = []
+    for recipe in (NATIVE, SIMULATED):
+        model = swalp.convert(nn.Sequential(copy.deepcopy(layer)), recipe, packed=True)
+        model[0].bias.data.copy_(torch.zeros(20))
+        x = torch.linspace(-1, 1, 96).view(2, 4, 12).requires_grad_()
+        y = model(x)
+        y.backward(torch.linspace(-2, 1, y.numel()).view_as(y))
+        results.append((y, x.grad, model[0].weight.grad, model[0].bias.grad))
+    assert isinstance(swalp.convert(nn.Sequential(layer), NATIVE)[0], NativeLinear)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+# PyTorch 2.13 makes an instance of an autograd function while it traces one.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_models_simulate_the_same_numbers():
+    model = swalp.convert(mlp(bias=False), NATIVE).eval()
+    x = torch.randn(5, 12)
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(compiled(x), model(x))
