@@ -54,14 +54,15 @@ _CIFAR = _MNIST.model_copy(
         "augment": True,
         "learning_rate": 0.05,
         "averaging_rate": 0.02,
-        "epochs": 12,
-        "averaging_start": 7,
+        "epochs": 10,
+        "averaging_start": 6,
+        "seeds": 2,
     }
 )
 # The training runs: settings, and training images (the first ones of the data set).
 SETTINGS: dict[str, tuple[RunConfig, int]] = {
     "mnist": (_MNIST, 10_000),
-    "cifar10": (_CIFAR, 10_000),
+    "cifar10": (_CIFAR, 5_000),
 }
 
 
@@ -160,7 +161,7 @@ def _rows(
             found = [("iterate", 0, record["test_error"])]
             for text, average in kept.items():
                 if average.count:
-                    model = loop.averaged_model(average, data)
+                    model = loop.averaged_model(average, config, data, seed)
                     found.append((text, average.count, loop.error(model, data.test)))
             rows += [
                 {

@@ -87,7 +87,9 @@ def export(
         average = study.saved_model(
             run, config, data, row, seed, row["sha256"][seed - config.first_seed]
         )
-        quantized = swalp.to_float(deployment.deployed(average, config, arm, data, "quantized"))
+        quantized = swalp.to_float(
+            deployment.deployed(average, config, arm, data, "quantized", seed)
+        )
         errors = {
             "float average": loop.error(average, data.test),
             f"quantized to {config.export_format}": loop.error(quantized, data.test),
