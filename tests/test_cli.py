@@ -293,3 +293,20 @@ def test_importing_the_library_does_not_import_the_command_line():
     for name in ("training", "report", "cli"):
         assert f"swalp.{name}" not in run.stdout
     assert set(swalp.__all__).isdisjoint({"training", "report", "cli"})
+
+
+def test_profile_prints_a_table_for_each_arm(run_swalp):
+    words = ("profile", "digits", "--set", "batch_size=20", "--steps", "1", "--layers", "3")
+    status, out, err = run_swalp(*words)
+    assert (status, err) == (0, "")
+    for start in (
+        "float\n",
+        "paper-small-block-8\n",
+        "a step of",
+        "cnn of width 16 on digits, batch",
+    ):
+        assert f"\n{start}" in f"\n{out}"
+    assert out.count("more)") == 3
+    status, out, err = run_swalp("profile", "digit")
+    assert (status, out) == (2, "")
+    assert "unknown preset 'digit'; did you mean 'digits'?" in err

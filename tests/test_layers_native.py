@@ -199,3 +199,51 @@ def test_compiled_models_simulate_the_same_numbers():
     x = torch.randn(5, 12)
     compiled = torch.compile(model, backend="eager")
     assert torch.equal(compiled(x), model(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.qkv = nn.Linear(32, 96, bias=False)
+        self.out = nn.Linear(32, 32, bias=False)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        if self.kind == "sdpa":
+            y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            y = torch.softmax(q @ k.transpose(-1, -2) / 8**0.5, -1) @ v
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("kind", ["sdpa", "eager"])
+def test_attention_equals_the_simulation_bit_for_bit(kind):
+    torch.manual_seed(0)
+    model = Attention(kind)
+    native, losses = train(model, NATIVE, shape=(3, 20, 32), packed=True)
+    simulated, expected = train(model, SIMULATED, shape=(3, 20, 32), packed=True)
+    assert native.native
+    assert losses == expected
+    for a, b in zip(native.parameters(), simulated.parameters(), strict=True):
+        assert torch.equal(a.detach() + 0.0, b.detach() + 0.0)
+    note = swalp.summary(native).layers[0].note
+    assert "products of two activations on integers" in note
+
+
+def test_attention_of_a_layer_of_pytorchs():
+    torch.manual_seed(0)
+    for build in (
+        lambda: nn.MultiheadAttention(32, 4, bias=False, batch_first=True),
+        lambda: nn.TransformerEncoderLayer(32, 4, 64, 0.0, bias=False, batch_first=True),
+    ):
+        model = build()
+        results = []
+        for recipe in (NATIVE, SIMULATED):
+            low = swalp.convert(copy.deepcopy(model), recipe, seed=1)
+            x = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(3)).requires_grad_()
+            y = low(x, x, x)[0] if isinstance(model, nn.MultiheadAttention) else low(x)
+            y.square().sum().backward()
+            results.append((y, x.grad, *(p.grad for p in low.parameters())))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)

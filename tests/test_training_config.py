@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+import swalp
 from swalp.training import config
 from swalp.training.config import RunConfig
 from swalp.training.mistakes import UserError
@@ -19,7 +20,19 @@ def test_presets_load_and_survive_the_round_trip(name, tmp_path):
 
 
 def test_preset_names():
-    assert config.preset_names() == ["cifar10-small", "digits", "fashion-mnist", "mnist"]
+    assert config.preset_names() == [
+        "cifar10-preresnet164",
+        "cifar10-resnet20",
+        "cifar10-small",
+        "cifar10-vgg16",
+        "cifar10-vgg16-bn",
+        "cifar100-preresnet164",
+        "cifar100-vgg16",
+        "digits",
+        "fashion-mnist",
+        "imagenet-resnet18",
+        "mnist",
+    ]
 
 
 @given(
@@ -59,6 +72,37 @@ def test_a_file_may_start_from_a_preset(tmp_path):
 def test_averaging_starts_in_proportion_to_the_epochs(changes, start):
     assert config.load("digits").averaging_start == 15
     assert config.load("digits", changes).averaging_start == start
+
+
+@pytest.mark.parametrize("data", ["cifar10", "cifar100"])
+@pytest.mark.parametrize(
+    ("model", "width", "epochs", "start", "rate", "decay"),
+    [("vgg16", 64, 300, 200, 0.05, 5e-4), ("preresnet164", 16, 225, 150, 0.1, 3e-4)],
+)
+def test_the_published_settings(data, model, width, epochs, start, rate, decay):
+    settings = config.load(f"{data}-{model}")
+    assert (settings.data, settings.model, settings.width) == (data, model, width)
+    assert (settings.epochs, settings.averaging_start) == (epochs, start)
+    assert (settings.learning_rate, settings.averaging_rate) == (rate, 0.01)
+    assert (settings.batch_size, settings.momentum) == (128, 0.9)
+    assert settings.weight_decay == decay
+    assert settings.average_every == "epoch"
+    assert settings.augment
+
+
+def test_a_short_run_keeps_the_shape_of_the_published_schedule():
+    whole, short = config.load("cifar10-vgg16"), config.load("cifar10-vgg16", ["epochs=30"])
+    assert (short.epochs, short.averaging_start) == (30, 20)
+    rates = [
+        swalp.schedules.Published(
+            start=each.averaging_start,
+            learning_rate=each.learning_rate,
+            averaging_rate=each.averaging_rate,
+        )
+        for each in (whole, short)
+    ]
+    for epoch in range(30):
+        assert rates[0](10 * epoch) == pytest.approx(rates[1](epoch))
 
 
 def test_a_file_sets_epochs_and_a_change_scales_them(tmp_path):

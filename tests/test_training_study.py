@@ -2,9 +2,11 @@ import errno
 import os
 
 import pytest
+import safetensors.torch
 import torch
 
 from swalp.training import checkpoint, data, run_directory, study
+from swalp.training.augmentation import Draws
 from swalp.training.mistakes import UserError
 from tiny_runs import ARMS, finished, settings, train
 
@@ -144,6 +146,59 @@ def test_a_stopped_run_ends_bit_for_bit_like_a_whole_one(whole, tmp_path, step):
     assert not run.finished
     train(run_directory.open_run(tmp_path))
     assert results(run) == results(whole)
+
+
+@pytest.mark.parametrize("step", [1, 4, 9, 12])
+def test_augmentation_and_dropout_survive_a_stop(tmp_path, step):
+    changes = {
+        "data": "cifar10",
+        "augment": True,
+        "model": "vgg16",
+        "width": 2,
+        "batch_size": 8,
+        "averaging_start": 1,
+        "average_every": "epoch",
+        "arms": (ARMS[1],),
+    }
+    examples = data.synthetic("cifar10", 35)
+    runs = [run_directory.create(tmp_path / name, settings(**changes)) for name in ("a", "b")]
+    train(runs[0], examples=examples)
+    random = torch.get_rng_state()
+    with pytest.raises(study.Stopped):
+        train(runs[1], stop_at=step, examples=examples)
+    torch.manual_seed(step)
+    train(runs[1], examples=examples)
+    assert results(runs[0]) == results(runs[1])
+    assert [record["averaged"] for record in runs[0].metrics()] == [0, 1, 2]
+    assert study.evaluate(runs[0], examples) == runs[0].summary()
+    torch.set_rng_state(random)
+
+
+def test_augmentation_and_dropout_change_the_run(tmp_path):
+    found = []
+    examples = data.synthetic("cifar10", 35)
+    for name, augment in (("plain", False), ("augmented", True)):
+        chosen = settings(
+            data="cifar10", model="vgg16-bn", width=2, batch_size=8, arms=ARMS[:1], augment=augment
+        )
+        run = run_directory.create(tmp_path / name, chosen)
+        train(run, examples=examples)
+        found.append([record["train_loss"] for record in run.metrics()])
+    assert found[0] != found[1]
+
+
+def test_averages_get_their_statistics_from_augmented_images(tmp_path):
+    examples = data.synthetic("cifar10", 40)
+    chosen = settings(
+        data="cifar10", model="small-vgg", width=2, batch_size=8, arms=ARMS[:1], augment=True
+    )
+    run = run_directory.create(tmp_path, chosen)
+    train(run, examples=examples)
+    saved = safetensors.torch.load_file(run.model_path("float", 0, "average"))
+    ((x, _),) = examples.train.batches([torch.arange(40)], Draws(0, chosen.epochs))
+    first = torch.nn.functional.conv2d(x, saved["0.weight"], stride=2, padding=1)
+    expected = first.mean((0, 2, 3))
+    torch.testing.assert_close(saved["1.running_mean"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_run_may_stop_often(whole, tmp_path):

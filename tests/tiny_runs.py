@@ -23,8 +23,8 @@ def settings(**changes) -> RunConfig:
     return RunConfig(**base | values | changes)
 
 
-def train(run, *, stop_at=None, said=None):
-    """Train to the end, or until `stop_at` steps of this process are done."""
+def train(run, *, stop_at=None, said=None, examples=None):
+    """Train on `examples` to the end, or until `stop_at` steps of this process are done."""
     done = 0
 
     def stop():
@@ -34,7 +34,7 @@ def train(run, *, stop_at=None, said=None):
 
     summary = study.train(
         run,
-        data.load("digits"),
+        data.load("digits") if examples is None else examples,
         watch=lambda progress: None,
         say=lambda line: None if said is None else said.append(line),
         stop=stop,

@@ -273,6 +273,38 @@ def reproduce(
     return 0 if verdict.holds else _DIFFERENT
 
 
+@app.command("profile")
+def profile_command(
+    source: Annotated[
+        str | None,
+        typer.Argument(metavar="[PRESET|CONFIG.toml]", help="digits (default), or as for train."),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; may be repeated."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps; the table has medians.")] = 5,
+    layers: Annotated[
+        int, typer.Option(min=1, help="Rows of a table: the slowest layers, the rest in one.")
+    ] = 20,
+) -> None:
+    """Show where the time and the memory of a training step go, layer by layer, in each arm.
+
+    Images are random, of the shape that the data has; no file is needed.
+    """
+    from swalp.report import costs
+    from swalp.training import config, profile
+
+    settings = config.load("digits" if source is None else source, set_ or [])
+    about = (
+        f"{settings.model} of width {settings.width} on {settings.data}, batch "
+        f"{settings.batch_size}, {settings.threads} threads; medians of {steps} steps.\n"
+        f"Share: of the time of all layers. Quantizing: the part of a layer's time that goes into "
+        f"rounding.\nSaved: kept for the backward pass. Float layers hold 4 bytes a parameter."
+    )
+    print(costs.render(profile.profile(settings, steps=steps), layers=layers, about=about))
+
+
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="The directory of a finished run.")],

@@ -19,6 +19,7 @@ class Quantized:
         input_site: where it quantizes what enters it, or its products; None: nowhere.
         output_site: where it quantizes what leaves it, or its products.
         outer: whether it takes the input of the network, which stays as it is.
+        native: whether the products that its forward calls as functions run on integers.
         simulated: why its products are simulated though the recipe asks for native ones; empty: it
             does not ask, or they are native.
     """
@@ -26,8 +27,14 @@ class Quantized:
     input_site: Site | None
     output_site: Site | None
     outer: bool
+    native: bool = False
     simulated: str = ""
     training: bool
+
+    @classmethod
+    def namespace(cls, kind: type[nn.Module]) -> dict[str, Any]:
+        """What the class made from this mixin and `kind` has of its own."""
+        return {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # No module holds the class: what is kept is what it was made from.
@@ -42,12 +49,7 @@ _made: dict[tuple[type, type], type[nn.Module]] = {}
 def quantized_class(mixin: type[Quantized], kind: type[nn.Module]) -> type[nn.Module]:
     """`kind` with `mixin` in front, under its own name: one class for each pair."""
     if (mixin, kind) not in _made:
-        names = {
-            "__module__": kind.__module__,
-            "__qualname__": kind.__qualname__,
-            "__doc__": kind.__doc__,
-        }
-        _made[mixin, kind] = type(kind.__name__, (mixin, kind), names)
+        _made[mixin, kind] = type(kind.__name__, (mixin, kind), mixin.namespace(kind))
     return _made[mixin, kind]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -90,9 +91,19 @@ class QuantizedFunctions(Quantized):
 
     functions: dict[str, int] | None = None
 
+    @classmethod
+    def namespace(cls, kind: type[nn.Module]) -> dict[str, Any]:
+        """With a forward that shows the signature of `kind`'s, which some libraries look at."""
+
+        @wraps(kind.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return cls.forward(self, *args, **kwargs)
+
+        return super().namespace(kind) | {"forward": forward}
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's forward, its products between the sites."""
-        products = Products.begin(self.input_site, self.output_site, self.training)
+        products = Products.begin(self.input_site, self.output_site, self.training, self.native)
         with intercepted(products):
             result = super().forward(*args, **kwargs)  # type: ignore[misc]  # a mixin
         if not torch.compiler.is_compiling():
@@ -137,6 +148,9 @@ def _product(function: str, *names: str, first: int = 0, matrices: bool = True) 
         other = not numbers or (matrices and x.size(-1) == 1)
         if other or products.off(function):
             return func(*given, **kwargs)
+        activations = not isinstance(x, nn.Parameter) and not isinstance(y, nn.Parameter)
+        if products.native and activations and func in _PLAIN and len(given) == 2 and not kwargs:
+            return products.matmul(x, y)
         given[first] = _enter(products, x)
         given[first + 1] = _enter(products, y, summed=-2 if matrices else -1)
         return products.leave(func(*given, **kwargs))
@@ -201,3 +215,13 @@ _HANDLERS: dict[Any, Handler] = {
     F.conv_transpose3d: _weighted("conv_transpose3d"),
     F.bilinear: _product("bilinear", "input1", "input2", matrices=False),
 }
+# Products of two matrices or stacks of them, and nothing else.
+_PLAIN = (
+    torch.matmul,
+    Tensor.matmul,
+    Tensor.__matmul__,
+    torch.mm,
+    Tensor.mm,
+    torch.bmm,
+    Tensor.bmm,
+)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from swalp.formats import Format
+from swalp.layers.products import integers
 from swalp.layers.single import QuantizedLayer
 from swalp.layers.sites import Site
 from swalp.matmul import kernels
 from swalp.matmul.linear import Quantization, linear
-from swalp.packed import PackedTensor
 
 _CONV1D = "transformers.pytorch_utils.Conv1D.forward"  # a linear layer, its weight transposed
 
@@ -46,11 +46,9 @@ class NativeLinear(QuantizedLayer):
         )
 
 
-def native_mixin(module: nn.Module) -> type[NativeLinear] | None:
-    """What computes the products of this kind of layer on integers; None: nothing does."""
-    if module.__class__.forward is nn.Linear.forward or _is_conv1d(type(module)):
-        return NativeLinear
-    return None
+def is_linear(kind: type[nn.Module]) -> bool:
+    """Whether `NativeLinear` computes layers of this class."""
+    return kind.forward is nn.Linear.forward or _is_conv1d(kind)
 
 
 def obstacle(before: Site | None, after: Site | None) -> str:
@@ -70,17 +68,7 @@ def obstacle(before: Site | None, after: Site | None) -> str:
 
 def runs(x: Tensor, weight: Tensor) -> bool:
     """Whether the integer products can take this input now."""
-    return (
-        x.is_cpu
-        and x.dtype == torch.float32
-        and weight.dtype == torch.float32
-        and x.dim() > 1
-        and x.numel() > 0
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-        and not isinstance(x, PackedTensor)
-    )
+    return integers(x) and weight.dtype == torch.float32 and x.dim() > 1 and x.numel() > 0
 
 
 def moments(layer: QuantizedLayer, x: Tensor) -> tuple[Quantization, Quantization]:

@@ -9,8 +9,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from swalp.layers.sites import Site
+from swalp.matmul import batched
+from swalp.matmul.linear import Quantization
+from swalp.packed import PackedTensor
 
 _USES = 1 << 16  # of a site in one forward pass of its module: half of the 32-bit counter
+
+
+def integers(x: Tensor) -> bool:
+    """Whether integer products can take this operand now; if not, they are simulated."""
+    return (
+        x.is_cpu
+        and x.dtype == torch.float32
+        and not isinstance(x, PackedTensor)
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 @dataclass(slots=True)
@@ -25,6 +40,7 @@ class Products:
         result: the site that products pass.
         training: whether noise may be random.
         first: the number of the pass's first use.
+        native: whether products of two operands run on integers.
         uses: so far.
         functions: that were intercepted, and how often.
     """
@@ -33,15 +49,18 @@ class Products:
     result: Site | None
     training: bool
     first: int
+    native: bool = False
     uses: int = 0
     functions: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def begin(cls, operand: Site | None, result: Site | None, training: bool) -> Products:
+    def begin(
+        cls, operand: Site | None, result: Site | None, training: bool, native: bool = False
+    ) -> Products:
         """The products of a pass that begins now."""
         site = operand or result
         run = 0 if site is None or not training else site.begin()
-        return cls(operand, result, training, run * _USES)
+        return cls(operand, result, training, run * _USES, native)
 
     def off(self, function: str) -> bool:
         """Whether nothing is quantized here; notes that the module called `function`."""
@@ -74,7 +93,23 @@ class Products:
 
     def matmul(self, x: Tensor, y: Tensor) -> Tensor:
         """`torch.matmul` of two operands."""
+        if self.native and integers(x) and integers(y) and batched.multiplies(x, y):
+            return batched.matmul(x, y, *self._moments(x, y))
         return self.leave(torch.matmul(self.enter(x), self.enter(y, summed=-2)))
+
+    def _moments(self, x: Tensor, y: Tensor) -> tuple[Quantization, Quantization, Quantization]:
+        """How a product of two operands rounds them, and the gradient of its result."""
+        assert self.operand is not None
+        assert self.operand.activation is not None
+        assert self.result is not None
+        assert self.result.error is not None
+        step = self.operand.clock.step if self.training else None
+        rounded = self.operand.activation
+        left = rounded.at(x.shape, step, self._use() if self.training else 0)
+        right = rounded.at(y.mT.shape, step, self._use() if self.training else 0)
+        shape = (*x.shape[:-1], y.shape[-1])
+        call = self._use() if self.training else 0
+        return left, right, self.result.error.at(shape, step, call)
 
     def _use(self) -> int:
         use = self.uses

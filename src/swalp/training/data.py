@@ -5,15 +5,28 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from swalp.training.datasets import cifar, grey, imagenet
 from swalp.training.datasets.images import (
     Dataset,
     Images,
+    MemoryImages,
     epoch_order,
     evaluation_batches,
 )
 from swalp.training.datasets.published import cache_dir
 from swalp.training.mistakes import UserError
+
+# Channels, height (and width) and classes of each data set.
+SHAPES = {
+    "digits": (1, 8, 10),
+    "mnist": (1, 28, 10),
+    "fashion-mnist": (1, 28, 10),
+    "cifar10": (3, 32, 10),
+    "cifar100": (3, 32, 100),
+    "imagenet": (3, imagenet.SIZE, 1000),
+}
 
 __all__ = [
     "Dataset",
@@ -23,6 +36,7 @@ __all__ = [
     "evaluation_batches",
     "hold_out",
     "load",
+    "synthetic",
 ]
 
 
@@ -45,6 +59,25 @@ def load(name: str, data_dir: Path | None = None, *, download: bool = False) -> 
     if name == "imagenet":
         return imagenet.load(data_dir, fetch=download)
     return cifar.load(name, data_dir, fetch=download)
+
+
+def synthetic(name: str, examples: int) -> Dataset:
+    """Random images and labels of the shapes that the data set of that name has; no file is read.
+
+    Args:
+        name: as `RunConfig.data`.
+        examples: in the training set, and in the test set.
+    """
+    channels, size, classes = SHAPES[name]
+    generator = torch.Generator().manual_seed(0)
+    shape = (examples, size, size, channels)
+    images = MemoryImages(
+        torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator),
+        torch.randint(0, classes, (examples,), generator=generator),
+        torch.full((channels,), 128.0),
+        torch.full((channels,), 64.0),
+    )
+    return Dataset(images, images, classes, "random numbers")
 
 
 def hold_out(data: Dataset, examples: int) -> Dataset:

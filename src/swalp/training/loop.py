@@ -171,7 +171,7 @@ def _step(
         group["lr"] = rate(run.step)
 
     run.model.train()
-    with _dropout_noise(run):
+    with dropout_noise(run):
         loss = nn.functional.cross_entropy(run.model(x), y)
     value = loss.item()
     if not math.isfinite(value):
@@ -204,7 +204,7 @@ def _step(
 
 
 @contextmanager
-def _dropout_noise(run: Trajectory) -> Iterator[None]:
+def dropout_noise(run: Trajectory) -> Iterator[None]:
     """PyTorch's generator, from which dropout draws, as a function of seed and step alone."""
     generator = torch.default_generator
     before = generator.get_state()

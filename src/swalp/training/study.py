@@ -209,15 +209,16 @@ def _diagnostics(trajectory: Trajectory, data: Dataset, config: RunConfig) -> Re
     recipe = trajectory.optimizer.recipe
     rows = torch.arange(min(config.batch_size, len(data.train.labels)))
     x, y = next(data.train.batches([rows]))
-    found = diagnostics.describe(
-        trajectory.model,
-        trajectory.optimizer,
-        trajectory.average.module,
-        x,
-        y,
-        recipe=recipe,
-        seed=trajectory.seed,
-    )
+    with loop.dropout_noise(trajectory):
+        found = diagnostics.describe(
+            trajectory.model,
+            trajectory.optimizer,
+            trajectory.average.module,
+            x,
+            y,
+            recipe=recipe,
+            seed=trajectory.seed,
+        )
     return {"arm": trajectory.arm, "seed": trajectory.seed, **found}
 
 
