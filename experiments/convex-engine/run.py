@@ -1,6 +1,6 @@
 """How fast the convex engine is, and that it equals its definition: one row for each kernel.
 
-`python run.py > results.csv`; SWALP_ISA is set here, for each instruction set in a process of its own.
+`python run.py > results.csv`; each instruction set in a process of its own, by SWALP_ISA.
 """
 
 import csv
@@ -14,7 +14,7 @@ import torch
 import swalp
 from swalp.lab import engine, problems
 from swalp.lab.engine import Method
-from swalp.lab.record import commit
+from swalp.training.environment import commit
 
 STEPS = 1_000_000
 SEED = 0
