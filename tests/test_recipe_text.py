@@ -13,8 +13,8 @@ def test_named_recipes_come_back_equal(name, tmp_path):
 
 
 def test_everything_comes_back_equal(tmp_path):
-    fine, coarse = Quantizer(BlockFloat(8, tile=32), Nearest()), Quantizer(FixedPoint(5, 3),
-                                                                         Stochastic(random_bits=9))  # fmt: skip
+    fine = Quantizer(BlockFloat(8, tile=32), Nearest())
+    coarse = Quantizer(FixedPoint(5, 3), Stochastic(random_bits=9))
     recipe = Recipe(
         name='a "name"',
         weight=fine,

@@ -162,7 +162,7 @@ def _microscaling(element: Minifloat | FixedPoint, error: Minifloat | FixedPoint
     def build(name: str) -> Recipe:
         forward, backward = Microscaling(element), Microscaling(error)
         channels = Override(
-            kind="Conv*",
+            kind="Conv*d",  # not the Conv1D of transformers, which is a linear layer
             required=False,
             activation=Quantizer(replace(forward, axis=1), _SHORT),
             error=Quantizer(replace(backward, axis=1), _SHORT),

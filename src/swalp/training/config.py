@@ -53,8 +53,8 @@ class RunConfig(BaseModel):
     arms: tuple[str, ...] = Field(
         strict=False,
         min_length=1,
-        description='precisions to train in, side by side: "float", or a recipe: its name, or a file '
-        "ending in .toml",
+        description='precisions to train in, side by side: "float", or a recipe, by name or as a '
+        "file ending in .toml",
     )
     seeds: int = Field(ge=1, le=1000, description="how many seeds each arm is trained from")
     first_seed: int = Field(ge=0, lt=2**32, description="the first seed; the others follow it")
