@@ -34,6 +34,11 @@ BENCHMARKS: dict[str, Callable[[Plan], list[Row]]] = {
     "memory": memory.held,
     "training-mlp": training.mlp,
     "training-vgg16": training.vgg16,
+    "native-linear": native.linear,
+    "native-mlp": native.network("native-mlp"),
+    "native-wide": native.network("native-wide"),
+    "native-block": native.network("native-block"),
+    "native-vgg16": native.network("native-vgg16"),
     "import": startup.import_time,
 }
 OFFICIAL = environment.ROOT / "benchmarks" / "results"
