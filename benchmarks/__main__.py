@@ -15,6 +15,7 @@ from rich.console import Console
 from benchmarks import (
     environment,
     memory,
+    native,
     optimizer,
     quantizers,
     records,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,7 +70,7 @@ class Block(nn.Module):
 
 def _mlp(*widths: int) -> nn.Module:
     layers: list[nn.Module] = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in itertools.pairwise(widths):
         layers += [nn.Linear(before, after), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -113,7 +114,7 @@ class Work:
             optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
         if kind == LAST:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's stub
-        if (kind == LAST or kind == BFLOAT) and x.dim() == 4:
+        if kind in (LAST, BFLOAT) and x.dim() == 4:
             x = x.contiguous(memory_format=torch.channels_last)
 
         def step() -> None:
