@@ -24,9 +24,11 @@ from swalp.layers import (
     check_convertible,
     float_class,
     kind_of,
+    lean_mixin,
     native_mixin,
     obstacle,
     quantized_class,
+    simulated_mixin,
 )
 from swalp.packed import PackedTensor, pack
 from swalp.quantize import check, quantize
@@ -138,11 +140,12 @@ def convert(
     _check_parameters(model, resolved)
     for name, module in list(model.named_modules()):
         kind, (before, after) = kinds[name], places[name]
-        if kind.family in _COMPUTING or before is not None or after is not None:
+        lean = lean_mixin(module) if recipe.product == "native" else None
+        if kind.family in _COMPUTING or before is not None or after is not None or lean:
             outer = name == entry
             if outer and kind.mixin is QuantizedLayer:
                 before = None  # the others have further operands
-            mixin = kind.mixin
+            mixin = kind.mixin if lean is None or before or after else lean
             settings: dict[str, object] = {}
             if recipe.product == "native" and kind.family is Family.PRODUCT:
                 mixin, settings = _native(module, kind, resolved, name, before, after)
@@ -204,15 +207,16 @@ def _native(
 ) -> tuple[type[Quantized], dict[str, object]]:
     """What computes the products of a layer, and the attributes it needs: integers if they can."""
     native = native_mixin(module)
-    if native is None:
-        return kind.mixin, {"simulated": f"{type(module).__name__} has no integer products"}
-    weight = module._parameters["weight"]
+    weight = module._parameters.get("weight")
     quantizer = recipe.at(name, parameter="weight").weight
-    if weight is None or quantizer is None:
-        return kind.mixin, {"simulated": "its weight is float"}
-    if reason := obstacle(before, after):
-        return kind.mixin, {"simulated": reason}
-    return native, {"weight_format": fit(quantizer.format, weight.shape)}
+    if isinstance(native, str):
+        reason = native
+    elif weight is None or quantizer is None:
+        reason = "its weight is float"
+    elif not (reason := obstacle(before, after)):
+        return native, {"weight_format": fit(quantizer.format, weight.shape)}
+    mixin = simulated_mixin(module, kind.mixin) if kind.mixin is QuantizedLayer else kind.mixin
+    return mixin, {"simulated": reason}
 
 
 def layer_names(model: nn.Module) -> list[LayerName]:

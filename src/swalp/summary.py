@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from swalp.convert import conversion
 from swalp.formats import Format
-from swalp.layers import Family, Kind, Quantized, QuantizedFunctions, Site, kind_of
-from swalp.layers.native import NativeLinear
+from swalp.layers import Family, Kind, Native, Quantized, QuantizedFunctions, Site, kind_of
 from swalp.packed import storage_bytes
 from swalp.recipes import ROLES, Recipe, fit
 
@@ -197,7 +196,7 @@ def _note(module: nn.Module, shared: Sequence[str]) -> str:
     if isinstance(module, Quantized) and module.outer:
         parts.append("takes the network's input as it is")
     places = [_place(kind, site) for site in _sites(module)]
-    if isinstance(module, NativeLinear):
+    if isinstance(module, Native):
         places.append("products on integers")
     elif isinstance(module, Quantized) and module.simulated:
         places.append(f"products simulated: {module.simulated}")

@@ -415,6 +415,22 @@ NB_MODULE(_kernels, m) {
     nb::gil_scoped_release unlocked;
     swalp_convolution_channel_sums(at<int8_t>(codes), rows, channels, at<int64_t>(sums), threads);
   });
+  nb::class_<swalp_pooling>(m, "Pooling")
+      .def("__init__", [](swalp_pooling* p, const std::vector<int64_t>& sizes) {
+        if (sizes.size() != sizeof(swalp_pooling) / sizeof(int64_t))
+          throw nb::value_error("Pooling: 12 sizes");
+        memcpy(p, sizes.data(), sizeof *p);
+      });
+  m.def("max_pool", [](const swalp_pooling& p, uintptr_t x, uintptr_t y, uintptr_t taps,
+                       int threads) {
+    nb::gil_scoped_release unlocked;
+    swalp_max_pool(&p, at<float>(x), at<float>(y), at<uint8_t>(taps), threads);
+  });
+  m.def("max_pool_gradient", [](const swalp_pooling& p, uintptr_t dy, uintptr_t taps, uintptr_t dx,
+                                int threads) {
+    nb::gil_scoped_release unlocked;
+    swalp_max_pool_gradient(&p, at<float>(dy), at<uint8_t>(taps), at<float>(dx), threads);
+  });
   m.def("has_fast_convolution", [] { return swalp_has_fast_convolution() != 0; });
   m.def("use", [](const std::string& name) {
     if (!swalp_use(name.c_str()))

@@ -65,3 +65,12 @@ void swalp_convolution_channel_sums(const int8_t* codes, int64_t rows, int64_t c
                                     int64_t* sums, int threads) {
   chosen().channel_sums(codes, rows, channels, sums, threads);
 }
+
+void swalp_max_pool(const swalp_pooling* p, const float* x, float* y, uint8_t* taps, int threads) {
+  chosen().max_pool(p, x, y, taps, threads);
+}
+
+void swalp_max_pool_gradient(const swalp_pooling* p, const float* dy, const uint8_t* taps, float* dx,
+                             int threads) {
+  chosen().max_pool_gradient(p, dy, taps, dx, threads);
+}

@@ -34,6 +34,17 @@ int swalp_convolution_weight_gradient(const swalp_convolution*, const int8_t* x,
 void swalp_convolution_channel_sums(const int8_t* codes, int64_t rows, int64_t channels,
                                     int64_t* sums, int threads);
 
+typedef struct {
+  int64_t batch, channels;
+  int64_t in_size[2], out_size[2], kernel[2], stride[2], padding[2];
+} swalp_pooling;
+
+// The largest of each window of images (batch, height, width, channels), and which of its at most 256
+// taps that was, the first of equals; and the gradient, given to those.
+void swalp_max_pool(const swalp_pooling*, const float* x, float* y, uint8_t* taps, int threads);
+void swalp_max_pool_gradient(const swalp_pooling*, const float* dy, const uint8_t* taps, float* dx,
+                             int threads);
+
 // Whether the machine and the build have AVX-512 VNNI: without it the results are the same, slowly.
 int swalp_has_fast_convolution(void);
 
@@ -47,5 +58,7 @@ struct swalp_convolution_build {
   decltype(&swalp_convolution_input_gradient) input_gradient;
   decltype(&swalp_convolution_weight_gradient) weight_gradient;
   decltype(&swalp_convolution_channel_sums) channel_sums;
+  decltype(&swalp_max_pool) max_pool;
+  decltype(&swalp_max_pool_gradient) max_pool_gradient;
 };
 #endif

@@ -2,6 +2,7 @@
 //
 // Everything here has internal linkage: the linker must never pick one build's code for another.
 #include "correlation.h"
+#include "pooling.h"
 #include "weight_gradient.h"
 
 namespace {
@@ -92,4 +93,5 @@ void channel_sums(const int8_t* codes, int64_t rows, int64_t channels, int64_t* 
 #define SWALP_JOIN(name) SWALP_JOIN_(name)
 extern const swalp_convolution_build SWALP_JOIN(SWALP_BUILD);
 const swalp_convolution_build SWALP_JOIN(SWALP_BUILD) = {packed_bytes, pack, forward, input_gradient,
-                                                         weight_gradient, channel_sums};
+                                                         weight_gradient, channel_sums, max_pool,
+                                                         max_pool_gradient};

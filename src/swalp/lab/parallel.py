@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+    wait,
+)
+from multiprocessing.synchronize import Event
+
+import torch
 
 from swalp.lab.claim import Context, Row, Stopped
 
@@ -38,3 +49,59 @@ def in_threads(
             pool.shutdown(cancel_futures=True)
             raise
     return [row for future in futures for row in future.result()]
+
+
+def in_processes(
+    context: Context, jobs: Sequence[Callable[[Callable[[], None]], list[Row]]]
+) -> list[Row]:
+    """As `in_threads`, for jobs that hold the interpreter's lock: in processes of their own.
+
+    Each computes with one thread of PyTorch, so that no result depends on the number of cores.
+
+    Args:
+        context: who watches, and who may stop it.
+        jobs: as of `in_threads`; they must pickle.
+
+    Raises:
+        Stopped: somebody asked for it; nothing goes on afterwards.
+    """
+    if context.workers == 1:
+        return in_threads(context, jobs)
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads
+    stop = spawn.Event()
+    with ProcessPoolExecutor(context.workers, spawn, _begin, (stop,)) as pool:
+        futures = [pool.submit(_work, job) for job in jobs]
+        try:
+            waiting = set(futures)
+            while waiting:
+                if context.stopped():
+                    raise Stopped
+                done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()
+                if done:
+                    context.progress(len(jobs) - len(waiting), len(jobs))
+        except BaseException:
+            stop.set()  # the others end at their next check
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [row for future in futures for row in future.result()]
+
+
+_stop: Event | None = None  # of a worker process
+
+
+def _begin(stop: Event) -> None:
+    global _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and tells
+    torch.set_num_threads(1)
+
+
+def _work(job: Callable[[Callable[[], None]], list[Row]]) -> list[Row]:
+    return job(_check)
+
+
+def _check() -> None:
+    if _stop is not None and _stop.is_set():
+        raise Stopped

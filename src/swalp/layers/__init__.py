@@ -2,7 +2,9 @@
 
 from swalp.layers.base import Quantized, float_class, quantized_class
 from swalp.layers.functions import QuantizedFunctions
-from swalp.layers.native import native_mixin, obstacle
+from swalp.layers.integers import Native, native_mixin, simulated_mixin
+from swalp.layers.lean import lean_mixin
+from swalp.layers.native import obstacle
 from swalp.layers.registry import CONVERTIBLE, Family, Kind, check_convertible, kind_of
 from swalp.layers.single import QuantizedLayer
 from swalp.layers.sites import NoiseClock, Rule, Site
@@ -11,6 +13,7 @@ __all__ = [
     "CONVERTIBLE",
     "Family",
     "Kind",
+    "Native",
     "NoiseClock",
     "Quantized",
     "QuantizedFunctions",
@@ -20,7 +23,9 @@ __all__ = [
     "check_convertible",
     "float_class",
     "kind_of",
+    "lean_mixin",
     "native_mixin",
     "obstacle",
     "quantized_class",
+    "simulated_mixin",
 ]

@@ -46,11 +46,9 @@ class NativeLinear(QuantizedLayer):
         )
 
 
-def native_mixin(module: nn.Module) -> type[NativeLinear] | None:
-    """What computes the products of this kind of layer on integers; None: nothing does."""
-    if module.__class__.forward is nn.Linear.forward or _is_conv1d(type(module)):
-        return NativeLinear
-    return None
+def is_linear(kind: type[nn.Module]) -> bool:
+    """Whether `NativeLinear` computes layers of this class."""
+    return kind.forward is nn.Linear.forward or _is_conv1d(kind)
 
 
 def obstacle(before: Site | None, after: Site | None) -> str:

@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from swalp import buffers
 from swalp.matmul.kernels import DEEPEST
 from swalp.matmul.operands import Operand
 from swalp.quantize import cpu
@@ -62,6 +63,14 @@ class Weight:
         self.channels_last = _is_channels_last(codes)
         self._codes = codes if self.channels_last else codes.contiguous()
         self._packed: dict[bool, Tensor] = {}
+
+    @classmethod
+    def of_packed(cls, packed: Tensor, shape: Sequence[int], exponent: int, groups: int) -> Weight:
+        """One that serves the forward product alone, from its `packed(False)`."""
+        self = cls.__new__(cls)
+        self.shape, self.exponent, self.groups = torch.Size(shape), exponent, groups
+        self._packed = {False: packed}
+        return self
 
     def packed(self, backward: bool) -> Tensor:
         """For the input gradient if `backward`, else for the forward product."""
@@ -129,13 +138,13 @@ def forward(x: Operand, weight: Weight, bias: Tensor | None, window: Window) -> 
     codes = _channels_last(x.codes)
     in_size = x.codes.shape[2:]
     out_size = window.out_size(in_size, weight.shape[2:])
-    y, view = _empty(x.codes.shape[0], weight.shape[0], out_size)
+    y = buffers.empty(x.codes.shape[0], weight.shape[0], *out_size, channels_last=True)
     _kernels.convolution_forward(
         _sizes(x.codes.shape[0], weight.shape, window, in_size, out_size, window.groups),
         codes.data_ptr(), weight.packed(False).data_ptr(), exponent_of(x) + weight.exponent,
         0 if bias is None else bias.data_ptr(), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return view
+    return y
 
 
 def input_gradient(dy: Operand, weight: Weight, in_size: Sequence[int], window: Window) -> Tensor:
@@ -151,7 +160,8 @@ def input_gradient(dy: Operand, weight: Weight, in_size: Sequence[int], window: 
         float32, (batch, in, ...), channels last in memory; exact as `forward` is.
     """
     codes = _channels_last(dy.codes)
-    dx, view = _empty(dy.codes.shape[0], weight.shape[1] * window.groups, in_size)
+    channels = weight.shape[1] * window.groups
+    dx = buffers.empty(dy.codes.shape[0], channels, *in_size, channels_last=True)
     _kernels.convolution_input_gradient(
         _sizes(
             dy.codes.shape[0], weight.shape, window, in_size, dy.codes.shape[2:], window.groups
@@ -159,7 +169,7 @@ def input_gradient(dy: Operand, weight: Weight, in_size: Sequence[int], window: 
         codes.data_ptr(), weight.packed(True).data_ptr(), exponent_of(dy) + weight.exponent,
         dx.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return view
+    return dx
 
 
 def weight_gradient(
@@ -193,16 +203,15 @@ def weight_gradient(
     parts = []
     for first in range(0, batch, images):
         count = min(images, batch - first)
+        dw = torch.empty(shape)
         if channels_last:
-            dw, view = _empty(shape[0], shape[1], kernel)
-        else:
-            dw = view = torch.empty(shape)
+            dw = torch.empty(shape[0], *kernel, shape[1]).movedim(-1, 1)
         sizes = _sizes(count, shape, window, x.codes.shape[2:], dy.codes.shape[2:], window.groups)
         _kernels.convolution_weight_gradient(
             sizes, x_codes[first:].data_ptr(), dy_codes[first:].data_ptr(), exponent,
             channels_last, dw.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
-        parts.append(view)
+        parts.append(dw)
     result = parts[0]
     for part in parts[1:]:
         result += part
@@ -273,12 +282,6 @@ def _channels_last(codes: Tensor) -> Tensor:
 
 def _is_channels_last(codes: Tensor) -> bool:
     return codes.movedim(1, -1).is_contiguous() and not codes.is_contiguous()
-
-
-def _empty(batch: int, channels: int, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Memory with the channels last, and the view of it with the channels second."""
-    memory = torch.empty(batch, *size, channels)
-    return memory, memory.movedim(-1, 1)
 
 
 @cache

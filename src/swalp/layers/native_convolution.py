@@ -1,0 +1,92 @@
+"""Convolution layers whose products run on integers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swalp.formats import Format
+from swalp.layers.native import moments, runs
+from swalp.layers.single import QuantizedLayer
+from swalp.matmul import convolution
+from swalp.matmul.convolution import Window
+from swalp.matmul.convolve import convolve
+
+
+class NativeConvolution(QuantizedLayer):
+    """Mixin over `torch.nn.Conv1d` and `Conv2d`: their three products multiply int8 codes.
+
+    The numbers are those of `QuantizedLayer`, up to the rounding of sums that float32 cannot hold;
+    `swalp.matmul.convolution` has the bounds. Results have their channels last in memory. What the
+    integers cannot do, this simulates, as `NativeLinear` does; and images so large that their
+    gradients' sums could leave 32 bits.
+
+    Attributes:
+        weight_format: of its weight.
+    """
+
+    weight_format: Format
+    weight: Tensor
+    bias: Tensor | None
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
+    groups: int
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The parent's forward between the sites."""
+        window = window_of(self)
+        if (
+            not runs(x, self.weight)
+            or x.dim() != self.weight.dim()
+            or x.shape[1] != self.weight.shape[1] * self.groups
+            or convolution.unsupported(x.shape[0], x.shape[2:], self.weight.shape, window)
+        ):
+            return super().forward(x, *args, **kwargs)
+        settings = moments(self, x)
+        return convolve(x, self.weight, self.bias, window, self.weight_format, *settings)
+
+
+class ChannelsLast(QuantizedLayer):
+    """Mixin over a `torch.nn.Conv2d` that float products compute between native ones.
+
+    It takes and gives images with their channels last in memory, as its neighbours do; the numbers
+    are those of `QuantizedLayer`, up to the order of sums.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The parent's forward between the sites."""
+        if x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return super().forward(x, *args, **kwargs)
+
+
+def window_of(layer: Any) -> Window:
+    """How the window of a convolution layer moves."""
+    padding = layer.padding
+    if isinstance(padding, str):  # "valid", or "same" with as much on both sides: see `unable`
+        same = padding == "same"
+        padding = tuple(
+            dilation * (taps - 1) // 2 if same else 0
+            for taps, dilation in zip(layer.kernel_size, layer.dilation, strict=True)
+        )
+    return Window(tuple(layer.stride), tuple(padding), tuple(layer.dilation), layer.groups)
+
+
+def unable(layer: nn.Conv1d | nn.Conv2d) -> str:
+    """Why the products of a convolution layer of that kind are simulated; empty: they are not."""
+    if reason := convolution.obstacle():
+        return reason
+    if layer.padding_mode != "zeros":
+        return f"it pads with {layer.padding_mode!r}, not with zeros"
+    uneven = any(
+        dilation * (taps - 1) % 2
+        for taps, dilation in zip(layer.kernel_size, layer.dilation, strict=True)
+    )
+    if layer.padding == "same" and uneven:
+        return "it pads one side more than the other"
+    shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    size = [64] * len(layer.kernel_size)  # those of the input are looked at when it comes
+    return convolution.unsupported(1, size, shape, window_of(layer))
