@@ -1,5 +1,8 @@
 """Products that modules call as functions: which are quantized, and that nothing leaks."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +10,7 @@ from torch import nn
 
 import swalp
 from rounded import lossless, recipe, rounded
+from swalp.layers.functions import _HANDLERS
 
 
 class Calls(nn.Module):
@@ -197,6 +201,13 @@ def test_several_uses_in_several_passes():
     again = model[0](X)  # no tick: the second run of the layer in pass 2
     expected = [rounded(x, "0", seed=0, step=2, call=(1 << 16) + i) for i, x in enumerate((X, Y))]
     assert torch.equal(again, expected[0] @ expected[1].mT)
+
+
+def test_the_page_names_every_function():
+    page = (Path(__file__).parent.parent / "docs/layers.md").read_text()
+    for function in _HANDLERS:
+        name = function.__name__.removesuffix("_forward").strip("_")
+        assert re.search(rf"`{name}|`{name[:-2]}1d`–`3d`", page), name
 
 
 def test_too_many_uses_are_refused():

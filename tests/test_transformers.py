@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import pickle
 
 import pytest
@@ -127,6 +128,8 @@ def test_conversion_and_back():
     assert [type(module).__name__ for module in model.modules()] == names
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(IDS).logits, model(IDS).logits)
+    # What `transformers.Trainer` and `generate` choose arguments by.
+    assert inspect.signature(model.forward) == inspect.signature(gpt2().forward)
     plain = swalp.to_float(model)
     assert not any(isinstance(module, Quantized) for module in plain.modules())
     assert [type(m) for m in plain.modules()] == [type(m) for m in gpt2().modules()]

@@ -31,6 +31,11 @@ class Quantized:
     simulated: str = ""
     training: bool
 
+    @classmethod
+    def namespace(cls, kind: type[nn.Module]) -> dict[str, Any]:
+        """What the class made from this mixin and `kind` has of its own."""
+        return {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         # No module holds the class: what is kept is what it was made from.
         state = super().__reduce_ex__(protocol)[2:]
@@ -44,12 +49,7 @@ _made: dict[tuple[type, type], type[nn.Module]] = {}
 def quantized_class(mixin: type[Quantized], kind: type[nn.Module]) -> type[nn.Module]:
     """`kind` with `mixin` in front, under its own name: one class for each pair."""
     if (mixin, kind) not in _made:
-        names = {
-            "__module__": kind.__module__,
-            "__qualname__": kind.__qualname__,
-            "__doc__": kind.__doc__,
-        }
-        _made[mixin, kind] = type(kind.__name__, (mixin, kind), names)
+        _made[mixin, kind] = type(kind.__name__, (mixin, kind), mixin.namespace(kind))
     return _made[mixin, kind]
 
 

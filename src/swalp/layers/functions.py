@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -89,6 +90,16 @@ class QuantizedFunctions(Quantized):
     """
 
     functions: dict[str, int] | None = None
+
+    @classmethod
+    def namespace(cls, kind: type[nn.Module]) -> dict[str, Any]:
+        """With a forward that shows the signature of `kind`'s, which some libraries look at."""
+
+        @wraps(kind.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return cls.forward(self, *args, **kwargs)
+
+        return super().namespace(kind) | {"forward": forward}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's forward, its products between the sites."""
