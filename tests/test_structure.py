@@ -19,7 +19,7 @@ FLOORS = [
     {"matmul"},
     {"layers"},
     {"convert"},
-    {"optim", "summary", "averaging", "batchnorm", "schedules"},
+    {"optim", "summary", "averaging", "batchnorm", "schedules", "export"},
     {"the front door"},
     {"training"},
     {"lab"},
