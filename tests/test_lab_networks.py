@@ -1,6 +1,7 @@
 """The claims on networks, on the scanned digits: rows, tables, pictures, verdicts both ways."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from swalp.lab import network
 from swalp.lab.claim import Context, Stopped, pick
 from swalp.lab.claims import averaging, related_work, word_length
 from swalp.lab.network import Training
+from swalp.lab.parallel import in_processes
 from swalp.training import averages, data, loop
+from swalp.training.mistakes import UserError
 
 TRAINING = Training("mlp", 16, 50, 4, 2, 0.1, 0.02, 0.9, 5e-4)
 ALONE = Context(None, False, lambda done, total: None, lambda: False, 1)
@@ -128,6 +131,10 @@ def test_every_role_of_a_scheme_has_its_bits(scheme, bits):
         assert getattr(recipe, role).format.bits == bits
 
 
+def killed(check):
+    os._exit(9)
+
+
 def test_processes_give_the_same_rows_and_stop():
     settings = dataclasses.replace(AVERAGING, what="precision", arms=("paper-small-block-4",))
     two = dataclasses.replace(ALONE, workers=2)
@@ -140,6 +147,8 @@ def test_processes_give_the_same_rows_and_stop():
     long = dataclasses.replace(settings, seeds=50, epochs=30)
     with pytest.raises(Stopped):
         averaging.run(long, dataclasses.replace(two, stopped=lambda: True))
+    with pytest.raises(UserError, match="was killed"):
+        in_processes(two, [killed])
 
 
 def test_frequencies_and_their_verdict():

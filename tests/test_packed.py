@@ -268,3 +268,11 @@ def test_pack_mistakes():
         pack(torch.ones(2), FixedPoint(20, 3))
     with pytest.raises(ValueError, match="packed=True needs a weight format"):
         swalp.convert(network(), swalp.recipes.Recipe(name="none"), packed=True)
+
+
+def test_packed_again_in_another_format():
+    first = pack(torch.randn(5, 7), BlockFloat(8))
+    again = pack(first, BlockFloat(4, axes=(0,)))
+    assert again.format == BlockFloat(4, axes=(0,))
+    expected = quantize(first.dequantize(), BlockFloat(4, axes=(0,)))
+    assert torch.equal(again.dequantize(), expected)

@@ -133,7 +133,7 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding = Nearest()) -> PackedTensor
     """Round `x` to values of `fmt` and hold them as codes: ``quantize`` with real storage.
 
     Args:
-        x: float32, any shape.
+        x: float32, any shape; itself packed in any format, or not.
         fmt: a format of at most 16 bits.
         rounding: as for `quantize`, with the same result.
 
@@ -149,7 +149,8 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding = Nearest()) -> PackedTensor
         raise TypeError(f"pack: x is {x.dtype}; packed tensors act as float32: use x.float()")
     if fmt.bits > 16:
         raise ValueError(f"pack: {fmt} has {fmt.bits} bits; codes have at most 16")
-    codes, exponents = dispatch.pack(x.detach(), fmt, rounding)
+    x = x.dequantize() if isinstance(x, PackedTensor) else x.detach()
+    codes, exponents = dispatch.pack(x, fmt, rounding)
     return PackedTensor(dispatch.join(codes) if joined(fmt) else codes, exponents, fmt, x.shape)
 
 

@@ -13,6 +13,7 @@ from typing import Final, Literal, NamedTuple, get_args
 
 import torch
 
+from swalp._validation import require_bool
 from swalp.formats import Binary, BlockFloat, FixedPoint, Format, Microscaling, Minifloat
 from swalp.rounding import Rounding, Stochastic
 
@@ -192,6 +193,7 @@ class Recipe:
                 _check_role(owner, role, getattr(self, role))
         _check_choice(owner, "placement", self.placement, PLACEMENTS)
         _check_choice(owner, "product", self.product, PRODUCTS)
+        require_bool(owner, "quantize_input", self.quantize_input)
         object.__setattr__(self, "overrides", tuple(self.overrides))
         for override in self.overrides:
             if not isinstance(override, Override):
@@ -293,6 +295,10 @@ def _near(pattern: str, names: Iterable[str]) -> str:
 def _at(recipe: Recipe, layer: str, kind: str | None, parameter: str | None) -> Recipe:
     settings: dict[str, object] = {}
     for override in recipe.overrides:
+        if parameter is not None and not set(PARAMETER_ROLES).intersection(
+            dict(override.changes())
+        ):
+            continue
         if override.kind != "*" and kind is None:
             raise ValueError(
                 f"recipe {recipe.name!r} has an override for layers of kind {override.kind!r}, and "

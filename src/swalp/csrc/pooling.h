@@ -57,22 +57,48 @@ void max_pool(const swalp_pooling* pooling, const float* x, float* y, uint8_t* t
   });
 }
 
+// place[c] (+)= gradient[c] where its tap is `number`, else 0.
+template <bool adding>
+void give(const float* gradient, const uint8_t* taps, uint8_t number, int64_t count, float* place) {
+  int64_t c = 0;
+#if defined(__AVX512VNNI__)
+  for (; c + kLanes <= count; c += kLanes) {
+    const __m128i here = _mm_loadu_si128(reinterpret_cast<const __m128i*>(taps + c));
+    const __mmask16 mine = _mm_cmpeq_epi8_mask(here, _mm_set1_epi8(static_cast<char>(number)));
+    __m512 v = _mm512_maskz_loadu_ps(mine, gradient + c);
+    if (adding) v = _mm512_add_ps(v, _mm512_loadu_ps(place + c));
+    _mm512_storeu_ps(place + c, v);
+  }
+#endif
+  for (; c < count; ++c) {
+    const float v = taps[c] == number ? gradient[c] : 0.0f;
+    place[c] = adding ? place[c] + v : v;
+  }
+}
+
 void max_pool_gradient(const swalp_pooling* pooling, const float* dy, const uint8_t* taps, float* dx,
                        int threads) {
   const swalp_pooling& p = *pooling;
   const int64_t image = p.in_size[0] * p.in_size[1] * p.channels;
+  bool apart = true, all = true;  // windows that do not overlap; that leave no position out
+  for (int axis = 0; axis < 2; ++axis) {
+    apart &= p.stride[axis] >= p.kernel[axis];
+    all &= p.stride[axis] == p.kernel[axis] && p.padding[axis] == 0 &&
+           p.out_size[axis] * p.kernel[axis] == p.in_size[axis];
+  }
   if (p.batch * image < kFewProducts / 16) threads = 1;
   parallel(p.batch, threads, [&](int64_t begin, int64_t end) {
     for (; begin < end; ++begin) {
       float* to = dx + begin * image;
-      memset(to, 0, static_cast<size_t>(image) * 4);
+      if (!all) memset(to, 0, static_cast<size_t>(image) * 4);
       for (int64_t oh = 0; oh < p.out_size[0]; ++oh)
         for (int64_t ow = 0; ow < p.out_size[1]; ++ow) {
           const int64_t out = ((begin * p.out_size[0] + oh) * p.out_size[1] + ow) * p.channels;
           window_taps(p, oh, ow, [&](int64_t tap, int64_t at) {
+            const uint8_t number = static_cast<uint8_t>(tap);
             float* place = to + at * p.channels;
-            for (int64_t c = 0; c < p.channels; ++c)
-              place[c] += taps[out + c] == tap ? dy[out + c] : 0.0f;
+            if (apart) give<false>(dy + out, taps + out, number, p.channels, place);
+            else give<true>(dy + out, taps + out, number, p.channels, place);
           });
         }
     }

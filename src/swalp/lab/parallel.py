@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
     ProcessPoolExecutor,
@@ -12,11 +12,14 @@ from concurrent.futures import (
     as_completed,
     wait,
 )
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.synchronize import Event
 
 import torch
 
 from swalp.lab.claim import Context, Row, Stopped
+from swalp.training.mistakes import UserError
 
 
 def in_threads(
@@ -70,8 +73,9 @@ def in_processes(
     spawn = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads
     stop = spawn.Event()
     with ProcessPoolExecutor(context.workers, spawn, _begin, (stop,)) as pool:
-        futures = [pool.submit(_work, job) for job in jobs]
         try:
+            with _deaf():
+                futures = [pool.submit(_work, job) for job in jobs]
             waiting = set(futures)
             while waiting:
                 if context.stopped():
@@ -81,11 +85,26 @@ def in_processes(
                     future.result()
                 if done:
                     context.progress(len(jobs) - len(waiting), len(jobs))
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that trained was killed, perhaps for want of memory; close other "
+                "programs and start again"
+            ) from None
         except BaseException:
             stop.set()  # the others end at their next check
             pool.shutdown(cancel_futures=True)
             raise
     return [row for future in futures for row in future.result()]
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that begin here are born deaf to Ctrl-C: the parent hears it, and tells them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 _stop: Event | None = None  # of a worker process
@@ -94,7 +113,6 @@ _stop: Event | None = None  # of a worker process
 def _begin(stop: Event) -> None:
     global _stop
     _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it, and tells
     torch.set_num_threads(1)
 
 

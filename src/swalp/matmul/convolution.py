@@ -203,7 +203,7 @@ def weight_gradient(
     parts = []
     for first in range(0, batch, images):
         count = min(images, batch - first)
-        dw = torch.empty(shape)
+        dw = buffers.empty(*shape)
         if channels_last:
             dw = torch.empty(shape[0], *kernel, shape[1]).movedim(-1, 1)
         sizes = _sizes(count, shape, window, x.codes.shape[2:], dy.codes.shape[2:], window.groups)

@@ -114,7 +114,7 @@ def _rows(rows: list[Row]) -> list[Block]:
     numeric = frozenset(
         place for place, key in enumerate(keys) if any(is_number(row.get(key)) for row in rows)
     )
-    grid = Grid("Rows", [words(key) for key in keys], body, numeric, note)
+    grid = Grid("All rows", [words(key) for key in keys], body, numeric, note)
     return [Folded(f"{len(rows):,} rows", [grid])]
 
 
@@ -140,5 +140,5 @@ def _what_was_run(record: Row) -> list[Block]:
         if record.get(key):
             pairs = charts.flat(record[key])
             body = [[Cell(name), Cell(setting(value))] for name, value in pairs.items()]
-            blocks.append(Grid(title, ("setting" if key == "settings" else "", "value"), body))
+            blocks.append(Grid(title, ("name", "value"), body))
     return blocks

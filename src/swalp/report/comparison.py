@@ -8,7 +8,13 @@ from swalp.report import tables
 from swalp.report.blocks import Block, Cell, Figure, Grid, Section
 from swalp.report.charts import Chart, Series
 from swalp.report.records import Claim, Run
-from swalp.report.run_sections import error_panel, error_series, setting
+from swalp.report.run_sections import (
+    arms_of,
+    averaging_mark,
+    error_panel,
+    error_series,
+    setting,
+)
 
 
 def sections(records: Sequence[Run | Claim], names: Sequence[str]) -> list[Section]:
@@ -73,13 +79,17 @@ def _compared(runs: Sequence[tuple[str, Run]]) -> list[Block]:
         if size:
             blocks.append(Grid("Bytes of weights and momentum", header, size, numeric))
     blocks.append(_differences(runs))
+    arms = list(dict.fromkeys(arm for _, run in runs for arm in arms_of(run)))
     series: list[Series] = []
-    for name, run in runs:
-        first = len({one.colour for one in series})
-        series += error_series(run, ("test_error", "average_error"), f"{name}: ", first)
+    for place, (name, run) in enumerate(runs):
+        keys = ("test_error", "average_error")
+        series += error_series(run, keys, f"{name}: ", arms, dash=place)
     if series:
-        note = "Thick: averages. Bands: from the lowest to the highest seed."
-        panel = error_panel("iterate and average", series, runs[0][1], note)
+        marks = [mark for _, run in runs for mark in averaging_mark(run)]
+        same = marks[:1] if len(set(marks)) == 1 else []
+        note = "A colour for each arm, a line pattern for each run; thick: averages. Bands: from "
+        note += "the lowest to the highest seed."
+        panel = error_panel("iterate and average", series, same, note)
         blocks.append(Figure(Chart("compared-errors", "Test error of all runs", [panel])))
     return blocks
 

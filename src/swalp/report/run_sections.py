@@ -134,18 +134,23 @@ def _extent(values: Iterable[float]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, low + 0.5)
 
 
-def error_series(run: Run, keys: Sequence[str], prefix: str = "", first: int = 0) -> list[Series]:
+def error_series(
+    run: Run, keys: Sequence[str], prefix: str = "", arms: Sequence[str] = (), dash: int = 0
+) -> list[Series]:
     """Curves of errors against epochs: a colour for each arm, the average thick, others dashed.
 
     Args:
         run: the run.
         keys: of metrics.
         prefix: before each label.
-        first: the first colour.
+        arms: of all runs, so that an arm has the same colour in each; default: those of the run.
+        dash: the line pattern of test and average error.
     """
     metrics = [flat(row) for row in run.metrics]
     found = []
-    for place, arm in enumerate(dict.fromkeys(row["arm"] for row in metrics)):
+    arms = arms or arms_of(run)
+    for arm in arms_of(run):
+        place = arms.index(arm)
         mine = [row for row in metrics if row["arm"] == arm]
         for number, key in enumerate(keys):
             at, middle, low, high = over_seeds(mine, "epoch", key)
@@ -160,12 +165,17 @@ def error_series(run: Run, keys: Sequence[str], prefix: str = "", first: int = 0
                     low if several else (),
                     high if several else (),
                     kind="line" if len(at) > 1 else "points",
-                    colour=first + place,
-                    dash=0 if key in ("test_error", "average_error") else number + 1,
+                    colour=place,
+                    dash=dash if key in ("test_error", "average_error") else number + 1,
                     strong=key == "average_error",
                 )
             )
     return found
+
+
+def arms_of(run: Run) -> list[str]:
+    """The arms with metrics, in the order of their training."""
+    return list(dict.fromkeys(row["arm"] for row in run.metrics))
 
 
 def _metric(arm: str, key: str) -> str:
@@ -184,7 +194,9 @@ def averaging_mark(run: Run) -> list[Mark]:
     return [Mark("x", start, "averaging starts")] if is_number(start) else []
 
 
-def error_panel(label: str, series: Sequence[Series], run: Run, note: str = "") -> Panel:
+def error_panel(
+    label: str, series: Sequence[Series], marks: Sequence[Mark], note: str = ""
+) -> Panel:
     """Errors against epochs, on a log scale where all are positive and far apart."""
     values = [value for one in series for value in one.y if value is not None]
     return Panel(
@@ -192,7 +204,7 @@ def error_panel(label: str, series: Sequence[Series], run: Run, note: str = "") 
         "epoch",
         "error, %",
         series,
-        averaging_mark(run),
+        marks,
         log_y=min(values) > 0 and max(values) > 4 * min(values),
         whole=True,
         note=note,
@@ -210,9 +222,10 @@ def _curves(run: Run, prefix: str) -> list[Block]:
     band = f" Bands: from the lowest to the highest of {seeds} seeds." if seeds > 1 else ""
     if series := error_series(run, main):
         note = f"{_last_values(series)}{band}"
-        panels.append(error_panel("iterate and average", series, run, note))
+        panels.append(error_panel("iterate and average", series, averaging_mark(run), note))
     if series := error_series(run, further):
-        panels.append(error_panel("further averages, held-out data, quantized", series, run))
+        label = "further averages, held-out data, quantized"
+        panels.append(error_panel(label, series, averaging_mark(run)))
     blocks: list[Block] = []
     if panels:
         chart = Chart(f"{prefix}errors", "Test error against the epoch", panels,
@@ -238,7 +251,7 @@ def _last_values(series: Sequence[Series]) -> str:
 
 def _metric_panel(run: Run, key: str, note: str) -> Panel:
     series = []
-    for place, arm in enumerate(dict.fromkeys(row["arm"] for row in run.metrics)):
+    for place, arm in enumerate(arms_of(run)):
         mine = [flat(row) for row in run.metrics if row["arm"] == arm]
         at, middle, low, high = over_seeds(mine, "epoch", key)
         if at:

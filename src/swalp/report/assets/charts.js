@@ -146,10 +146,10 @@ class Plot {
     this.buttons = {
       closer: button("+", "Zoom in", () => this.zoom(0.5)),
       wider: button("−", "Zoom out", () => this.zoom(2)),
-      all: button("All", "Show the whole range", () => this.look(null)),
-      logX: button("log x", "Logarithmic horizontal axis", () => this.turn("logX")),
-      logY: button("log y", "Logarithmic vertical axis", () => this.turn("logY")),
-      bands: button("bands", "Bands from the lowest to the highest seed",
+      all: button("All", "All: show the whole range", () => this.look(null)),
+      logX: button("log x", "log x: logarithmic horizontal axis", () => this.turn("logX")),
+      logY: button("log y", "log y: logarithmic vertical axis", () => this.turn("logY")),
+      bands: button("bands", "bands: from the lowest to the highest",
         () => this.turn("bands")),
     };
   }
@@ -210,7 +210,7 @@ class Plot {
     if (this.panel.series.length > 5) {
       for (const [text, checked] of [["all", true], ["none", false]]) {
         const made = node("button", { type: "button" }, this.legend, text);
-        made.setAttribute("aria-label", checked ? "Show all series" : "Hide all series");
+        made.setAttribute("aria-label", checked ? "all series shown" : "none of the series shown");
         made.addEventListener("click", () => {
           for (const box of this.legend.querySelectorAll("input")) {
             if (box.checked !== checked) box.click();
