@@ -15,6 +15,7 @@ FLOORS = [
     {"format_text", "rounding"},
     {"quantize"},
     {"packed", "recipe"},
+    {"recipe_text"},
     {"recipes"},
     {"matmul"},
     {"layers"},

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swalp.report.formats import formats_command
+from swalp.report.recipes import recipes_command
 from swalp.training.mistakes import UserError
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ def train(
         directory.finish(summary)
     print(tables.render(summary))
     print(f"\nSaved in {directory.path}; README.txt there says what is what.")
+    print(f"As a page with curves and histograms: swalp report {directory.path} --open")
     return 0
 
 
@@ -370,6 +372,16 @@ def formats(*words: object, **options: object) -> None:
     """As `formats_command`, whose signature and text this takes; its mistakes become one line."""
     try:
         formats_command(*words, **options)  # type: ignore[arg-type]  # typer has checked them
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+@app.command("recipes")
+@functools.wraps(recipes_command)
+def recipes(*words: object, **options: object) -> None:
+    """As `recipes_command`, whose signature and text this takes; its mistakes become one line."""
+    try:
+        recipes_command(*words, **options)  # type: ignore[arg-type]  # typer has checked them
     except ValueError as error:
         raise UserError(str(error)) from None
 
