@@ -15,6 +15,7 @@ from rich.console import Console
 from benchmarks import (
     environment,
     memory,
+    native_conv,
     optimizer,
     quantizers,
     records,
@@ -34,6 +35,7 @@ BENCHMARKS: dict[str, Callable[[Plan], list[Row]]] = {
     "memory": memory.held,
     "training-mlp": training.mlp,
     "training-vgg16": training.vgg16,
+    "native-convolutions": native_conv.layers,
     "import": startup.import_time,
 }
 OFFICIAL = environment.ROOT / "benchmarks" / "results"
