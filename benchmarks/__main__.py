@@ -16,6 +16,7 @@ from benchmarks import (
     environment,
     memory,
     native,
+    native_conv,
     optimizer,
     quantizers,
     records,
@@ -40,6 +41,7 @@ BENCHMARKS: dict[str, Callable[[Plan], list[Row]]] = {
     "native-wide": native.network("native-wide"),
     "native-block": native.network("native-block"),
     "native-vgg16": native.network("native-vgg16"),
+    "native-convolutions": native_conv.layers,
     "import": startup.import_time,
 }
 OFFICIAL = environment.ROOT / "benchmarks" / "results"

@@ -160,6 +160,7 @@ def train(
         directory.finish(summary)
     print(tables.render(summary))
     print(f"\nSaved in {directory.path}; README.txt there says what is what.")
+    print(f"As a page with curves and histograms: swalp report {directory.path} --open")
     return 0
 
 
