@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from swalp.layers.attention import attention, multi_head_attention
+from swalp.layers.attention import attention, attention_on_integers, multi_head_attention
 from swalp.layers.base import Quantized
 from swalp.layers.products import Products
 
@@ -118,7 +118,8 @@ Handler = Callable[..., Any]
 def _attention(products: Products, func: Any, *args: Any, **kwargs: Any) -> Any:
     if products.off("scaled_dot_product_attention"):
         return func(*args, **kwargs)
-    return attention(products, *args, **kwargs)[0]
+    y = attention_on_integers(products, *args, **kwargs)
+    return attention(products, *args, **kwargs)[0] if y is None else y
 
 
 def _multi_head_attention(products: Products, func: Any, *args: Any, **kwargs: Any) -> Any:
