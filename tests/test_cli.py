@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import pytest
 
 import swalp
 from swalp import cli
-from swalp.training import config
+from swalp.training import config, data, loop, models
 from tiny_runs import finished, settings
 
 TINY = ["digits", "--set", "width=4", "--set", "batch_size=500", "--set", "epochs=2"]
@@ -48,7 +49,10 @@ def test_train_and_evaluate(run_swalp, tmp_path):
         "digits: 1,000 training and 797 test images; mean ± standard deviation of 2 seeds." in out
     )
     assert re.search(r"^paper-small-block-8: low precision costs SGD [+-]\d", out, re.M)
-    assert out.endswith("Saved in made/here; README.txt there says what is what.\n")
+    assert out.endswith(
+        "Saved in made/here; README.txt there says what is what.\n"
+        "As a page with curves and histograms: swalp report made/here --open\n"
+    )
     made = tmp_path / "made" / "here"
     assert (made / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -111,6 +115,55 @@ def test_help(run_swalp):
         assert "Usage: swalp" in out + err
 
 
+def test_export_weights(run_swalp, tmp_path, old_run):
+    status, out, err = run_swalp(
+        "export", old_run, "--format", "bfp8", "--out", "a/model.safetensors"
+    )
+    assert (status, err) == (0, "")
+    errors = dict(re.findall(r"^(.*?)  +(\d+\.\d\d)$", out, re.M))
+    assert list(errors) == ["float average", "quantized to bfp8", "the file, read back"]
+    assert errors["quantized to bfp8"] == errors["the file, read back"]
+    summary = json.loads((old_run / "summary.json").read_text())
+    row = next(
+        r for r in summary["rows"] if (r["arm"], r["model"]) == ("paper-small-block-8", "average")
+    )
+    assert errors["float average"] == f"{row['test_error'][0]:.2f}"
+    size = (tmp_path / "a" / "model.safetensors").stat().st_size
+    assert (
+        f"Saved in a/model.safetensors: {size:,} bytes; {row['model_bytes']:,} in float32." in out
+    )
+    plain = models.build("mlp", size=8, width=8, classes=10, seed=9)
+    plain.load_state_dict(swalp.load_quantized(tmp_path / "a" / "model.safetensors"))
+    found = loop.error(plain, data.load("digits").test)
+    assert f"{found:.2f}" == errors["the file, read back"]
+    status, _, err = run_swalp("export", old_run, "--out", "a/model.safetensors")
+    assert (status, err) == (
+        2, "swalp: a/model.safetensors: is there already; choose another file with --out\n"
+    )  # fmt: skip
+
+
+def test_export_of_a_graph(run_swalp, tmp_path, old_run):
+    pytest.importorskip("onnxruntime")
+    words = ["export", old_run, "--format", "onnx", "--arm", "float", "--activations"]
+    status, out, err = run_swalp(*words, "--out", "model.onnx")
+    assert (status, err) == (0, "")
+    errors = dict(re.findall(r"^(.*?)  +(\d+\.\d\d)$", out, re.M))
+    assert list(errors) == ["float average", "quantized to bfp8[0]", "onnxruntime"]
+    values = [float(value) for value in errors.values()]
+    assert max(values) - min(values) < 2
+
+
+def test_export_goes_beside_the_average(run_swalp, tmp_path):
+    run = finished(tmp_path / "run", averages=("every=epoch",))
+    assert run_swalp("export", run.path)[0] == 0
+    assert run_swalp("export", run.path, "--average", "every=epoch", "--format", "fixed8.4")[0] == 0
+    folder = run.path / "models" / "paper-small-block-8" / "seed-0"
+    assert {"average-bfp8[0].safetensors", "average-every=epoch-fixed8.4.safetensors"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert run_swalp("evaluate", run.path)[0] == 0
+
+
 MISTAKES = [
     (["train", "digts"], "unknown preset 'digts'; did you mean 'digits'?"),
     (["train", ""], "unknown preset ''; presets: cifar10-"),
@@ -137,6 +190,13 @@ MISTAKES = [
     (["train", "digits", "--resume", "OLD"], "takes the settings of that run: leave out"),
     (["train", "--resume", "OLD", "--set", "epochs=9"], "takes the settings of that run"),
     (["train", "--resume", "OLD", "--out", "x"], "takes the settings of that run"),
+    (["export", "none"], "none: not a run directory (it has no run.json)"),
+    (["export", "OLD", "--format", "bfp"], "--format bfp: "),
+    (["export", "OLD", "--format", "bfp20"], "--format bfp20: 20 bits a weight; at most 16 can be"),
+    (["export", "OLD", "--arm", "flot"], "--arm flot: this run has float, paper-small-block-8"),
+    (["export", "OLD", "--seed", "7"], "--seed 7: this run has 0"),
+    (["export", "OLD", "--average", "best"], "--average best: this run has average"),
+    (["export", "OLD", "--activations"], "--activations is for --format onnx"),
     (["evaluate", "none"], "none: not a run directory (it has no run.json)"),
     (["evaluate"], "Missing argument"),
     (["evaluate", "OLD", "OLD"], "Got unexpected extra argument(s)"),

@@ -4,6 +4,7 @@ from swalp import optim, recipes, schedules
 from swalp.averaging import WeightAverage
 from swalp.batchnorm import recompute_batchnorm
 from swalp.convert import convert, noise_clock, to_float
+from swalp.export import load_quantized, save_onnx, save_quantized
 from swalp.format_text import parse_format
 from swalp.formats import Binary, BlockFloat, FixedPoint, Microscaling, Minifloat
 from swalp.packed import PackedTensor, pack
@@ -25,6 +26,7 @@ __all__ = [
     "TowardZero",
     "WeightAverage",
     "convert",
+    "load_quantized",
     "noise_clock",
     "optim",
     "pack",
@@ -33,6 +35,8 @@ __all__ = [
     "quantize_many",
     "recipes",
     "recompute_batchnorm",
+    "save_onnx",
+    "save_quantized",
     "schedules",
     "summary",
     "to_float",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from swalp.report.formats import formats_command
+from swalp.report.recipes import recipes_command
 from swalp.training.mistakes import UserError
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ def train(
         directory.finish(summary)
     print(tables.render(summary))
     print(f"\nSaved in {directory.path}; README.txt there says what is what.")
+    print(f"As a page with curves and histograms: swalp report {directory.path} --open")
     return 0
 
 
@@ -306,6 +308,55 @@ def profile_command(
 
 
 @app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="The directory of a finished run.")],
+    format_: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="Of the weights, such as bfp8 or bfp8[0] (see `swalp formats`), in a safetensors "
+            "file; or onnx.",
+        ),
+    ] = "bfp8[0]",
+    arm: Annotated[
+        str | None, typer.Option(help="Whose average; default: the first in low precision.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of which seed; default: the first.")] = None,
+    average: Annotated[
+        str, typer.Option(help='Which average: "best", or one of the further ones by its text.')
+    ] = "average",
+    activations: Annotated[
+        bool, typer.Option("--activations", help="ONNX: quantize activations as well.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="The file; default: beside the saved average.")
+    ] = None,
+    data_dir: DataDir = None,
+    download: Download = False,
+) -> None:
+    """Write a run's average quantized to nearest, to be shipped, and measure its error."""
+    from swalp.report import tables
+    from swalp.training import data, run_directory, shipping
+
+    directory = run_directory.open_run(run)
+    directory.summary()
+    examples = data.load(directory.config().data, data_dir, download=download)
+    made = shipping.export(
+        directory,
+        examples,
+        fmt=format_,
+        arm=arm,
+        seed=seed,
+        model=average if average in ("average", "best") else f"average {average}",
+        activations=activations,
+        out=out,
+    )
+    body = [(name, f"{error:.2f}") for name, error in made.errors.items()]
+    print(tables.aligned(("computed by", "test error, %"), body))
+    print(f"\nSaved in {made.path}: {made.nbytes:,} bytes; {made.float_bytes:,} in float32.")
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, processor, threads, the kernel in use, and where data is looked for."""
     from swalp.report.tables import pairs
@@ -321,6 +372,16 @@ def formats(*words: object, **options: object) -> None:
     """As `formats_command`, whose signature and text this takes; its mistakes become one line."""
     try:
         formats_command(*words, **options)  # type: ignore[arg-type]  # typer has checked them
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+@app.command("recipes")
+@functools.wraps(recipes_command)
+def recipes(*words: object, **options: object) -> None:
+    """As `recipes_command`, whose signature and text this takes; its mistakes become one line."""
+    try:
+        recipes_command(*words, **options)  # type: ignore[arg-type]  # typer has checked them
     except ValueError as error:
         raise UserError(str(error)) from None
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from swalp.formats import BlockFloat, FixedPoint, Format, Microscaling, Minifloat
 from swalp.recipe import (
@@ -20,6 +21,7 @@ from swalp.recipe import (
     Recipe,
     fit,
 )
+from swalp.recipe_text import from_settings, settings_of, to_toml
 from swalp.rounding import Nearest, Stochastic
 
 __all__ = [
@@ -33,8 +35,11 @@ __all__ = [
     "Recipe",
     "fit",
     "get",
+    "load",
     "named",
     "names",
+    "summary",
+    "to_toml",
 ]
 
 # 16 bits serve where each number is rounded once; a weight sums thousands of small updates.
@@ -113,7 +118,9 @@ def _qtorch(name: str, word_length: int) -> Recipe:
 def _native(name: str, word_length: int) -> Recipe:
     """Operands as integer hardware takes them: one exponent per tensor, no lowest number."""
     fmt = BlockFloat(word_length)
-    return replace(_recipe(name, fmt, fmt, fmt), quantize_input=True, placement="operands")
+    return replace(
+        _recipe(name, fmt, fmt, fmt), quantize_input=True, placement="operands", product="native"
+    )
 
 
 def _fixed(name: str, word_length: int) -> Recipe:
@@ -155,7 +162,7 @@ def _microscaling(element: Minifloat | FixedPoint, error: Minifloat | FixedPoint
     def build(name: str) -> Recipe:
         forward, backward = Microscaling(element), Microscaling(error)
         channels = Override(
-            kind="Conv*",
+            kind="Conv*d",  # not the Conv1D of transformers, which is a linear layer
             required=False,
             activation=Quantizer(replace(forward, axis=1), _SHORT),
             error=Quantizer(replace(backward, axis=1), _SHORT),
@@ -215,6 +222,32 @@ def names() -> tuple[str, ...]:
     return (*(f"{family}-8" for family in _FAMILIES), *_SINGLE)
 
 
+def summary(name: str) -> str:
+    """What a recipe is, in one line."""
+    family = name.rpartition("-")[0]
+    if name not in _SINGLE and family in _FAMILIES:
+        widths = _FAMILIES[family][1]
+        return f"{_SUMMARIES[family]}; W {widths[0]}..{widths[-1]}"
+    return _SUMMARIES[name]
+
+
+_SUMMARIES = {
+    "paper-big-block": "Algorithm 2, one exponent per tensor",
+    "paper-small-block": "Algorithm 2, one exponent per channel",
+    "official": "what the published code does to its VGG16",
+    "official-preresnet": "what the published code does to its PreResNet-164",
+    "qtorch": "QPyTorch's example: one exponent per sample",
+    "native": "products on 8-bit integers, one exponent per tensor",
+    "fixed": "fixed point, a constant gap for each role",
+    "fp8": "OCP FP8, everything kept in 8 bits",
+    "fp8-accumulator": "FP8 to nearest with a 16-bit accumulator",
+    "mxint8": "OCP microscaling, 8-bit integers",
+    "mxfp8": "OCP microscaling, E4M3 forward and E5M2 back",
+    "mxfp6": "OCP microscaling, E2M3",
+    "mxfp4": "OCP microscaling, E2M1",
+}
+
+
 def get(name: str) -> Recipe:
     """The named recipe.
 
@@ -229,7 +262,7 @@ def get(name: str) -> Recipe:
               the paper, point by point);
             * ``qtorch-W``: QPyTorch's example of SWALP;
             * ``native-W``: one exponent per tensor on the operands of every product, the network's
-              input included: what int8 hardware multiplies;
+              input included, and the products computed on integers;
             * ``fixed-W``: fixed point, the gap of each role a constant;
             * ``fp8``: E4M3 for weights and activations, E5M2 for errors, gradients and momentum;
               ``fp8-accumulator``: E5M2 to nearest with momentum and accumulator in 16 bits;
@@ -253,14 +286,39 @@ def get(name: str) -> Recipe:
     raise ValueError(f"unknown recipe {name!r}; did you mean {' or '.join(near)}?")
 
 
+def load(path: str | Path) -> Recipe:
+    """The recipe in a TOML file: see `docs/recipes.md`.
+
+    Keys are the fields of `Recipe`, roles as ``"bfp8 stochastic16"`` or ``"float"``. With
+    ``base = "paper-small-block-8"`` the other keys change that recipe, and overrides follow its
+    own. Without, roles that are not named stay float.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: no recipe; the text names the file, the key and the mend.
+    """
+    source = str(path)
+    settings = settings_of(Path(path).read_text(encoding="utf-8"), source)
+    base = settings.pop("base", None)
+    start = Recipe(name=Path(path).stem) if base is None else _base(base, source)
+    return from_settings({"name": Path(path).stem} | settings, start, source)
+
+
+def _base(name: object, source: str) -> Recipe:
+    try:
+        return get(str(name))
+    except ValueError as error:
+        raise ValueError(f"{source}: base: {error}") from None
+
+
 def named(recipe: Recipe | str, owner: str) -> Recipe:
-    """`recipe`, or the one of that name; `owner` says in errors who asked.
+    """`recipe`, or the one of that name, or in that file (``….toml``); `owner` asked.
 
     Raises:
         TypeError: neither a recipe nor a name.
     """
     if isinstance(recipe, str):
-        return get(recipe)
+        return load(recipe) if recipe.endswith(".toml") else get(recipe)
     if not isinstance(recipe, Recipe):
         raise TypeError(
             f"{owner}: recipe must be a Recipe or the name of one, not {recipe!r}; "

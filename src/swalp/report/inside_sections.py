@@ -73,9 +73,9 @@ def _roles(run: Run) -> dict[str, dict[str, list[str]]]:
                 chosen[row["role"]].append(row["format"])
         if not chosen and arm != "float":
             try:
-                recipe = recipes.get(arm)
-            except ValueError:
-                continue  # a recipe of another version of swalp
+                recipe = recipes.named(arm, "arms")
+            except (ValueError, OSError):
+                continue  # a recipe of another version of swalp, or a file that is gone
             for role in recipes.ROLES:
                 quantizer = getattr(recipe, role)
                 if quantizer is not None and role != "second_moment":  # Adam's; runs train with SGD

@@ -37,8 +37,8 @@ _MNIST = RunConfig(
     seeds=3,
     first_seed=0,
     batch_size=128,
-    epochs=12,
-    averaging_start=6,
+    epochs=8,
+    averaging_start=4,
     average_every=1,
     learning_rate=0.02,
     averaging_rate=0.01,
@@ -54,14 +54,15 @@ _CIFAR = _MNIST.model_copy(
         "augment": True,
         "learning_rate": 0.05,
         "averaging_rate": 0.02,
-        "epochs": 18,
-        "averaging_start": 10,
+        "epochs": 10,
+        "averaging_start": 6,
+        "seeds": 2,
     }
 )
 # The training runs: settings, and training images (the first ones of the data set).
 SETTINGS: dict[str, tuple[RunConfig, int]] = {
-    "mnist": (_MNIST, 20_000),
-    "cifar10": (_CIFAR, 10_000),
+    "mnist": (_MNIST, 10_000),
+    "cifar10": (_CIFAR, 5_000),
 }
 
 
@@ -75,7 +76,7 @@ def averaging_frequency(
     """How often must an iterate be taken? Every arm and seed is trained once, for all frequencies.
 
     Args:
-        config: settings of the run, such as ``SETTINGS["mnist"][0]``; `averages` are replaced.
+        config: settings of the run, such as ``SETTINGS["mnist"][0]``.
         data: as `config` says.
         examples: train on the first so many images alone; default: on all.
         watch: called after each step with the steps done and those of the whole ablation.
@@ -108,17 +109,17 @@ def averaging_precision(
     """How precise must the average be? Every arm and seed is trained once, for all precisions.
 
     Args:
-        config: settings of the run; `averages` are replaced, `average_every` holds for all.
+        config: settings of the run; `average_every` holds for all.
         data: as `config` says.
         examples: train on the first so many images alone; default: on all.
         watch: called after each step with the steps done and those of the whole ablation.
 
     Returns:
-        As `averaging_frequency`, with "average" one of ``precision=bfpW[0]`` for W in `PRECISIONS`,
-        "precision=float32", or "iterate".
+        As `averaging_frequency`, at the last epoch alone, with "average" one of
+        ``precision=bfpW[0]`` for W in `PRECISIONS`, "precision=float32", or "iterate".
     """
     texts = [f"precision=bfp{bits}[0]" for bits in PRECISIONS] + ["precision=float32"]
-    return _rows(config, _first(data, examples), texts, watch)
+    return _rows(config, _first(data, examples), texts, watch, last_only=True)
 
 
 def _rows(
@@ -126,31 +127,53 @@ def _rows(
     data: Dataset,
     texts: Sequence[str],
     watch: Callable[[int, int], None],
+    *,
+    last_only: bool = False,
 ) -> list[Row]:
-    config = config.model_copy(update={"averages": tuple(texts)})
-    steps = config.epochs * loop.steps_per_epoch(config, data)
+    per_epoch = loop.steps_per_epoch(config, data)
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     trajectories = [(arm, seed) for arm in config.arms for seed in seeds]
-    rows = []
-    for number, (arm, seed) in enumerate(trajectories):
+    total = len(trajectories) * config.epochs * per_epoch
+    done, rows = 0, []
+    for arm, seed in trajectories:
         trajectory = loop.begin(config, data, arm, seed)
+        kept = {
+            text: averages.parse(text).begin(
+                trajectory.model,
+                arm,
+                start=config.averaging_start,
+                every=config.average_steps(per_epoch),
+                per_epoch=per_epoch,
+                seed=seed,
+            )
+            for text in texts
+        }
         for step in loop.train(trajectory, data, config):
-            watch(number * steps + trajectory.step, len(trajectories) * steps)
+            for average in kept.values():
+                average.update_parameters(trajectory.model)
+            done += 1
+            watch(done, total)
             record = step.record
             if record is None or record["epoch"] <= config.averaging_start:
                 continue
-            found = {"iterate": {"error": record["test_error"], "averaged": 0}}
-            for average, each in (found | record.get("averages", {})).items():
-                rows.append(
-                    {
-                        "arm": arm,
-                        "seed": seed,
-                        "epoch": record["epoch"],
-                        "average": average,
-                        "averaged": each["averaged"],
-                        "test_error": each["error"],
-                    }
-                )
+            if last_only and record["epoch"] < config.epochs:
+                continue
+            found = [("iterate", 0, record["test_error"])]
+            for text, average in kept.items():
+                if average.count:
+                    model = loop.averaged_model(average, config, data, seed)
+                    found.append((text, average.count, loop.error(model, data.test)))
+            rows += [
+                {
+                    "arm": arm,
+                    "seed": seed,
+                    "epoch": record["epoch"],
+                    "average": text,
+                    "averaged": count,
+                    "test_error": error,
+                }
+                for text, count, error in found
+            ]
     return rows
 
 

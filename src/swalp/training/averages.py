@@ -161,5 +161,5 @@ def _precision(text: str, name: str) -> torch.dtype | Format | str:
 def _weight_format(arm: str) -> Format | None:
     if arm == "float":
         return None
-    weight = recipes.get(arm).weight
+    weight = recipes.named(arm, "arms").weight
     return None if weight is None else weight.format

@@ -53,7 +53,8 @@ class RunConfig(BaseModel):
     arms: tuple[str, ...] = Field(
         strict=False,
         min_length=1,
-        description='precisions to train in, side by side: "float", or the name of a recipe',
+        description='precisions to train in, side by side: "float", or a recipe, by name or as a '
+        "file ending in .toml",
     )
     seeds: int = Field(ge=1, le=1000, description="how many seeds each arm is trained from")
     first_seed: int = Field(ge=0, lt=2**32, description="the first seed; the others follow it")
@@ -106,7 +107,10 @@ class RunConfig(BaseModel):
     def _known_arms(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
         for arm in arms:
             if arm != FLOAT:
-                recipes.get(arm)
+                try:
+                    recipes.named(arm, "arms")
+                except OSError as error:
+                    raise ValueError(f"{arm}: cannot read the recipe: {error.strerror}") from None
         if len(set(arms)) < len(arms):
             raise ValueError("each arm may be named once")
         return arms

@@ -25,13 +25,14 @@ def recipe(config: RunConfig, arm: str, model: str) -> Recipe:
     weight = Quantizer(parse_format(config.export_format), Nearest())
     if model == "quantized":
         return Recipe(name="quantized average", weight=weight)
-    trained = recipes.get("paper-small-block-8" if arm == FLOAT else arm)
+    trained = recipes.named("paper-small-block-8" if arm == FLOAT else arm, "arms")
     activation = trained.activation
     return Recipe(
         name="quantized average and activations",
         weight=weight,
         activation=None if activation is None else Quantizer(activation.format, Nearest()),
         quantize_input=trained.quantize_input,
+        placement=trained.placement,
     )
 
 

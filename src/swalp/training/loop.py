@@ -18,6 +18,7 @@ from swalp.training import averages, deployment, models
 from swalp.training.augmentation import Draws
 from swalp.training.config import FLOAT, RunConfig
 from swalp.training.data import Dataset, Images, epoch_order, evaluation_batches
+from swalp.training.mistakes import UserError
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -96,18 +97,23 @@ def network(config: RunConfig, data: Dataset, arm: str, seed: int) -> nn.Module:
     )
     if arm == FLOAT:
         return model
-    return swalp.convert(model, swalp.recipes.get(arm), seed=seed, packed=True)
+    recipe = swalp.recipes.named(arm, "arms")
+    packed = recipe.weight is not None and recipe.weight.format.bits <= 16
+    try:
+        return swalp.convert(model, recipe, seed=seed, packed=packed)
+    except ValueError as error:
+        raise UserError(f"arm {arm}: {error}") from None
 
 
 def begin(config: RunConfig, data: Dataset, arm: str, seed: int) -> Trajectory:
     """A trajectory at step 0."""
     model = network(config, data, arm, seed)
     optimizer = SGD(
-        model.named_parameters(),
+        model,
         lr=config.learning_rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
-        recipe=None if arm == FLOAT else swalp.recipes.get(arm),
+        recipe=None if arm == FLOAT else arm,
         seed=seed,
     )
     per_epoch = steps_per_epoch(config, data)

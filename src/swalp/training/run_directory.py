@@ -52,7 +52,7 @@ run.json         the version of this layout
 
 Low-precision models are stored as integer codes and shared exponents; swalp.packed.from_plain reads
 them. `swalp evaluate` with this directory computes every error of the table again; `swalp export`
-writes the average quantized, or for ONNX runtimes.
+writes the average quantized, or for ONNX runtimes; `swalp report` makes one page of all.
 """
 
 
@@ -147,7 +147,8 @@ class RunDirectory:
     def model_path(self, arm: str, seed: int, model: str) -> Path:
         """Where one model is saved: "sgd", "last", "average", "best" or "average TEXT"."""
         name = re.sub(r"[^\w.=,\[\]-]+", "-", model)
-        return self.path / "models" / arm / f"seed-{seed}" / f"{name}.safetensors"
+        folder = re.sub(r"[/\\:]+", "-", arm)  # it may be the path of a recipe
+        return self.path / "models" / folder / f"seed-{seed}" / f"{name}.safetensors"
 
     def save_model(self, path: Path, state: dict[str, Tensor]) -> None:
         """Save a state dict, packed tensors as codes and exponents."""

@@ -96,7 +96,7 @@ def train(
     outcome = "failed"
     try:
         run.append_session(began)
-        with _threads(config.threads):
+        with threads(config.threads):
             _train(run, config, data, watch, say, stop)
             result = summary.build(run, config, data)
         outcome = "finished"
@@ -132,14 +132,14 @@ def evaluate(run: RunDirectory, data: Dataset) -> Record:
         errors = []
         for number, sha256 in enumerate(row["sha256"]):
             seed = config.first_seed + number
-            with _threads(config.threads):
-                model = _saved_model(run, config, data, row, seed, sha256)
+            with threads(config.threads):
+                model = saved_model(run, config, data, row, seed, sha256)
                 errors.append(loop.error(model, data.test))
         rows.append(row | {"test_error": errors})
     return before | {"rows": rows}
 
 
-def _saved_model(
+def saved_model(
     run: RunDirectory, config: RunConfig, data: Dataset, row: Record, seed: int, sha256: str
 ) -> nn.Module:
     """The model of a row, for one seed, from its file."""
@@ -238,7 +238,7 @@ def _require_iterates(config: RunConfig, per_epoch: int) -> None:
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def threads(count: int) -> Iterator[None]:
     """PyTorch with that many threads, inside a ``with`` block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)

@@ -1,0 +1,136 @@
+"""Quantized weights in one safetensors file, about a byte a weight at 8 bits.
+
+Each parameter is two tensors, ``NAME.codes`` (integers) and, if its format has blocks,
+``NAME.exponents``; everything else, such as batch-norm statistics, is there as it is. The file's
+metadata say of each what it means: for integer formats
+
+    value = codes * 2.0 ** (exponents + scale)
+
+with `scale` an integer there (exponents broadcast; without any they are 0).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from swalp.formats import BlockFloat, FixedPoint, Format
+from swalp.packed import PackedTensor, from_plain, pack, to_plain
+from swalp.recipe import fit
+from swalp.rounding import Nearest
+
+VERSION = 1
+_KEY = "swalp"  # of the metadata: one entry, as safetensors writes several in no fixed order
+
+
+@torch.no_grad()
+def packed_state(model: nn.Module, fmt: Format) -> dict[str, Tensor]:
+    """The state dict of `model` with every parameter packed, rounded to nearest.
+
+    Args:
+        model: a network, such as `WeightAverage.module`, packed or not.
+        fmt: of at most 16 bits; `fit` says what becomes of it for small tensors.
+    """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+    def kept(name: str, value: Tensor) -> Tensor:
+        value = value.detach()
+        if name not in parameters:
+            return value
+        floats = value.dequantize() if isinstance(value, PackedTensor) else value.float()
+        return pack(floats.contiguous(), fit(fmt, value.shape), Nearest())
+
+    return {name: kept(name, value) for name, value in model.state_dict().items()}
+
+
+def to_bytes(model: nn.Module, fmt: Format) -> bytes:
+    """The content of the file that `save_quantized` writes."""
+    state = packed_state(model, fmt)
+    plain, _ = to_plain(state)
+    described = {
+        name: _description(value)
+        for name, value in state.items()
+        if isinstance(value, PackedTensor)
+    }
+    metadata = {"version": VERSION, "parameters": described}
+    return safetensors.torch.save(plain, {_KEY: json.dumps(metadata)})
+
+
+def save_quantized(model: nn.Module, path: str | Path, fmt: Format) -> None:
+    """Write the weights of `model`, rounded to nearest, as integer codes and shared exponents.
+
+    Batch-norm statistics go along as they are: recompute them on the quantized network first where
+    the format is short.
+
+    Args:
+        model: a float or packed network, such as `WeightAverage.module`.
+        path: of the file, ``….safetensors``.
+        fmt: such as ``BlockFloat(8, axes=(0,))``; at most 16 bits.
+
+    Raises:
+        ValueError: `fmt` has more than 16 bits.
+    """
+    Path(path).write_bytes(to_bytes(model, fmt))
+
+
+def load_quantized(path: str | Path, *, packed: bool = False) -> dict[str, Tensor]:
+    """The weights that `save_quantized` or `swalp export` wrote.
+
+    Args:
+        path: of the file.
+        packed: leave parameters as `PackedTensor`; else they are float32, for the plain network's
+            ``load_state_dict``.
+
+    Raises:
+        ValueError: the file is damaged, or another kind of file.
+        OSError: it cannot be read.
+    """
+    content = Path(path).read_bytes()
+    try:
+        tensors = safetensors.torch.load(content)
+        with safetensors.safe_open(path, framework="pt") as file:
+            described = json.loads(file.metadata()[_KEY])
+        if described["version"] != VERSION:
+            raise ValueError(f"version {described['version']} of the format; this reads {VERSION}")
+        texts = {
+            name: f"{each['format']} {','.join(map(str, each['shape']))}"
+            for name, each in described["parameters"].items()
+        }
+        # Cloned, so that the tensors are aligned as those that PyTorch allocates.
+        state = from_plain({name: each.clone() for name, each in tensors.items()}, texts)
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: not a whole file of quantized weights: {' '.join(str(error).split())}"
+        ) from None
+    if packed:
+        return state
+    return {
+        name: value.dequantize() if isinstance(value, PackedTensor) else value
+        for name, value in state.items()
+    }
+
+
+def scale(fmt: Format) -> int | None:
+    """Value = codes * 2**(exponents + scale); None if codes are bit patterns."""
+    match fmt:
+        case BlockFloat():
+            return fmt.gap_exponent(0)
+        case FixedPoint():
+            return -fmt.frac_bits
+        case _:
+            return None
+
+
+def _description(value: PackedTensor) -> dict[str, Any]:
+    return {
+        "format": str(value.format),
+        "shape": list(value.shape),
+        "scale": scale(value.format),
+        "codes_per_byte": 2 if value.codes.numel() < value.numel() else 1,
+    }

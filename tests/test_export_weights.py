@@ -1,0 +1,101 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import swalp
+from swalp.export import weights
+
+FORMATS = ["bfp8", "bfp8[0]", "bfp8t[0]", "bfp4[0]", "bfp16", "fixed8.6", "e4m3fn", "mxfp8_e4m3"]
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10)
+    )
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_the_plain_network_gets_the_rounded_weights(text, tmp_path):
+    fmt, model = swalp.parse_format(text), network()
+    model(torch.randn(8, 1, 6, 6))
+    swalp.save_quantized(model, tmp_path / "model.safetensors", fmt)
+    plain = network()
+    plain.load_state_dict(swalp.load_quantized(tmp_path / "model.safetensors"))
+    rounded = swalp.convert(
+        model,
+        swalp.recipes.Recipe(name="r", weight=swalp.recipes.Quantizer(fmt, swalp.Nearest())),
+    )
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, rounded.state_dict()[name]), name
+    packed = swalp.load_quantized(tmp_path / "model.safetensors", packed=True)
+    assert isinstance(packed["0.weight"], swalp.PackedTensor)
+
+
+def test_one_byte_a_weight(tmp_path):
+    model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 512, bias=False))
+    path = tmp_path / "model.safetensors"
+    swalp.save_quantized(model, path, swalp.BlockFloat(8, axes=(0,)))
+    assert path.stat().st_size < 1.01 * 2 * 512**2
+    swalp.save_quantized(model, path, swalp.BlockFloat(4))
+    assert path.stat().st_size < 0.51 * 2 * 512**2
+
+
+def test_packed_weights_of_another_format_are_rounded_anew(tmp_path):
+    model = swalp.convert(network(), swalp.recipes.get("paper-small-block-8"), packed=True)
+    path = tmp_path / "model.safetensors"
+    swalp.save_quantized(model, path, swalp.BlockFloat(4))
+    floats = model[0].weight.detach().dequantize()
+    expected = swalp.quantize(floats, swalp.BlockFloat(4))
+    assert torch.equal(swalp.load_quantized(path)["0.weight"], expected)
+
+
+def test_the_file_can_be_read_without_swalp(tmp_path):
+    """As docs/export.md says."""
+    paths = []
+    for text in ("bfp8[0]", "fixed8.5", "bfp12"):
+        paths.append(str(tmp_path / f"{text}.safetensors"))
+        swalp.save_quantized(network(), paths[-1], swalp.parse_format(text))
+    code = f"""
+import json, sys, torch
+from safetensors import safe_open
+for path in {paths!r}:
+    with safe_open(path, framework="pt") as file:
+        tensors = {{name: file.get_tensor(name) for name in file.keys()}}
+        described = json.loads(file.metadata()["swalp"])["parameters"]
+    for name, each in described.items():
+        codes = tensors.pop(name + ".codes").float()
+        exponents = tensors.pop(name + ".exponents", torch.zeros(1)).float()
+        tensors[name] = codes * 2.0 ** (exponents + each["scale"])
+    print(json.dumps({{name: value.flatten().tolist() for name, value in tensors.items()}}))
+assert "swalp" not in sys.modules
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for path, line in zip(paths, run.stdout.splitlines(), strict=True):
+        found = json.loads(line)
+        for name, value in swalp.load_quantized(path).items():
+            assert found[name] == value.flatten().tolist()
+
+
+def test_mistakes(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(ValueError, match="codes have at most 16"):
+        swalp.save_quantized(network(), path, swalp.BlockFloat(20))
+    assert not path.exists()
+    swalp.save_quantized(network(), path, swalp.BlockFloat(8))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5])
+    with pytest.raises(ValueError, match="not a whole file of quantized weights"):
+        swalp.load_quantized(path)
+    import safetensors.torch
+
+    path.write_bytes(safetensors.torch.save({"a": torch.ones(1)}))
+    with pytest.raises(ValueError, match="not a whole file of quantized weights"):
+        swalp.load_quantized(path)
+    with pytest.raises(OSError, match="No such file"):
+        swalp.load_quantized(tmp_path / "none")
+    assert weights.to_bytes(network(), swalp.BlockFloat(8)) == whole
