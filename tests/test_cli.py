@@ -49,7 +49,10 @@ def test_train_and_evaluate(run_swalp, tmp_path):
         "digits: 1,000 training and 797 test images; mean ± standard deviation of 2 seeds." in out
     )
     assert re.search(r"^paper-small-block-8: low precision costs SGD [+-]\d", out, re.M)
-    assert out.endswith("Saved in made/here; README.txt there says what is what.\n")
+    assert out.endswith(
+        "Saved in made/here; README.txt there says what is what.\n"
+        "As a page with curves and histograms: swalp report made/here --open\n"
+    )
     made = tmp_path / "made" / "here"
     assert (made / "curves.png").read_bytes().startswith(b"\x89PNG")
 

@@ -74,3 +74,18 @@ def test_rows_that_stand_for_all_are_marks():
     assert (series.label, series.y) == ("SGD-LP", [7.0, 5.0])  # the device says nothing
     assert [(mark.axis, mark.at, mark.label) for mark in panel.marks] == [("y", 3.0, "SGD")]
     assert panel.note == "At the right end: SGD-LP 5."
+
+
+def test_what_was_set_is_a_name_and_no_measure():
+    """Several rows of one seed at one place: bands over them would mix settings."""
+    rows = [
+        {"seed": seed, "bits": bits, "gap": 2.0**-bits, "rate": rate, "square": rate / bits + seed}
+        for seed in (0, 1)
+        for bits in (3, 4)
+        for rate in (1.0, 0.0625)
+    ]
+    (panel,) = guess(rows, ("bits",))  # none of the gap, which the bits say already
+    assert panel.y_label == "square"
+    assert [series.label for series in panel.series] == ["rate 1", "rate 0.0625"]
+    assert panel.series[0].y == pytest.approx([1 / 3 + 0.5, 1 / 4 + 0.5])
+    assert panel.series[0].high == pytest.approx([1 / 3 + 1, 1 / 4 + 1])

@@ -87,6 +87,15 @@ def test_another_experiment_is_its_page_and_sheet(tmp_path):
     assert "<img" not in claim.page
 
 
+def test_several_files_of_rows_are_told_apart(tmp_path):
+    (tmp_path / "mnist-rows.jsonl").write_text('{"error": 1}\n')
+    (tmp_path / "cifar10-rows.jsonl").write_text('{"error": 2}\n')
+    assert load(str(tmp_path)).rows == [
+        {"rows": "cifar10", "error": 2},
+        {"rows": "mnist", "error": 1},
+    ]
+
+
 MISTAKES = [
     ({"metrics.jsonl": '{"a": 1}\n'}, r"metrics.jsonl: damaged: record 1 has no 'arm'"),
     ({"metrics.jsonl": "{\n{}\n"}, r"metrics.jsonl: line 1: damaged: Expecting property name"),

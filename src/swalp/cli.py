@@ -96,7 +96,7 @@ def train(
         str | None,
         typer.Argument(
             metavar="[PRESET|CONFIG.toml]",
-            help="digits (default), mnist, fashion-mnist, or a file.",
+            help="digits (default), mnist, cifar10-small, cifar10-vgg16 and others, or a file.",
         ),
     ] = None,
     set_: Annotated[
@@ -160,6 +160,7 @@ def train(
         directory.finish(summary)
     print(tables.render(summary))
     print(f"\nSaved in {directory.path}; README.txt there says what is what.")
+    print(f"As a page with curves and histograms: swalp report {directory.path} --open")
     return 0
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeGuard
 Kind = Literal["line", "points", "steps", "bars", "strokes"]
 Row = Mapping[str, Any]
 
+_VALUES = 12  # that something that was set takes, at most
 _CURVES = 24  # in one panel; more tell nothing
 _COLOURS = 8  # that the page has
 _DIGITS = 5  # significant ones: more cannot be seen, and make the page large
@@ -190,16 +191,18 @@ def guess(rows: Sequence[Row], x_first: Sequence[str]) -> list[Panel]:
     if along is None:
         return []
     named = _telling(rows)
+    named += _varied(rows, named, along, quantities)
     panels = []
     for key, seen in quantities.items():
-        if key == along or len(seen) < 2 or key in x_first:
+        if key in (along, *named, *x_first) or len(seen) < 2 or _follows(rows, key, along):
             continue
         groups: dict[str, list[Row]] = {}
         constant: dict[str, list[float]] = {}
         for row in rows:
             if not is_number(row.get(key)):
                 continue
-            label = ", ".join(str(row[name]) for name in named if row.get(name)) or words(key)
+            label = ", ".join(_named(name, row[name]) for name in named if row.get(name))
+            label = label or words(key)
             if is_number(row.get(along)):
                 groups.setdefault(label, []).append(row)
             elif along in row:  # it stands for all of them, as float does for word lengths
@@ -245,6 +248,43 @@ def _telling(rows: Sequence[Row]) -> list[str]:
         if after > before:
             chosen.append(key)
     return chosen
+
+
+def _varied(
+    rows: Sequence[Row], named: Sequence[str], along: str, quantities: Mapping[str, set[float]]
+) -> list[str]:
+    """Quantities that were set, not measured: without them several rows of a seed are alike."""
+    chosen: list[str] = []
+    here = [row for row in rows if is_number(row.get(along))]
+
+    def alike() -> int:
+        keys = (*named, *chosen, along, "seed")
+        return len(here) - len({tuple(row.get(key) for key in keys) for row in here})
+
+    for key in sorted(quantities, key=lambda key: len(quantities[key])):
+        if not alike():
+            break
+        if key != along and 1 < len(quantities[key]) <= _VALUES:
+            before = alike()
+            chosen.append(key)
+            if alike() == before:
+                chosen.remove(key)
+    return chosen
+
+
+def _follows(rows: Sequence[Row], key: str, along: str) -> bool:
+    """Whether a quantity says no more than the place along the axis."""
+    values: dict[Any, set[Any]] = {}
+    count = 0
+    for row in rows:
+        if is_number(row.get(along)) and is_number(row.get(key)):
+            values.setdefault(row[along], set()).add(row[key])
+            count += 1
+    return count > len(values) and all(len(found) == 1 for found in values.values())
+
+
+def _named(name: str, value: Any) -> str:
+    return f"{words(name)} {value:.4g}" if is_number(value) else str(value)
 
 
 def _ends(series: Sequence[Series]) -> str:

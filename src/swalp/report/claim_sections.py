@@ -32,6 +32,7 @@ _ALONG = (
     "gap",
     "averaged",
 )
+_FEW = 12  # rows that are shown at once
 _LISTED = 200  # rows that are shown whole
 
 
@@ -115,7 +116,7 @@ def _rows(rows: list[Row]) -> list[Block]:
         place for place, key in enumerate(keys) if any(is_number(row.get(key)) for row in rows)
     )
     grid = Grid("All rows", [words(key) for key in keys], body, numeric, note)
-    return [Folded(f"{len(rows):,} rows", [grid])]
+    return [grid] if len(rows) <= _FEW else [Folded(f"{len(rows):,} rows", [grid])]
 
 
 def _cell(value: object) -> str:

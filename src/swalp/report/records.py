@@ -18,6 +18,7 @@ Row = dict[str, Any]
 
 # Where a claim that is given by its name is looked for, first where experiments are kept.
 CLAIM_FOLDERS = ("experiments", "reproduced")
+_ROWS = "*rows.jsonl"  # rows.jsonl, or several, such as mnist-rows.jsonl
 
 
 class RecordError(ValueError):
@@ -98,11 +99,12 @@ def load(word: str) -> Run | Claim:
     path = _find(word)
     if (path / "config.toml").is_file() and (path / "metrics.jsonl").is_file():
         return _run(path)
-    if (path / "record.json").is_file() or (path / "README.md").is_file():
+    pages = (path / "record.json", path / "README.md")
+    if any(page.is_file() for page in pages) or any(path.glob(_ROWS)):
         return _claim(path)
     raise RecordError(
         f"{word}: neither a run (it has no config.toml and metrics.jsonl) nor a claim's record (no "
-        f"record.json)"
+        f"record.json and rows.jsonl)"
     )
 
 
@@ -168,7 +170,10 @@ def _claim(path: Path) -> Claim:
     page, tables = "", list[Table]()
     if (path / "README.md").exists():
         page, tables = _markdown(_text(path / "README.md"))
-    rows = _optional_lines(path / "rows.jsonl")
+    rows = []
+    for file in sorted(path.glob(_ROWS)):
+        which = file.name.removesuffix("rows.jsonl").rstrip("-")
+        rows += [({"rows": which} if which else {}) | row for row in _lines(file)]
     for sheet in [] if rows else sorted(path.glob("*.csv")):
         rows += _sheet(sheet)
     pictures = [path / "plot.png", *sorted(path.glob("*.png"))]

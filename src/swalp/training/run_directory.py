@@ -52,7 +52,7 @@ run.json         the version of this layout
 
 Low-precision models are stored as integer codes and shared exponents; swalp.packed.from_plain reads
 them. `swalp evaluate` with this directory computes every error of the table again; `swalp export`
-writes the average quantized, or for ONNX runtimes.
+writes the average quantized, or for ONNX runtimes; `swalp report` makes one page of all.
 """
 
 
