@@ -247,3 +247,89 @@ def test_attention_of_a_layer_of_pytorchs():
             results.append((y, x.grad, *(p.grad for p in low.parameters())))
         for a, b in zip(*results, strict=True):
             assert torch.equal(a, b)
+
+
+class Masked(nn.Module):
+    def forward(self, q, k, v, **options):
+        return nn.functional.scaled_dot_product_attention(q, k, v, **options)
+
+
+@pytest.mark.parametrize("mask", ["none", "boolean", "each", "added", "scale"])
+def test_attention_whole_equals_its_two_products(mask):
+    generator = torch.Generator().manual_seed(1)
+
+    def tensor(*shape, size=1.0):
+        return (size * torch.randn(shape, generator=generator)).requires_grad_()
+
+    low = [swalp.convert(Masked(), recipe, seed=5) for recipe in (NATIVE, SIMULATED)]
+    options = {
+        "none": {},
+        "boolean": {"attn_mask": torch.rand(12, 9, generator=generator) > 0.2},
+        "each": {"attn_mask": torch.rand(3, 1, 12, 9, generator=generator) > 0.2},
+        "added": {"attn_mask": torch.randn(2, 12, 9, generator=generator)},
+        "scale": {"scale": 2.0},
+    }[mask]
+    for size in (0.1, 30.0, 1.0):  # exponents change, so guesses fail
+        tensors = [tensor(3, 2, n, 8, size=size) for n in (12, 9, 9)]
+        results = []
+        for model in low:
+            for x in tensors:
+                x.grad = None
+            y = model(*tensors, **options)
+            (y * size).square().sum().backward()
+            results.append((y.detach(), *(x.grad for x in tensors)))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a + 0.0, b + 0.0)
+    assert swalp.noise_clock(low[0]).hints
+    assert not swalp.noise_clock(low[1]).hints
+
+
+def test_attention_keeps_codes_alone():
+    kept = []
+    model = swalp.convert(Masked(), NATIVE)
+    q, k, v = (torch.randn(2, 2, 16, 8, requires_grad=True) for _ in range(3))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = model(q, k, v)
+    assert sorted((t.dtype, t.numel()) for t in kept if t.numel() > 1) == [(torch.int8, 512)] * 3
+    with torch.no_grad():
+        q[0, 0, 0, 0] = torch.nan
+    assert model(q, k, v)[0, 0, 0].isnan().all()
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "vit"])
+def test_unmodified_transformers_train_on_integers(kind):
+    import transformers
+
+    torch.manual_seed(0)
+    options = {"attn_implementation": "sdpa", "hidden_dropout_prob": 0.0}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=4, use_cache=False,
+            embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+        model = transformers.GPT2LMHeadModel(config)
+        tokens = torch.randint(50, (4, 16))
+        batch = {"input_ids": tokens, "labels": tokens}
+    else:
+        config = transformers.ViTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            image_size=16, patch_size=4, num_labels=5, **options,
+        )  # fmt: skip
+        model = transformers.ViTForImageClassification(config)
+        batch = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.arange(4)}
+    model = swalp.convert(model, "native-8", packed=True)
+    optimizer = swalp.optim.SGD(
+        model.named_parameters(), lr=0.1, momentum=0.9, recipe=swalp.recipes.get("native-8")
+    )
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+    notes = [row.note for row in swalp.summary(model).layers]
+    assert sum("on integers" in note for note in notes) >= 2 * (4 if kind == "gpt2" else 6)
+    assert swalp.noise_clock(model).hints  # both products of attention
