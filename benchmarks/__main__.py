@@ -15,6 +15,8 @@ from rich.console import Console
 from benchmarks import (
     environment,
     memory,
+    native,
+    native_conv,
     optimizer,
     quantizers,
     records,
@@ -34,6 +36,12 @@ BENCHMARKS: dict[str, Callable[[Plan], list[Row]]] = {
     "memory": memory.held,
     "training-mlp": training.mlp,
     "training-vgg16": training.vgg16,
+    "native-linear": native.linear,
+    "native-mlp": native.network("native-mlp"),
+    "native-wide": native.network("native-wide"),
+    "native-block": native.network("native-block"),
+    "native-vgg16": native.network("native-vgg16"),
+    "native-convolutions": native_conv.layers,
     "import": startup.import_time,
 }
 OFFICIAL = environment.ROOT / "benchmarks" / "results"

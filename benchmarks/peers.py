@@ -159,6 +159,36 @@ def torchao_quantize() -> Quantizer:
     return quantize
 
 
+def torchao_int8_training() -> tuple[Callable[..., None], Any]:
+    """TorchAO's mixed int8 training: its conversion of a model in place, and the setting.
+
+    It multiplies int8 in its linear layers, scaled by row, and keeps weights, activations,
+    gradients and momentum in float.
+
+    Raises:
+        MissingError: it is not installed, or has moved these, which it calls a prototype.
+    """
+    logging.getLogger("torchao").setLevel(logging.CRITICAL)
+    try:
+        quantization: Any = importlib.import_module("torchao.quantization")
+        training: Any = importlib.import_module("torchao.prototype.quantized_training")
+        return quantization.quantize_, training.Int8MixedPrecisionTrainingConfig()
+    except (ImportError, AttributeError) as error:
+        raise MissingError(f"not installed, or without int8 training: {error}") from error
+
+
+def check_runs(step: Callable[[], object]) -> None:
+    """Call a peer's step once.
+
+    Raises:
+        MissingError: it does not run on this machine.
+    """
+    try:
+        step()
+    except Exception as error:
+        raise MissingError(f"does not run here: {error}") from error
+
+
 class LowPrecisionSGD:
     """`torch.optim.SGD` between three quantizers, as the published training loop has it.
 

@@ -247,3 +247,51 @@ def test_attention_of_a_layer_of_pytorchs():
             results.append((y, x.grad, *(p.grad for p in low.parameters())))
         for a, b in zip(*results, strict=True):
             assert torch.equal(a, b)
+
+
+class Masked(nn.Module):
+    def forward(self, q, k, v, **options):
+        return nn.functional.scaled_dot_product_attention(q, k, v, **options)
+
+
+@pytest.mark.parametrize("mask", ["none", "boolean", "each", "added", "scale"])
+def test_attention_whole_equals_its_two_products(mask):
+    generator = torch.Generator().manual_seed(1)
+
+    def tensor(*shape, size=1.0):
+        return (size * torch.randn(shape, generator=generator)).requires_grad_()
+
+    low = [swalp.convert(Masked(), recipe, seed=5) for recipe in (NATIVE, SIMULATED)]
+    options = {
+        "none": {},
+        "boolean": {"attn_mask": torch.rand(12, 9, generator=generator) > 0.2},
+        "each": {"attn_mask": torch.rand(3, 1, 12, 9, generator=generator) > 0.2},
+        "added": {"attn_mask": torch.randn(2, 12, 9, generator=generator)},
+        "scale": {"scale": 2.0},
+    }[mask]
+    for size in (0.1, 30.0, 1.0):  # exponents change, so guesses fail
+        tensors = [tensor(3, 2, n, 8, size=size) for n in (12, 9, 9)]
+        results = []
+        for model in low:
+            for x in tensors:
+                x.grad = None
+            y = model(*tensors, **options)
+            (y * size).square().sum().backward()
+            results.append((y.detach(), *(x.grad for x in tensors)))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a + 0.0, b + 0.0)
+    assert swalp.noise_clock(low[0]).hints
+    assert not swalp.noise_clock(low[1]).hints
+
+
+def test_attention_keeps_codes_alone():
+    kept = []
+    model = swalp.convert(Masked(), NATIVE)
+    q, k, v = (torch.randn(2, 2, 16, 8, requires_grad=True) for _ in range(3))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = model(q, k, v)
+    assert sorted((t.dtype, t.numel()) for t in kept if t.numel() > 1) == [(torch.int8, 512)] * 3
+    with torch.no_grad():
+        q[0, 0, 0, 0] = torch.nan
+    assert model(q, k, v)[0, 0, 0].isnan().all()
+    assert y.isfinite().all()

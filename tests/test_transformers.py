@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import swalp
-from rounded import lossless
+from rounded import lossless, recipe, rounded
 from swalp.layers import Quantized
 
 transformers = pytest.importorskip("transformers")
@@ -120,6 +120,43 @@ def test_networks_train_in_8_bits(name, packed):
         grid = swalp.recipes.fit(finer, parameter.shape)
         values = parameter.detach() + 0
         assert torch.equal(values, swalp.quantize(values, grid))
+
+
+def mixtral():
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=65, intermediate_size=32, max_position_embeddings=16, num_key_value_heads=2,
+        num_local_experts=2, use_cache=False, **SMALL,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
+
+
+@pytest.mark.skipif(not hasattr(transformers, "MixtralConfig"), reason="an older transformers")
+def test_the_products_of_experts_are_quantized():
+    """They are one function for all experts, or one operator where PyTorch has no such function."""
+    plain, model = mixtral(), swalp.convert(mixtral(), lossless())
+    expected, given = plain(IDS).logits, model(IDS).logits
+    torch.testing.assert_close(given, expected, rtol=0, atol=1e-6)
+    report = swalp.summary(model)
+    experts = [row for row in report.layers if row.kind == "MixtralExperts"]
+    assert experts
+    assert all(row.note.startswith("operands of ") for row in experts)
+
+
+def test_the_operator_for_experts_is_quantized():
+    operator = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    if operator is None:
+        pytest.skip("this version of transformers has no such operator")
+
+    class Experts(torch.nn.Module):
+        def forward(self, x, weight, ends):
+            return operator(x, weight, ends)
+
+    model = swalp.convert(Experts(), recipe())
+    x, weight = torch.randn(4, 3), torch.randn(2, 3, 5)
+    ends = torch.tensor([2, 4], dtype=torch.int32)
+    inputs = rounded(x, "", seed=0, step=1), rounded(weight.mT, "", seed=0, step=1, call=1).mT
+    assert torch.equal(model(x, weight, ends), operator(*inputs, ends))
 
 
 def test_conversion_and_back():

@@ -81,7 +81,7 @@ def quantize(
     fmt: Format, layout: Layout, x: int, out: int, output: int, exponents: int,
     rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
 ) -> bool: ...  # fmt: skip
-def quantize_block(
+def quantize_part(
     fmt: Format, start: int, count: int, x: int, out: int, guess: int,
     rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
 ) -> tuple[bool, int]: ...  # fmt: skip

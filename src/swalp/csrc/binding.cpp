@@ -66,13 +66,13 @@ bool quantize(const swalp_format& f, const swalp_layout& l, uintptr_t x, uintptr
 }
 
 // Returns whether a NaN was lost, and the exponent.
-std::tuple<bool, int32_t> quantize_block(const swalp_format& f, int64_t start, int64_t n,
+std::tuple<bool, int32_t> quantize_part(const swalp_format& f, int64_t start, int64_t n,
                                          uintptr_t x, uintptr_t out, int32_t guess, int32_t rule,
                                          int32_t bits, uint64_t seed, uint32_t step, uint32_t call,
                                          int threads) {
   const swalp_rounding r = {rule, bits, seed, step, call};
   nb::gil_scoped_release unlocked;
-  const int lost = swalp_quantize_block(&f, &r, start, n, reinterpret_cast<const float*>(x),
+  const int lost = swalp_quantize_part(&f, &r, start, n, reinterpret_cast<const float*>(x),
                                         reinterpret_cast<int8_t*>(out), &guess, threads);
   return {lost != 0, guess};
 }
@@ -386,7 +386,7 @@ NB_MODULE(_kernels, m) {
   m.def("unpack", &unpack);
   m.def("split", &split);
   m.def("join", &join);
-  m.def("quantize_block", &quantize_block);
+  m.def("quantize_part", &quantize_part);
   m.def("relu", [](int64_t n, uintptr_t x, uintptr_t out, uintptr_t passed, int threads) {
     nb::gil_scoped_release unlocked;
     swalp_relu(n, at<float>(x), at<float>(out), at<uint8_t>(passed), threads);

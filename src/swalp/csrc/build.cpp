@@ -32,33 +32,26 @@ int quantize(const swalp_format* f, const swalp_rounding* r, const swalp_layout*
   return lost;
 }
 
-int quantize_block(const swalp_format* f, const swalp_rounding* r, int64_t start, int64_t n,
+int quantize_part(const swalp_format* f, const swalp_rounding* r, int64_t start, int64_t n,
                    const float* x, int8_t* out, int32_t* exponent, int threads) {
   if (n < kSerial) threads = 1;
   const swalp_role both = {*f, *r};
   const Role role(both, SWALP_CODE8);
   uint32_t most = 0;
-  const auto pass = [&](int32_t shared, bool search) {
-    return parallel((n + kChunk - 1) / kChunk, threads, [&](int64_t begin, int64_t end) {
-      alignas(64) uint32_t buffer[kChunk + kPadding];
-      uint32_t mine = 0;
-      bool lost = false;
-      for (int64_t chunk = begin; chunk < end; ++chunk) {
-        const int64_t at = chunk * kChunk, left = n - at, count = left < kChunk ? left : kChunk;
-        if (search) {
-          const uint32_t here = largest(x + at, count);
-          mine = here > mine ? here : mine;
-        }
-        lost |= role.span(x + at, out + at, start + at, count, shared, buffer);
-      }
-      if (search) raise(&most, mine);
-      return lost;
-    });
-  };
-  const bool lost = pass(*exponent, f->blocked);
-  const int32_t guess = *exponent;
+  const bool lost = parallel((n + kChunk - 1) / kChunk, threads, [&](int64_t begin, int64_t end) {
+    alignas(64) uint32_t buffer[kChunk + kPadding];
+    uint32_t mine = 0;
+    bool any = false;
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const int64_t at = chunk * kChunk, left = n - at, count = left < kChunk ? left : kChunk;
+      const uint32_t here = largest(x + at, count);
+      mine = here > mine ? here : mine;
+      any |= role.span(x + at, out + at, start + at, count, *exponent, buffer);
+    }
+    raise(&most, mine);
+    return any;
+  });
   if (f->blocked) *exponent = shared_exponent(*f, most);
-  if (*exponent != guess) pass(*exponent, false);
   return lost;
 }
 
@@ -296,6 +289,6 @@ void noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out)
 #define SWALP_JOIN_(name) swalp_build_##name
 #define SWALP_JOIN(name) SWALP_JOIN_(name)
 extern const swalp_build SWALP_JOIN(SWALP_BUILD);
-const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, quantize_block,
+const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, quantize_part,
                                              relu, relu_gradient, unpack, split, join, average,
                                              noise, sgd, adam, least_squares, softmax, scalars};

@@ -39,9 +39,9 @@ int swalp_quantize(const swalp_format* f, const swalp_rounding* r, const swalp_l
   return active->quantize(f, r, l, x, out, output, exponents, threads);
 }
 
-int swalp_quantize_block(const swalp_format* f, const swalp_rounding* r, int64_t start, int64_t n,
+int swalp_quantize_part(const swalp_format* f, const swalp_rounding* r, int64_t start, int64_t n,
                          const float* x, int8_t* out, int32_t* exponent, int threads) {
-  return active->quantize_block(f, r, start, n, x, out, exponent, threads);
+  return active->quantize_part(f, r, start, n, x, out, exponent, threads);
 }
 
 void swalp_relu(int64_t n, const float* x, float* out, uint8_t* passed, int threads) {

@@ -55,11 +55,11 @@ typedef struct {
 int swalp_quantize(const swalp_format*, const swalp_rounding*, const swalp_layout*, const float* x,
                    void* out, int32_t output, int32_t* exponents, int threads);
 
-// One block of `n` neighbours to codes of 8 bits, in one pass if its exponent is `guess`, else in two.
+// A part of a block, `n` neighbours, to codes of 8 bits with a given exponent, in one pass.
 //
-// `start`: index of the first element, for its noise. `exponent`: the guess, then the true one.
-// Returns 1 if a NaN had no code (then 0), else 0.
-int swalp_quantize_block(const swalp_format*, const swalp_rounding*, int64_t start, int64_t n,
+// `start`: index of the first element, for its noise. `exponent`: the one given, then that which the
+// part would have alone. Returns 1 if a NaN had no code (then 0), else 0.
+int swalp_quantize_part(const swalp_format*, const swalp_rounding*, int64_t start, int64_t n,
                          const float* x, int8_t* out, int32_t* exponent, int threads);
 
 // ReLU, and a bit for each element, whether it passed; and the gradient where it did.
@@ -188,7 +188,7 @@ int swalp_has_threads(void);
 struct swalp_build {
   const char* name;
   decltype(&swalp_quantize) quantize;
-  decltype(&swalp_quantize_block) quantize_block;
+  decltype(&swalp_quantize_part) quantize_part;
   decltype(&swalp_relu) relu;
   decltype(&swalp_relu_gradient) relu_gradient;
   decltype(&swalp_unpack) unpack;

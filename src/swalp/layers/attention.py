@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swalp.layers.products import Products
+from swalp.layers.products import Products, integers
 
 
 def attention(
@@ -62,6 +62,50 @@ def attention(
     if dropout_p > 0:
         probabilities = F.dropout(probabilities, dropout_p)
     return products.matmul(probabilities, value), probabilities
+
+
+def attention_on_integers(
+    products: Products,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """`attention` by `swalp.matmul.attention`, which keeps no probabilities: the same numbers.
+
+    None where that cannot be: with dropout, a mask to be learned, other dimensions than four.
+    """
+    tensors = (query, key, value)
+    if dropout_p > 0 or enable_gqa or any(x.dim() != 4 or not x.numel() for x in tensors):
+        return None
+    if attn_mask is not None and (is_causal or attn_mask.requires_grad or attn_mask.dim() > 4):
+        return None
+    if not (products.native and all(integers(x) for x in tensors)):
+        return None
+    factor = 1 / math.sqrt(query.size(-1)) if scale is None else scale
+    if is_causal:
+        attn_mask = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool).tril()
+    hidden = None
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        hidden = attn_mask.logical_not()
+
+    def scores(x: Tensor, sample: int) -> Tensor:
+        x.mul_(factor)
+        if hidden is not None:
+            return x.masked_fill_(_of_sample(hidden, sample), -math.inf)
+        return x if attn_mask is None else x.add_(_of_sample(attn_mask, sample))
+
+    return products.attend(query, key, value, scores, factor)
+
+
+def _of_sample(mask: Tensor, sample: int) -> Tensor:
+    if mask.dim() < 4:
+        return mask
+    return mask[sample if mask.size(0) > 1 else 0]
 
 
 def multi_head_attention(

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from swalp.layers.attention import attention, multi_head_attention
+from swalp.layers.attention import attention, attention_on_integers, multi_head_attention
 from swalp.layers.base import Quantized
 from swalp.layers.products import Products
 
@@ -94,6 +94,7 @@ class QuantizedFunctions(Quantized):
     @classmethod
     def namespace(cls, kind: type[nn.Module]) -> dict[str, Any]:
         """With a forward that shows the signature of `kind`'s, which some libraries look at."""
+        _know_other_libraries()
 
         @wraps(kind.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -117,7 +118,8 @@ Handler = Callable[..., Any]
 def _attention(products: Products, func: Any, *args: Any, **kwargs: Any) -> Any:
     if products.off("scaled_dot_product_attention"):
         return func(*args, **kwargs)
-    return attention(products, *args, **kwargs)[0]
+    y = attention_on_integers(products, *args, **kwargs)
+    return attention(products, *args, **kwargs)[0] if y is None else y
 
 
 def _multi_head_attention(products: Products, func: Any, *args: Any, **kwargs: Any) -> Any:
@@ -182,7 +184,11 @@ _mm = _product("mm", "input", "mat2")
 _bmm = _product("bmm", "input", "mat2")
 _mv = _product("mv", "input", "vec")
 _addmm = _product("addmm", "mat1", "mat2", first=1)
+_addmv = _product("addmv", "mat", "vec", first=1)
 _baddbmm = _product("baddbmm", "batch1", "batch2", first=1)
+_addbmm = _product("addbmm", "batch1", "batch2", first=1)
+_inner = _product("inner", "input", "other", matrices=False)
+_grouped_mm = _product("grouped_mm", "mat_a", "mat_b")
 
 
 def _weighted(function: str) -> Handler:
@@ -205,6 +211,13 @@ _HANDLERS: dict[Any, Handler] = {
     Tensor.addmm: _addmm,
     torch.baddbmm: _baddbmm,
     Tensor.baddbmm: _baddbmm,
+    torch.addmv: _addmv,
+    Tensor.addmv: _addmv,
+    torch.addbmm: _addbmm,
+    Tensor.addbmm: _addbmm,
+    torch.inner: _inner,
+    Tensor.inner: _inner,
+    torch.tensordot: _product("tensordot", "a", "b", matrices=False),
     torch.einsum: _einsum,
     F.linear: _weighted("linear"),
     F.conv1d: _weighted("conv1d"),
@@ -215,6 +228,19 @@ _HANDLERS: dict[Any, Handler] = {
     F.conv_transpose3d: _weighted("conv_transpose3d"),
     F.bilinear: _product("bilinear", "input1", "input2", matrices=False),
 }
+# Of the experts in a mixture; not in every version of PyTorch.
+for _owner, _name in ((F, "grouped_mm"), (torch, "_grouped_mm")):
+    if hasattr(_owner, _name):
+        _HANDLERS[getattr(_owner, _name)] = _grouped_mm
+
+
+def _know_other_libraries() -> None:
+    """Handle the operators that libraries of today's modules define, where they are loaded."""
+    fallback = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    if fallback is not None:
+        _HANDLERS[fallback] = _product("grouped_mm", "input", "weight")
+
+
 # Products of two matrices or stacks of them, and nothing else.
 _PLAIN = (
     torch.matmul,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from swalp.layers.sites import Site
 from swalp.matmul import batched
+from swalp.matmul.attention import Guesses, attend
 from swalp.matmul.linear import Quantization
+from swalp.matmul.operands import quantized
 from swalp.packed import PackedTensor
 
 _USES = 1 << 16  # of a site in one forward pass of its module: half of the 32-bit counter
@@ -94,20 +97,60 @@ class Products:
     def matmul(self, x: Tensor, y: Tensor) -> Tensor:
         """`torch.matmul` of two operands."""
         if self.native and integers(x) and integers(y) and batched.multiplies(x, y):
-            return batched.matmul(x, y, *self._moments(x, y))
+            return batched.matmul(x, y, *self._moments(x.shape, y.shape))
         return self.leave(torch.matmul(self.enter(x), self.enter(y, summed=-2)))
 
-    def _moments(self, x: Tensor, y: Tensor) -> tuple[Quantization, Quantization, Quantization]:
-        """How a product of two operands rounds them, and the gradient of its result."""
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scores: Callable[[Tensor, int], Tensor],
+        factor: float,
+    ) -> Tensor | None:
+        """The two `matmul` of attention and what lies between, by `swalp.matmul.attention`.
+
+        Args:
+            query: (batch, heads, L, E).
+            key: (batch, heads, S, E).
+            value: (batch, heads, S, Ev).
+            scores: scales and masks the products of a sample, in place, given its number.
+            factor: by which it scales.
+
+        Returns:
+            (batch, heads, L, Ev); None, and nothing has been done, if an operand has a NaN.
+        """
+        uses = self.uses
+        first = self._moments(query.shape, key.mT.shape)
+        second = self._moments((*query.shape[:-1], key.shape[-2]), value.shape)
+        found = (
+            quantized(query, *first[0]),
+            quantized(key, *first[1]),
+            quantized(value.mT, *second[1]),
+        )
+        q, k, v = found
+        if q is None or k is None or v is None:
+            self.uses = uses
+            return None
+        assert self.operand is not None
+        hints = self.operand.clock.hints
+        guesses = hints.setdefault(f"{self.operand.name}, {uses}", Guesses())
+        errors = first[2], second[2]
+        return attend(query, key, value, (q, k, v), second[0], errors, scores, factor, guesses)
+
+    def _moments(
+        self, x: Sequence[int], y: Sequence[int]
+    ) -> tuple[Quantization, Quantization, Quantization]:
+        """How a product of operands of those shapes rounds them, and its result's gradient."""
         assert self.operand is not None
         assert self.operand.activation is not None
         assert self.result is not None
         assert self.result.error is not None
         step = self.operand.clock.step if self.training else None
         rounded = self.operand.activation
-        left = rounded.at(x.shape, step, self._use() if self.training else 0)
-        right = rounded.at(y.mT.shape, step, self._use() if self.training else 0)
-        shape = (*x.shape[:-1], y.shape[-1])
+        left = rounded.at(x, step, self._use() if self.training else 0)
+        right = rounded.at((*y[:-2], y[-1], y[-2]), step, self._use() if self.training else 0)
+        shape = (*x[:-1], y[-1])
         call = self._use() if self.training else 0
         return left, right, self.result.error.at(shape, step, call)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from swalp.formats import Format
+from swalp.matmul.attention import Guesses
 from swalp.quantize import quantize, quantize_at
 from swalp.recipes import fit
 from swalp.rounding import Nearest, Rounding, Stochastic
@@ -30,11 +31,13 @@ class NoiseClock:
         seed: of the run.
         counter: training passes so far, int64; a tensor, for a compiled graph to count on.
         uses: how many times each site was used in this pass.
+        hints: what native attention remembers to be faster; it changes no number.
     """
 
     seed: int
     counter: Tensor = field(default_factory=_zero)
     uses: dict[str, int] = field(default_factory=dict)
+    hints: dict[str, Guesses] = field(default_factory=dict)
 
     @property
     def step(self) -> int:

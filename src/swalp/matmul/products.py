@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from swalp import buffers
 from swalp.matmul import kernels
 from swalp.matmul.operands import Operand, values
 
@@ -72,7 +73,7 @@ def _native(left: Operand, right: Operand, bias: Tensor | None) -> Tensor:
     found = kernels.kernel()
     assert found.multiply is not None  # the caller asked
     if found.multiply is kernels.multiply_vnni:
-        out = torch.empty(left.codes.shape[0], left.codes.shape[1], right.codes.shape[2])
+        out = buffers.empty(left.codes.shape[0], left.codes.shape[1], right.codes.shape[2])
         gap = left.gap + right.gap
         kernels.run_vnni(
             left.codes, right.codes, out, gap, left.exponents, right.exponents, bias

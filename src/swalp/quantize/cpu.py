@@ -281,6 +281,34 @@ def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, T
     return codes, exponents, lost
 
 
+def pack_part(
+    x: Tensor, fmt: Format, rounding: Rounding, start: int, exponent: int
+) -> tuple[Tensor, int, bool]:
+    """A part of a tensor that is one block, as `pack_integers`, its exponent given.
+
+    Args:
+        x: float32 on the CPU, contiguous: neighbours of the whole.
+        fmt: `FixedPoint`, or `BlockFloat` with one exponent, of at most 8 bits.
+        rounding: the rule.
+        start: index of the first element in the whole.
+        exponent: of the whole.
+
+    Returns:
+        The codes; the exponent that the part would have alone, of all parts the largest being that
+        of the whole; and whether `x` has a NaN.
+    """
+    plan = plan_of(fmt)
+    if plan.integers is None:
+        plan.integers = _numbers(fmt)
+        plan.integers.has_nan = 0
+    codes = torch.empty_like(x, dtype=torch.int8)
+    lost, own = _kernels.quantize_part(
+        plan.integers, start, x.numel(), x.data_ptr(), codes.data_ptr(), exponent,
+        *rule_arguments(rounding), torch.get_num_threads(),
+    )  # fmt: skip
+    return codes, own, lost
+
+
 def unpack(
     codes: Tensor, exponents: Tensor | None, fmt: Format, out: Tensor | None = None
 ) -> Tensor:

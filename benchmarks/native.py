@@ -1,0 +1,277 @@
+"""Training on integers: time and peak memory of a step against float32 and bfloat16 autocast."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import swalp
+from benchmarks import peers
+from benchmarks.environment import ROOT
+from benchmarks.harness import Contender, Spread, contender, interleave
+from benchmarks.plan import Plan
+from benchmarks.records import Goal, Row, at_least, at_most, compared
+from benchmarks.training import _vgg16
+from swalp import BlockFloat, Stochastic
+from swalp.recipes import Quantizer, Recipe
+
+_SHORT = Quantizer(BlockFloat(8), Stochastic(random_bits=16))
+RECIPE = Recipe(
+    name="native-8",
+    weight=Quantizer(BlockFloat(8), Stochastic()),
+    activation=_SHORT,
+    error=_SHORT,
+    gradient=_SHORT,
+    momentum=_SHORT,
+    quantize_input=True,
+    placement="operands",
+    product="native",
+)
+LR = 1e-3
+STEPS = 3  # of which the peak is taken
+Step = Callable[[], object]
+
+FLOAT, LAST, BFLOAT, NATIVE = (
+    "float32",
+    "float32 channels-last",
+    "bfloat16 autocast",
+    "swalp native",
+)
+
+
+class Block(nn.Module):
+    """A block of GPT-2: causal attention and a perceptron, each behind a norm and added."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.activation = nn.GELU(approximate="tanh")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) to the same."""
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        return x + self.down(self.activation(self.up(self.norm2(x))))
+
+
+def _mlp(*widths: int) -> nn.Module:
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _loss(y: Tensor, target: Tensor | None) -> Tensor:
+    return y.square().mean() if target is None else F.cross_entropy(y, target)
+
+
+class Work:
+    """A network with a batch: what it is, how to build it, what its native step should reach."""
+
+    def __init__(
+        self,
+        what: str,
+        build: Callable[[], nn.Module],
+        shape: tuple[int, ...],
+        goals: dict[str, float],
+        classes: int | None = 10,
+    ) -> None:
+        self.what, self.build, self.shape, self.goals = what, build, shape, goals
+        self.classes = classes
+
+    def batch(self) -> tuple[Tensor, Tensor | None]:
+        """Inputs and labels."""
+        target = None if self.classes is None else torch.randint(self.classes, self.shape[:1])
+        return torch.randn(self.shape), target
+
+    def step(self, kind: str) -> Step:
+        """A training step of that kind: forward, loss, backward, update."""
+        torch.manual_seed(0)
+        x, target = self.batch()
+        model = self.build()
+        if kind == NATIVE:
+            recipe = RECIPE
+            model = swalp.convert(model, recipe, packed=True)
+            optimizer: Any = swalp.optim.SGD(
+                model.named_parameters(), lr=LR, momentum=0.9, recipe=recipe
+            )
+            optimizer.consume_gradients()
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+        if kind == LAST:
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's stub
+        if kind in (LAST, BFLOAT) and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+
+        def step() -> None:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind == BFLOAT):
+                loss = _loss(model(x), target)
+            loss.backward()  # type: ignore[no-untyped-call]  # PyTorch ships no type
+            optimizer.step()
+
+        return step
+
+
+def works(plan: Plan) -> dict[str, Work]:
+    """The networks measured, by the names of their benchmarks."""
+    large = plan.vgg_batch == 128
+    rows, wide, images = (512, 2048, 128) if large else (64, 64, 8)
+    return {
+        "native-mlp": Work(
+            f"MLP 784-1024-1024-10, batch {rows}", lambda: _mlp(784, 1024, 1024, 10), (rows, 784),
+            {FLOAT: 3.1, BFLOAT: 1.5},
+        ),
+        "native-wide": Work(
+            f"MLP 784-2048-2048-10, batch {wide}", lambda: _mlp(784, 2048, 2048, 10), (wide, 784),
+            {FLOAT: 3.7, BFLOAT: 1.7},
+        ),
+        "native-block": Work(
+            f"GPT-2 block, 768 wide, 12 heads, 512 tokens x {8 if large else 1}",
+            lambda: Block(768, 12), (8 if large else 1, 512, 768), {FLOAT: 2.5, BFLOAT: 1.4}, None,
+        ),
+        "native-vgg16": Work(
+            f"VGG16, 32x32 images, batch {images}", _vgg16, (images, 3, 32, 32),
+            {FLOAT: 2.4, LAST: 2.0, BFLOAT: 1.05},
+        ),
+    }  # fmt: skip
+
+
+def network(name: str) -> Callable[[Plan], list[Row]]:
+    """The benchmark of one of `works`: speed against each peer, and peak bytes."""
+
+    def measure(plan: Plan) -> list[Row]:
+        work = works(plan)[name]
+        kinds = [NATIVE, *work.goals]
+        contenders = {kind: Contender(kind, work.step(kind)) for kind in kinds}
+        rival = contender(peers.TORCHAO, lambda: _torchao_step(work))
+        times = interleave([*contenders.values(), rival], plan.rounds)
+        what = f"step, {work.what}"
+        rows = [
+            compared(
+                name, what, times, contenders[NATIVE], contenders[peer], "speedup", at_least(goal)
+            )
+            for peer, goal in work.goals.items()
+        ]
+        rows.append(compared(name, what, times, contenders[NATIVE], rival, "speedup"))
+        peaks = {kind: peak_of_a_process(name, kind, plan) for kind in kinds}
+        for peer in work.goals:
+            goal: Goal | None = at_most(0.35) if peer == FLOAT else None
+            rows.append(
+                Row(
+                    benchmark=name, what=f"peak memory of a step, {work.what}", subject=NATIVE,
+                    peer=peer, measure="bytes ratio", goal=goal, rounds=1,
+                    value=Spread.of([peaks[NATIVE] / peaks[peer]]),
+                    details={"bytes": peaks[NATIVE], "peer_bytes": peaks[peer]},
+                )
+            )  # fmt: skip
+        return rows
+
+    return measure
+
+
+def linear(plan: Plan) -> list[Row]:
+    """All three products of a linear layer 1024 wide, with all that is rounded for them."""
+    rows = []
+    for count in (512, 1024, 4096) if plan.vgg_batch == 128 else (64,):
+        torch.manual_seed(0)
+        x, dy = torch.randn(count, 1024, requires_grad=True), torch.randn(count, 1024)
+        plain = nn.Linear(1024, 1024)
+        low = swalp.convert(nn.Sequential(nn.Linear(1024, 1024)), RECIPE, packed=True)
+        ours = Contender(NATIVE, _passes(low, x, dy, False))
+        theirs = [
+            (Contender(FLOAT, _passes(plain, x, dy, False)), at_least(3.8)),
+            (Contender(BFLOAT, _passes(plain, x, dy, True)), at_least(1.8)),
+        ]
+        times = interleave([ours, *(peer for peer, _ in theirs)], plan.rounds)
+        what = f"linear layer {count} x 1024 x 1024, forward and backward"
+        rows += [
+            compared("native-linear", what, times, ours, peer, "speedup", goal)
+            for peer, goal in theirs
+        ]
+    return rows
+
+
+def _passes(layer: nn.Module, x: Tensor, dy: Tensor, bfloat: bool) -> Step:
+    gradient = dy.bfloat16() if bfloat else dy
+
+    def step() -> None:
+        x.grad = None
+        layer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat):
+            y = layer(x)
+        y.backward(gradient)
+
+    return step
+
+
+def _torchao_step(work: Work) -> Step:
+    """Mixed int8 training of torchao's linear layers."""
+    quantize, config = peers.torchao_int8_training()
+    torch.manual_seed(0)
+    x, target = work.batch()
+    model = work.build()
+    quantize(model, config)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        _loss(model(x), target).backward()  # type: ignore[no-untyped-call]  # PyTorch ships no type
+        optimizer.step()
+
+    peers.check_runs(step)
+    return step
+
+
+def peak(name: str, kind: str, plan: Plan) -> int:
+    """Bytes by which this process grows at most, in steps after the first, beyond the batch."""
+    torch.set_num_threads(plan.threads)
+    warm = Work("", lambda: _mlp(8, 8, 8), (4, 8), {}, None)
+    for _ in range(2):
+        warm.step(kind)()  # what is loaded or allocated only once
+    work = works(plan)[name]
+    batch = work.batch()  # as large as the one that the step holds
+    before = _resident()
+    del batch
+    step = work.step(kind)
+    step()
+    _resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    for _ in range(STEPS):
+        step()
+    status = Path("/proc/self/status").read_text()
+    mark = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(mark.split()[1]) * 1024 - before
+
+
+def peak_of_a_process(name: str, kind: str, plan: Plan) -> int:
+    """`peak` in a fresh process."""
+    program = (
+        "from benchmarks.native import peak; from benchmarks.plan import Plan; "
+        f"print(peak({name!r}, {kind!r}, {plan!r}))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    return int(run.stdout)
+
+
+def _resident() -> int:
+    """Memory of this process that is in use, once free memory is given back."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -1,0 +1,156 @@
+"""Attention whose products run on integers, one sample at a time, its probabilities not kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swalp.matmul.linear import Quantization
+from swalp.matmul.operands import Operand, gap_of
+from swalp.matmul.products import product
+from swalp.quantize import cpu
+
+Scale = Callable[[Tensor, int], Tensor]
+
+
+class Guesses:
+    """The exponents that probabilities and their errors had last: likely the next ones, too.
+
+    They save a pass and change no result.
+    """
+
+    def __init__(self) -> None:
+        self.probabilities = 0
+        self.errors = 0
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    operands: tuple[Operand, Operand, Operand],
+    probabilities: Quantization,
+    errors: tuple[Quantization, Quantization],
+    scores: Scale,
+    factor: float,
+    guesses: Guesses,
+) -> Tensor:
+    """``softmax(scores(query @ key.T)) @ value`` with all products on integers.
+
+    Autograd keeps the codes of queries, keys and values alone; scores and probabilities are
+    computed again in the backward pass, with the same noise.
+
+    Args:
+        query: (batch, heads, L, E), for its gradient.
+        key: (batch, heads, S, E), likewise.
+        value: (batch, heads, S, Ev), likewise.
+        operands: of query, key and the transpose of value: one exponent for each.
+        probabilities: how they are rounded: one exponent for all.
+        errors: how the gradients of the scores and of the result are.
+        scores: scales and masks the products of a sample, in place, given its number.
+        factor: by which it scales.
+        guesses: kept from call to call.
+    """
+    result: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
+        query, key, value, operands, probabilities, errors, scores, factor, guesses
+    )
+    return result
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        operands: tuple[Operand, Operand, Operand],
+        probabilities: Quantization,
+        errors: tuple[Quantization, Quantization],
+        scores: Scale,
+        factor: float,
+        guesses: Guesses,
+    ) -> Tensor:
+        q, k, v = operands
+        ctx.gaps = [x.gap for x in operands]
+        ctx.save_for_backward(*(part for x in operands for part in (x.codes, x.exponents)))
+        ctx.settings = probabilities, errors, scores, factor, guesses
+        out = torch.empty(*query.shape[:-1], value.shape[-1])
+
+        def run(guess: int) -> int:
+            most = -(1 << 15)
+            for i in range(len(out)):
+                p = _softmax(q, k, scores, i)
+                codes, exponent = _block(p, probabilities, i, guess)
+                most = max(most, exponent)
+                out[i] = product(codes, _sample(v, i).transpose())
+            return most
+
+        guesses.probabilities = ctx.exponent = _settle(run, guesses.probabilities)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        q, k, v = (Operand(saved[2 * i], saved[2 * i + 1], gap) for i, gap in enumerate(ctx.gaps))
+        probabilities, (score_error, error), scores, factor, guesses = ctx.settings
+        codes, exponents, has_nan = cpu.pack_integers(grad, *error)
+        dq, dk = torch.empty(q.codes.shape), torch.empty(k.codes.shape)
+        dv = torch.empty(*v.codes.shape[:2], v.codes.shape[3], v.codes.shape[2])
+        results = (dq, dk, dv)
+        if has_nan:
+            return (*(x.fill_(torch.nan) for x in results), *[None] * 6)
+        gap = gap_of(error[0])
+        assert gap is not None
+        e = Operand(codes, exponents, gap)
+
+        def run(guess: int) -> int:
+            most = -(1 << 15)
+            for i in range(len(dq)):
+                p = _softmax(q, k, scores, i)
+                p_codes, _ = _block(p, probabilities, i, ctx.exponent)
+                dv[i] = product(p_codes.transpose(), _sample(e, i))
+                dp = product(_sample(e, i), _sample(v, i))
+                ds = torch._softmax_backward_data(dp, p, -1, torch.float32).mul_(factor)
+                s_codes, exponent = _block(ds, score_error, i, guess)
+                most = max(most, exponent)
+                dq[i] = product(s_codes, _sample(k, i))
+                dk[i] = product(s_codes.transpose(), _sample(q, i))
+            return most
+
+        try:
+            guesses.errors = _settle(run, guesses.errors)
+        except FloatingPointError:
+            return (*(x.fill_(torch.nan) for x in results), *[None] * 6)
+        return (*results, *[None] * 6)
+
+
+def _settle(run: Callable[[int], int], guess: int) -> int:
+    """Run with a guessed exponent, and again with the true one if that is another."""
+    found = run(guess)
+    if found != guess:
+        run(found)
+    return found
+
+
+def _sample(x: Operand, i: int) -> Operand:
+    return x._replace(codes=x.codes[i])
+
+
+def _softmax(q: Operand, k: Operand, scores: Scale, i: int) -> Tensor:
+    product_ = product(_sample(q, i), _sample(k, i).transpose())
+    return torch._safe_softmax(scores(product_, i), -1)
+
+
+def _block(x: Tensor, quantization: Quantization, i: int, guess: int) -> tuple[Operand, int]:
+    """Part `i` of a tensor of such parts, rounded with the exponent `guess`; and its own."""
+    fmt, rounding = quantization
+    codes, exponent, has_nan = cpu.pack_part(x, fmt, rounding, i * x.numel(), guess)
+    if has_nan:
+        raise FloatingPointError
+    gap = gap_of(fmt)
+    assert gap is not None
+    return Operand(codes, torch.tensor([guess], dtype=torch.int8), gap), exponent
