@@ -36,7 +36,6 @@ def main(what: str, name: str, data_dir: str) -> None:
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / f"{name}-rows.jsonl").write_text(lines)
-    (folder / f"{name}.txt").write_text(report.table(rows) + "\n")
     draw = report.frequency_png if what == "frequency" else report.precision_png
     title = f"{name}, {examples:,} training images, {config.model} of width {config.width}"
     (folder / f"{name}.png").write_bytes(draw(rows, title))
