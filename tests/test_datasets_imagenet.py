@@ -3,10 +3,11 @@ import pytest
 import torch
 from PIL import Image
 
-from swalp.training import data
+from swalp.training import data, run_directory, study
 from swalp.training.augmentation import ATTEMPTS, Draws, resized_crop
 from swalp.training.datasets import imagenet
 from swalp.training.mistakes import UserError
+from tiny_runs import ARMS, settings, train
 
 CLASSES = ("n01440764", "n02102040", "n03000684")
 
@@ -149,3 +150,29 @@ def test_missing_folders_say_what_to_do(tmp_path, folder, monkeypatch):
     (empty / "val").mkdir()
     with pytest.raises(UserError, match=r"train: no images \(\.jpeg, \.jpg, \.png\) in a folder"):
         data.load("imagenet", empty)
+
+
+def test_a_run_on_a_folder_survives_a_stop(folder, tmp_path):
+    changes = {
+        "data": "imagenet",
+        "augment": True,
+        "model": "resnet18",
+        "width": 2,
+        "batch_size": 4,
+        "epochs": 2,
+        "averaging_start": 1,
+        "average_every": "epoch",
+        "arms": ARMS[1:],
+    }
+    examples = data.load("imagenet", folder)
+    found = []
+    for name, stop_at in (("whole", None), ("stopped", 2)):
+        run = run_directory.create(tmp_path / name, settings(**changes))
+        if stop_at:
+            with pytest.raises(study.Stopped):
+                train(run, stop_at=stop_at, examples=examples)
+        train(run, examples=examples)
+        average = run.model_path(ARMS[1], 0, "average").read_bytes()
+        found.append((run.metrics(), run.summary(), average))
+    assert found[0] == found[1]
+    assert len(found[0][0]) == 2

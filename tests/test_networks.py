@@ -205,3 +205,20 @@ def test_odd_widths(width):
 def test_vgg16_needs_32_pixels():
     with pytest.raises(UserError, match="halves its images five times, so that 28 x 28 pixels are"):
         models.build("vgg16", channels=1, size=28, width=4, classes=10, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "width"),
+    [("resnet18", 2), ("resnet18", 4), ("resnet18", 8), ("resnet18", 16), ("preresnet164", 2)],
+)
+def test_narrow_networks_take_channels_last(kind, width):
+    """PyTorch crashes where these have few channels, unless the shortcut sees to it."""
+    model = built(kind, width)
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model.zero_grad()
+        model(x.contiguous(memory_format=layout)).square().sum().backward()
+        gradients.append(next(model.parameters()).grad)
+    relative = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    assert relative < 1e-2

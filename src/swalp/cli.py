@@ -96,7 +96,7 @@ def train(
         str | None,
         typer.Argument(
             metavar="[PRESET|CONFIG.toml]",
-            help="digits (default), mnist, fashion-mnist, or a file.",
+            help="digits (default), mnist, cifar10-small, cifar10-vgg16 and others, or a file.",
         ),
     ] = None,
     set_: Annotated[

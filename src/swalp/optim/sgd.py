@@ -64,6 +64,8 @@ def sgd_step(
         else:
             velocity = momentum_buffer.mul(momentum).add(direction)
         momentum_buffer = quantized("momentum", velocity)
+        if momentum_buffer is gradient:  # nothing rounded it, and zero_grad may write to it
+            momentum_buffer = gradient.clone()
         direction = direction.add(velocity, alpha=momentum) if nesterov else velocity
     if accumulator is None:
         weight = quantized("weight", weight.add(direction, alpha=-lr))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from swalp.training.networks.initial import draw_convolutions
+from swalp.training.networks.layout import for_shortcut
 
 EXPANSION = 4  # channels between blocks, as a multiple of those within
 
@@ -41,7 +42,7 @@ class Bottleneck(nn.Module):
         y = self.conv1(self.relu1(self.bn1(x)))
         y = self.conv2(self.relu2(self.bn2(y)))
         y = self.conv3(self.relu3(self.bn3(y)))
-        result: Tensor = y + self.shortcut(x)
+        result: Tensor = y + self.shortcut(for_shortcut(x))
         return result
 
 

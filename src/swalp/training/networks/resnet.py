@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from swalp.training.networks.initial import draw_convolutions
+from swalp.training.networks.layout import for_shortcut
 
 
 class Padded(nn.Module):
@@ -44,7 +45,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, inputs, H, W) to (N, outputs, H / stride, W / stride), rounded up."""
         y = self.relu1(self.bn1(self.conv1(x)))
-        result: Tensor = self.relu2(self.bn2(self.conv2(y)) + self.shortcut(x))
+        result: Tensor = self.relu2(self.bn2(self.conv2(y)) + self.shortcut(for_shortcut(x)))
         return result
 
 
