@@ -22,21 +22,8 @@ from benchmarks.harness import Contender, Spread, contender, interleave
 from benchmarks.plan import Plan
 from benchmarks.records import Goal, Row, at_least, at_most, compared
 from benchmarks.training import _vgg16
-from swalp import BlockFloat, Stochastic
-from swalp.recipes import Quantizer, Recipe
 
-_SHORT = Quantizer(BlockFloat(8), Stochastic(random_bits=16))
-RECIPE = Recipe(
-    name="native-8",
-    weight=Quantizer(BlockFloat(8), Stochastic()),
-    activation=_SHORT,
-    error=_SHORT,
-    gradient=_SHORT,
-    momentum=_SHORT,
-    quantize_input=True,
-    placement="operands",
-    product="native",
-)
+RECIPE = swalp.recipes.get("native-8")
 LR = 1e-3
 STEPS = 3  # of which the peak is taken
 Step = Callable[[], object]
@@ -104,10 +91,9 @@ class Work:
         x, target = self.batch()
         model = self.build()
         if kind == NATIVE:
-            recipe = RECIPE
-            model = swalp.convert(model, recipe, packed=True)
+            model = swalp.convert(model, RECIPE, packed=True)
             optimizer: Any = swalp.optim.SGD(
-                model.named_parameters(), lr=LR, momentum=0.9, recipe=recipe
+                model.named_parameters(), lr=LR, momentum=0.9, recipe=RECIPE
             )
             optimizer.consume_gradients()
         else:

@@ -295,3 +295,41 @@ def test_attention_keeps_codes_alone():
         q[0, 0, 0, 0] = torch.nan
     assert model(q, k, v)[0, 0, 0].isnan().all()
     assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "vit"])
+def test_unmodified_transformers_train_on_integers(kind):
+    import transformers
+
+    torch.manual_seed(0)
+    options = {"attn_implementation": "sdpa", "hidden_dropout_prob": 0.0}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=4, use_cache=False,
+            embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=None, eos_token_id=None,
+        )  # fmt: skip
+        model = transformers.GPT2LMHeadModel(config)
+        tokens = torch.randint(50, (4, 16))
+        batch = {"input_ids": tokens, "labels": tokens}
+    else:
+        config = transformers.ViTConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+            image_size=16, patch_size=4, num_labels=5, **options,
+        )  # fmt: skip
+        model = transformers.ViTForImageClassification(config)
+        batch = {"pixel_values": torch.randn(4, 3, 16, 16), "labels": torch.arange(4)}
+    model = swalp.convert(model, "native-8", packed=True)
+    optimizer = swalp.optim.SGD(
+        model.named_parameters(), lr=0.1, momentum=0.9, recipe=swalp.recipes.get("native-8")
+    )
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.3
+    notes = [row.note for row in swalp.summary(model).layers]
+    assert sum("on integers" in note for note in notes) >= 2 * (4 if kind == "gpt2" else 6)
+    assert swalp.noise_clock(model).hints  # both products of attention

@@ -151,3 +151,14 @@ def test_a_run_has_a_line_for_each_arm(tmp_path):
     again.append_diagnostics(lines[0] | {"examples": 7})
     assert [line["examples"] for line in run.diagnostics()] == [32, 7]
     assert config.load(str(run.path / "config.toml")).seeds == 2
+
+
+@pytest.mark.parametrize("arm", ["native-8", "fp8", "mxfp4", "fixed-8", "official-8"])
+def test_recipes_of_every_kind(digits, arm):
+    """The integer products of native layers call no sites, and are measured all the same."""
+    found = described(trained(digits, arm, epochs=2, averaging_start=1), digits)
+    roles = {row["role"] for row in found["errors"]}
+    assert {"activation", "error", "gradient", "momentum", "weight", "average"} <= roles
+    layers = {row["name"] for row in found["errors"] if row["role"] == "activation"}
+    assert layers & {"3", "4"}  # the second product, or the nonlinearity before it
+    assert all(0 <= row["relative"] < 1.5 for row in found["errors"])

@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from swalp.formats import BlockFloat, FixedPoint, Format, Microscaling
-from swalp.layers import Site
+from swalp.layers import QuantizedLayer, Site
+from swalp.layers.native import NativeLinear
+from swalp.layers.native_convolution import NativeConvolution
 from swalp.optim import SGD
 from swalp.optim.sgd import sgd_step
 from swalp.packed import PackedTensor
@@ -59,6 +62,10 @@ def describe(
     twin.zero_grad()
     errors: list[Row] = []
     for name, module in twin.named_modules():
+        if isinstance(module, NativeLinear | NativeConvolution):
+            # Integer products never call the sites; the simulation, with the same numbers, does.
+            simulated = MethodType(QuantizedLayer.forward, module)
+            module.forward = simulated  # type: ignore[method-assign]  # of this copy only
         for attribute, value in list(vars(module).items()):
             if isinstance(value, Site):
                 setattr(module, attribute, _Watch(value, name, errors.append))
