@@ -9,23 +9,15 @@ from torch import nn
 
 import swalp
 from benchmarks.harness import Contender, Spread, interleave
+from benchmarks.native import NATIVE, RECIPE
 from benchmarks.plan import Plan
 from benchmarks.records import Row, at_least, compared
-from swalp import BlockFloat, Stochastic
-from swalp.recipes import Quantizer, Recipe
 
-_SHORT = Quantizer(BlockFloat(8), Stochastic(random_bits=16))
-RECIPE = Recipe(
-    name="native-8", weight=Quantizer(BlockFloat(8), Stochastic()), activation=_SHORT,
-    error=_SHORT, gradient=_SHORT, momentum=_SHORT, quantize_input=True, placement="operands",
-    product="native",
-)  # fmt: skip
 # Channels in and out, height and width, and how many of VGG16's twelve 3 x 3 layers are so.
 SHAPES = [
     (64, 64, 32, 1), (64, 128, 16, 1), (128, 128, 16, 1), (128, 256, 8, 1), (256, 256, 8, 2),
     (256, 512, 4, 1), (512, 512, 4, 2), (512, 512, 2, 3),
 ]  # fmt: skip
-NATIVE = "swalp native"
 GOALS = {"float32": 2.4, "float32 channels-last": 2.0, "bfloat16 channels-last": 1.05}
 
 

@@ -26,7 +26,7 @@ def main() -> None:
     double = WeightAverage(model, accumulator=torch.float64)
     exact = WeightAverage(grid, accumulator=ExactSum(FORMAT))
     packed = [swalp.pack(row[None], FORMAT) for row in fixed]
-    grid.weight = nn.Parameter(packed[0], requires_grad=False)
+    grid.weight = nn.Parameter(packed[0].clone(), requires_grad=False)
     naive = torch.zeros(1, WEIGHTS)
     half = torch.zeros(1, WEIGHTS, dtype=torch.bfloat16)
     with torch.no_grad():

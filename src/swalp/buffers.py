@@ -1,8 +1,8 @@
 """Memory of large results, used again.
 
 A fresh block of 32 MB costs several times what filling it does, as the system hands it out page by
-page. Blocks from here go back when the last tensor on them is gone, and the next result of that
-size takes them.
+page. Blocks from here go back when the last tensor on them is gone, and the next result that
+fits takes them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 SMALLEST = 1 << 22  # bytes: below, the allocator of the C library keeps blocks itself
-MOST_FREE = 1 << 28  # bytes of blocks that wait for use
+MOST_FREE = 1 << 26  # bytes of blocks that wait for use, when another is made
+_WASTE = 8  # a free block of up to so many times the size serves, else there is one of each size
 
 _lock = threading.Lock()
 _blocks: dict[int, list[torch.UntypedStorage]] = {}
@@ -33,12 +34,13 @@ def empty(*shape: int, channels_last: bool = False) -> Tensor:
     if size < SMALLEST:
         return torch.empty_strided(shape, strides)
     with _lock:
-        blocks = _blocks.setdefault(size, [])
-        found = next((block for block in blocks if _is_free(block)), None)
+        fitting = sorted(n for n in _blocks if size <= n <= _WASTE * size)
+        free = (block for n in fitting for block in _blocks[n] if _is_free(block))
+        found = next(free, None)
         if found is None:
             _trim(size)
             found = torch.UntypedStorage(size)  # type: ignore[no-untyped-call]  # PyTorch ships no type
-            blocks.append(found)
+            _blocks.setdefault(size, []).append(found)
         return torch.empty(0).set_(found, 0, shape, strides)
 
 

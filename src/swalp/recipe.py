@@ -291,7 +291,7 @@ def _near(pattern: str, names: Iterable[str]) -> str:
     return f"there are {', '.join(map(repr, known[:8]))}{more}" if known else "there is none"
 
 
-@lru_cache(maxsize=4096)
+# No cache: hashing a recipe with the overrides of a hundred layers costs more than the look.
 def _at(recipe: Recipe, layer: str, kind: str | None, parameter: str | None) -> Recipe:
     settings: dict[str, object] = {}
     for override in recipe.overrides:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from swalp.lab import network, plots
 from swalp.lab.claim import Claim, Context, Row, Verdict, markdown, pick
@@ -204,6 +205,7 @@ def plot(settings: Settings, rows: Sequence[Row]) -> Figure:
             epochs = sorted({row["epoch"] for row in own})
             values = [mean(own, average=ITERATE, epoch=epoch) for epoch in epochs]
             each.plot(epochs, values, color=plots.LOW, linewidth=1, label="iterate (SGD-LP)")
+            each.xaxis.set_major_locator(MaxNLocator(integer=True))
             each.set_xlabel("epoch")
         else:
             last = pick(own, epoch=settings.epochs)

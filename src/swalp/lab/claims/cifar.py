@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 import swalp
 from swalp.lab import plots
 from swalp.lab.claim import Claim, Context, Row, Verdict, markdown, pick
-from swalp.training import run_directory
 from swalp.training.config import FLOAT
 from swalp.training.mistakes import UserError
+from swalp.training.run_directory import RunDirectory
 
 COLUMNS = ("float SGD", "float SWA", "8-bit SGD-LP", "8-bit SWALP")
 _README = "README of the published code"
@@ -76,14 +76,15 @@ def _runs(settings: Settings) -> Iterator[Path]:
     )
     if folder is None:
         return
-    for marker in sorted(folder.glob("*/run.json")):
-        found = run_directory.open_run(marker.parent)
-        if found.finished and found.config().data in ("cifar10", "cifar100"):
-            yield marker.parent
+    for summary in sorted(folder.glob("*/summary.json")):  # written when a run is finished
+        if not (summary.parent / "config.toml").exists():
+            continue
+        if RunDirectory(summary.parent).config().data in ("cifar10", "cifar100"):
+            yield summary.parent
 
 
 def _measured(settings: Settings, path: Path) -> Iterator[Row]:
-    found = run_directory.open_run(path)
+    found = RunDirectory(path)
     config, summary = found.config(), found.summary()
     if config.seeds < settings.seeds:
         return
