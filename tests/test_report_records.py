@@ -116,7 +116,7 @@ def test_damage_gets_one_line(tmp_path, files, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("record", ["{}x", '{"version": 1}', "[]"])
+@pytest.mark.parametrize("record", ["{}x", "{}", '{"claim": "c"}', "[]"])
 def test_a_damaged_claim(tmp_path, record):
     with pytest.raises(RecordError, match=r"record\.json: damaged"):
         load(str(write_claim(tmp_path, **{"record.json": record})))

@@ -39,7 +39,9 @@ _LISTED = 200  # rows that are shown whole
 def sections(claim: Claim, prefix: str = "") -> list[Section]:
     """All there is to say of a claim; `prefix` keeps the ids of several apart."""
     found = [
-        Section(f"{prefix}verdict", "Verdict" if claim.record else "About", _verdict(claim)),
+        Section(
+            f"{prefix}verdict", "Verdict" if "verdict" in claim.record else "About", _verdict(claim)
+        ),
         Section(f"{prefix}curves", "Curves", _curves(claim, prefix)),
         Section(f"{prefix}results", "Results", _results(claim)),
         Section(f"{prefix}rows", "Rows", _rows(claim.rows)),
@@ -50,7 +52,7 @@ def sections(claim: Claim, prefix: str = "") -> list[Section]:
 
 def _verdict(claim: Claim) -> list[Block]:
     record = claim.record
-    if not record:
+    if "verdict" not in record:
         return [Page(claim.page)] if claim.page else []
     verdict = record["verdict"]
     blocks: list[Block] = [

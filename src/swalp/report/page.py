@@ -121,7 +121,7 @@ def _is_report(path: Path) -> bool:
 def _about(record: Run | Claim) -> str:
     """One line: what was run."""
     if isinstance(record, Claim):
-        return f"Claim {record.name}" if record.record else f"Experiment {record.name}"
+        return f"{'Claim' if 'verdict' in record.record else 'Experiment'} {record.name}"
     settings = record.settings
     seeds = settings.get("seeds")
     told = [

@@ -165,7 +165,8 @@ def _claim(path: Path) -> Claim:
     file = path / "record.json"
     record = _object(file) if file.exists() else {}
     verdict = record.get("verdict")
-    if record and not (isinstance(verdict, dict) and {"holds", "sentence"} <= set(verdict)):
+    judged = isinstance(verdict, dict) and {"holds", "sentence"} <= set(verdict)
+    if not judged and (record.keys() & {"claim", "verdict"} or (file.exists() and not record)):
         raise RecordError(f"{file}: damaged: it has no verdict")
     page, tables = "", list[Table]()
     if (path / "README.md").exists():
@@ -182,7 +183,7 @@ def _claim(path: Path) -> Claim:
         path=path,
         record=record,
         rows=rows,
-        page="" if record else page,
+        page="" if judged else page,
         tables=tables,
         picture=next(filter(None, map(_picture, pictures)), None),
     )
