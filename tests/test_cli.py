@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,8 @@ from swalp import cli
 from swalp.training import config, data, loop, models
 from tiny_runs import finished, settings
 
+ROOT = Path(__file__).parent.parent
+VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 TINY = ["digits", "--set", "width=4", "--set", "batch_size=500", "--set", "epochs=2"]
 TINY += ["--set", "averaging_start=1", "--set", "seeds=2", "--set", "model=mlp"]
 
@@ -91,7 +95,7 @@ def test_doctor(run_swalp):
     status, out, err = run_swalp("doctor")
     assert (status, err) == (0, "")
     found = dict(re.split("  +", line, maxsplit=1) for line in out.splitlines())
-    assert found["swalp"] == "0.1.0"
+    assert found["swalp"] == VERSION
     assert found["python"] == ".".join(map(str, sys.version_info[:3]))
     assert int(found["threads"]) >= 1
     assert found["quantizer"]
@@ -99,7 +103,9 @@ def test_doctor(run_swalp):
 
 
 def test_version(run_swalp):
-    assert run_swalp("--version") == (0, "swalp 0.1.0\n", "")
+    assert run_swalp("--version") == (0, f"swalp {VERSION}\n", "")
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(r"^## \[(.*)\]", changelog, re.MULTILINE)[1] == VERSION
 
 
 def test_help(run_swalp):
