@@ -15,13 +15,13 @@ import signal
 import sys
 import time
 
-import matplotlib.backends.backend_agg  # noqa: F401
-import rich.progress  # noqa: F401
-import sklearn.datasets  # noqa: F401
+import matplotlib.backends.backend_agg  # noqa: F401  (loaded before the fork)
+import rich.progress  # noqa: F401  (loaded before the fork)
+import sklearn.datasets  # noqa: F401  (loaded before the fork)
 
 from swalp import cli
-from swalp.report import curves, tables  # noqa: F401
-from swalp.training import checkpoint, config, study  # noqa: F401
+from swalp.report import curves, tables  # noqa: F401  (loaded before the fork)
+from swalp.training import checkpoint, config, study  # noqa: F401  (loaded before the fork)
 
 SEED = 5
 SETTINGS = [
