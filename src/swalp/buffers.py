@@ -1,78 +1,160 @@
 """Memory of large results, used again.
 
 A fresh block of 32 MB costs several times what filling it does, as the system hands it out page by
-page. Blocks from here go back when the last tensor on them is gone, and the next result that
-fits takes them.
+page. Results from here lie side by side in regions of address space: what the last tensor on a
+place leaves free, whatever its size, joins its free neighbours, and the next result takes the
+lowest place that it fits in. So the pages in use are those of the most that ever was alive at once,
+not those of each size.
 """
 
 from __future__ import annotations
 
 import math
+import mmap
 import threading
+import weakref
+from bisect import bisect_left, insort
+from collections import deque
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-SMALLEST = 1 << 22  # bytes: below, the allocator of the C library keeps blocks itself
-MOST_FREE = 1 << 26  # bytes of blocks that wait for use, when another is made
-_WASTE = 8  # a free block of up to so many times the size serves, else there is one of each size
+SMALLEST = 1 << 18  # bytes: below, the allocator of the C library is as good
+REGION = 1 << 30  # bytes of address space; memory only where it has been written
+WINDOW = 1 << 12  # results in which memory that none of them touched goes back to the system
+_PAGE = mmap.PAGESIZE
+
+
+class _Region:
+    """A stretch of address space: which parts are taken, and how much of it is memory.
+
+    Attributes:
+        size: bytes.
+        taken: start and end of what is in use, by start.
+        touched: end of what may be memory.
+        recent: the highest end in use since the window began.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.memory = mmap.mmap(-1, size, **_PRIVATE)
+        self.taken: list[tuple[int, int]] = []
+        self.alive: dict[int, weakref.ref[memoryview]] = {}
+        self.left: deque[int] = deque()
+        self.touched = self.recent = 0
+
+    def take(self, size: int) -> memoryview | None:
+        """The lowest free stretch of that size, until the view is gone; None: there is none."""
+        self.sweep()
+        start = 0
+        for first, end in self.taken:
+            if first - start >= size:
+                break
+            start = end
+        if self.size - start < size:
+            return None
+        insort(self.taken, (start, start + size))
+        self.recent = max(self.recent, start + size)
+        self.touched = max(self.touched, self.recent)
+        view = memoryview(self.memory)[start : start + size]
+        # No lock here: a view can go in the midst of anything, in any thread.
+        self.alive[start] = weakref.ref(view, partial(_note, self.left, start))
+        return view
+
+    def sweep(self) -> None:
+        """Take note of what has become free."""
+        while self.left:
+            start = self.left.popleft()
+            del self.alive[start]
+            del self.taken[bisect_left(self.taken, (start,))]
+
+    def give_back(self, keep: int) -> None:
+        """Give free memory beyond the first `keep` bytes back to the system."""
+        last = self.taken[-1][1] if self.taken else 0
+        start = 0
+        for first, end in [*self.taken, (max(last, self.touched), 0)]:
+            low = max(start, keep)
+            if first > low and _CAN_GIVE_BACK:
+                self.memory.madvise(mmap.MADV_DONTNEED, low, first - low)
+            start = end
+        self.touched = max(last, min(keep, self.touched))
+        self.recent = last
+
+    def free(self) -> int:
+        """Bytes of memory that nothing uses."""
+        self.sweep()
+        return self.touched - sum(end - start for start, end in self.taken)
+
+
+# What a child of `os.fork` writes is its own.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+_CAN_GIVE_BACK = hasattr(mmap, "MADV_DONTNEED")
 
 _lock = threading.Lock()
-_blocks: dict[int, list[torch.UntypedStorage]] = {}
+_regions: list[_Region] = []
+_results = 0
 
 
-def empty(*shape: int, channels_last: bool = False) -> Tensor:
-    """Like `torch.empty`: float32 on the CPU, and no view.
+def empty(*shape: int, channels_last: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Like `torch.empty` on the CPU, and no view.
 
     Args:
         shape: of the tensor.
         channels_last: whether dimension 1 is the last in memory; else the tensor is contiguous.
+        dtype: of the tensor.
     """
     strides = _strides(shape, channels_last)
-    size = 4 * math.prod(shape)
+    size = dtype.itemsize * math.prod(shape)
     if size < SMALLEST:
-        return torch.empty_strided(shape, strides)
-    with _lock:
-        fitting = sorted(n for n in _blocks if size <= n <= _WASTE * size)
-        free = (block for n in fitting for block in _blocks[n] if _is_free(block))
-        found = next(free, None)
-        if found is None:
-            _trim(size)
-            found = torch.UntypedStorage(size)  # type: ignore[no-untyped-call]  # PyTorch ships no type
-            _blocks.setdefault(size, []).append(found)
-        return torch.empty(0).set_(found, 0, shape, strides)
+        return torch.empty_strided(shape, strides, dtype=dtype)
+    memory = torch.frombuffer(_take(-(-size // _PAGE) * _PAGE), dtype=torch.uint8, count=size)
+    return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, shape, strides)
 
 
 def free_bytes() -> int:
-    """Bytes of blocks that no tensor uses now."""
+    """Bytes of memory that no tensor uses now."""
     with _lock:
-        return sum(len([b for b in blocks if _is_free(b)]) * n for n, blocks in _blocks.items())
+        return sum(region.free() for region in _regions)
 
 
 def release() -> None:
-    """Give blocks that no tensor uses back to the system."""
+    """Give memory that no tensor uses back to the system."""
     with _lock:
-        for size, blocks in list(_blocks.items()):
-            blocks[:] = [block for block in blocks if not _is_free(block)]
-            if not blocks:
-                del _blocks[size]
+        for region in _regions:
+            region.sweep()
+            region.give_back(0)
+        _regions[:] = [region for region in _regions if region.taken]
 
 
-def _is_free(block: torch.UntypedStorage) -> bool:
-    # One reference: ours.
-    return int(torch._C._storage_Use_Count(block._cdata)) == 1
+def _take(size: int) -> memoryview:
+    global _results
+    with _lock:
+        _results += 1
+        if _results % WINDOW == 0:
+            for region in _regions:
+                region.sweep()
+                region.give_back(region.recent)
+        for region in _regions:
+            if (found := region.take(size)) is not None:
+                return found
+        region = _region(size)
+        _regions.append(region)
+        found = region.take(size)
+        assert found is not None
+        return found
 
 
-def _trim(kept: int) -> None:
-    """Drop free blocks of other sizes than `kept` while there are too many bytes of them."""
-    free = [(n, b) for n, blocks in _blocks.items() if n != kept for b in blocks if _is_free(b)]
-    total = sum(size for size, _ in free)
-    for size, block in free:
-        if total <= MOST_FREE:
-            return
-        _blocks[size].remove(block)
-        total -= size
+def _region(size: int) -> _Region:
+    try:
+        return _Region(max(size, REGION))
+    except OSError:  # address space is limited, or counted as memory
+        return _Region(size)
+
+
+def _note(left: deque[int], start: int, _: object) -> None:
+    left.append(start)
 
 
 def _strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:

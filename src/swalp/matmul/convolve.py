@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from swalp.formats import Format
 from swalp.matmul import convolution
 from swalp.matmul.convolution import Weight, Window
-from swalp.matmul.linear import Quantization, keep, kept, operand, weight_operand
+from swalp.matmul.handed import Handed
+from swalp.matmul.linear import Quantization, apart, keep, kept, operand, weight_operand
 from swalp.matmul.operands import Operand, values
 from swalp.packed import PackedTensor
 
@@ -45,8 +47,12 @@ def convolve(
     Returns:
         float32, (batch, out, ...), channels last in memory.
     """
-    result: Tensor = _Convolve.apply(x, weight, bias, window, weight_format, activation, error)  # type: ignore[no-untyped-call]  # PyTorch ships no type
-    node = result.grad_fn
+    handed = Handed()
+    y: Tensor = _Convolve.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
+        handed.gradient_of(x), weight, bias, window, weight_format, activation, error, handed
+    )
+    result = handed.errors_of(y)
+    node = y.grad_fn
     if node is not None and (again := getattr(node, "again", None)) is not None:
         del node.again  # type: ignore[attr-defined]  # the context of `_Convolve` is its node
         result._again = (again, result._version)  # type: ignore[attr-defined]  # seen by `again_of`
@@ -94,11 +100,13 @@ class _Convolve(torch.autograd.Function):
         weight_format: Format,
         activation: Quantization,
         error: Quantization,
+        handed: Handed,
     ) -> Tensor:
         inputs = operand(x, activation)
         weights = weight_operand(weight, weight_format)
         added = bias.dequantize() if isinstance(bias, PackedTensor) else bias
-        ctx.error, ctx.weight_format, ctx.window = error, weight_format, window
+        handed.round = partial(operand, quantization=error)
+        ctx.handed, ctx.weight_format, ctx.window = handed, weight_format, window
         ctx.size, ctx.has_bias = x.shape[2:], bias is not None
         keep(ctx, inputs, weight)
         if isinstance(inputs, Operand) and isinstance(weights, Operand):
@@ -116,15 +124,18 @@ class _Convolve(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, (weight,) = kept(ctx)
         window: Window = ctx.window
-        errors = operand(grad, ctx.error)
+        errors = ctx.handed.take_errors()
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             weights = weight_operand(weight, ctx.weight_format)
             if isinstance(errors, Operand) and isinstance(weights, Operand):
                 packed = Weight(weights, window.groups)
-                dx = convolution.input_gradient(errors, packed, ctx.size, window)
+                packed.packed(True)  # a copy, which an optimizer leaves alone
+                compute = partial(convolution.input_gradient, errors, packed, ctx.size, window)
             else:
-                dx = _backward(errors, inputs, weights, window, 0)
+                compute = partial(_backward, errors, inputs, apart(weights, weight), window, 0)
+            shape = (grad.shape[0], weight.shape[1] * window.groups, *ctx.size)
+            dx = ctx.handed.later(shape, compute)
         if ctx.needs_input_grad[1]:
             if isinstance(errors, Operand) and isinstance(inputs, Operand):
                 last = not weight.is_contiguous()
@@ -136,7 +147,7 @@ class _Convolve(torch.autograd.Function):
                 db = convolution.bias_gradient(errors)
             else:
                 db = errors.sum([0, *range(2, grad.dim())])
-        return dx, dw, db, None, None, None, None
+        return dx, dw, db, None, None, None, None, None
 
 
 def floats(x: Operand | Tensor) -> Tensor:

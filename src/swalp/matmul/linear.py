@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from swalp.formats import Format
+from swalp.matmul.handed import Handed
 from swalp.matmul.operands import Operand, of_packed, quantized
 from swalp.matmul.products import product
 from swalp.packed import PackedTensor
@@ -48,10 +51,11 @@ def linear(
     Returns:
         float32, (..., out_features).
     """
-    result: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
-        x, weight, bias, weight_format, activation, error, transposed
+    handed = Handed()
+    y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
+        handed.gradient_of(x), weight, bias, weight_format, activation, error, transposed, handed
     )
-    return result
+    return handed.errors_of(y)
 
 
 def operand(x: Tensor, quantization: Quantization) -> Operand | Tensor:
@@ -72,6 +76,19 @@ def weight_operand(weight: Tensor, fmt: Format) -> Operand | Tensor:
     return weight
 
 
+def apart(operand: Operand | Tensor, weight: Tensor) -> Operand | Tensor:
+    """A weight's operand that stays as it is when an optimizer changes `weight`."""
+    if isinstance(operand, Operand):
+        if isinstance(weight, PackedTensor):
+            exponents = operand.exponents
+            return operand._replace(
+                codes=operand.codes.clone(),
+                exponents=None if exponents is None else exponents.clone(),
+            )
+        return operand
+    return operand.clone() if operand is weight else operand
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -83,30 +100,43 @@ class _Linear(torch.autograd.Function):
         activation: Quantization,
         error: Quantization,
         transposed: bool,
+        handed: Handed,
     ) -> Tensor:
         inputs = rows(operand(x, activation))
         weights = weight_operand(weight, weight_format)
         added = bias.dequantize() if isinstance(bias, PackedTensor) else bias
-        ctx.error, ctx.weight_format, ctx.shape = error, weight_format, x.shape
+        handed.round = partial(_rounded_rows, quantization=error)
+        ctx.weight_format, ctx.shape, ctx.handed = weight_format, x.shape, handed
         ctx.has_bias, ctx.transposed = bias is not None, transposed
         keep(ctx, inputs, weight)
         y = product(inputs, weights if transposed else transpose(weights), added)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         inputs, (weight,) = kept(ctx)
-        errors = rows(operand(grad, ctx.error))
+        errors = ctx.handed.take_errors()
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            weights = weight_operand(weight, ctx.weight_format)
-            dx = product(errors, transpose(weights) if ctx.transposed else weights).view(ctx.shape)
+            weights = apart(weight_operand(weight, ctx.weight_format), weight)
+            right = transpose(weights) if ctx.transposed else weights
+            dx = ctx.handed.later(ctx.shape, partial(_input_gradient, errors, right, ctx.shape))
         if ctx.needs_input_grad[1]:
             left, right = (inputs, errors) if ctx.transposed else (errors, inputs)
             dw = product(transpose(left), right)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             db = column_sums(errors)
-        return dx, dw, db, None, None, None, None
+        return dx, dw, db, None, None, None, None, None
+
+
+def _rounded_rows(grad: Tensor, quantization: Quantization) -> Operand | Tensor:
+    return rows(operand(grad, quantization))
+
+
+def _input_gradient(
+    errors: Operand | Tensor, weights: Operand | Tensor, shape: Sequence[int]
+) -> Tensor:
+    return product(errors, weights).view(shape)
 
 
 def rows(x: Operand | Tensor) -> Operand | Tensor:

@@ -1,0 +1,63 @@
+"""The three steps of a layer's backward pass: what autograd users see is as with one."""
+
+import torch
+
+import swalp
+from swalp.packed import PackedTensor
+
+
+def _model(packed=True):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+    return swalp.convert(model, "native-8", packed=packed)
+
+
+def _values(x):
+    return x.dequantize() if isinstance(x, PackedTensor) else x
+
+
+def test_the_weight_may_change_before_the_gradient_of_the_input_is_computed():
+    gradients = []
+    for consume in (False, True):
+        model = _model()
+        optimizer = swalp.optim.SGD(
+            model.named_parameters(), lr=0.5, momentum=0.9, recipe="native-8"
+        )
+        if consume:
+            optimizer.consume_gradients()
+        x = torch.randn(32, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        model(x).square().sum().backward()
+        optimizer.step()
+        gradients.append((x.grad, *(_values(p).detach() for p in model.parameters())))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert gradients[0][0].abs().max() > 0
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradients_again():
+    model = _model(packed=False)
+    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    loss = model(x).square().sum()
+    inputs = [x, *model.parameters()]
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    alone = torch.autograd.grad(loss, [inputs[3]], retain_graph=True)
+    second = torch.autograd.grad(loss, inputs)
+    assert torch.equal(alone[0], first[3])
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_hooks_see_the_gradients_and_no_stand_in():
+    model = _model(packed=False)
+    x = torch.randn(32, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    seen, errors = [], []
+    model[2].register_full_backward_hook(lambda _, given, got: errors.extend((*given, *got)))
+    hidden = model[0](x)
+    hidden.register_hook(lambda grad: seen.append(grad.clone()))
+    y = model[2](model[1](hidden))
+    y.retain_grad()
+    y.square().sum().backward()
+    assert torch.equal(y.grad, 2 * y)
+    assert torch.equal(errors[1], 2 * y)
+    assert torch.equal(torch.where(hidden > 0, errors[0], 0.0), seen[0])
+    assert seen[0].abs().max() > 0
+    assert (seen[0][hidden <= 0] == 0).all()
+    assert x.grad.abs().max() > 0
