@@ -53,6 +53,7 @@ def without_kernel(monkeypatch):
     def run(values, accumulator):
         with monkeypatch.context() as patched:
             patched.setattr(kernel, "take", lambda *_: False)
+            patched.setattr(kernel, "take_rounded", lambda *_: False)
             return averaged(values, accumulator)
 
     return run
@@ -149,6 +150,86 @@ def test_low_precision_average_is_held_in_codes(fmt, without_kernel):
         rounding = swalp.Stochastic(5).stream("average", "w").at(count)
         expected = swalp.quantize(moving_mean(expected, each, 1 / (count + 1)), fmt, rounding)
     assert torch.equal(state["average"].dequantize(), expected)
+
+
+ROUNDED = [
+    BlockFloat(8, axes=(0,)),
+    BlockFloat(8),
+    BlockFloat(4, axes=(0,)),
+    BlockFloat(4),
+    BlockFloat(6, tile=5),
+    FixedPoint(8, 4),
+    FixedPoint(4, 2, symmetric=True),
+    FixedPoint(8, 5, symmetric=True),
+]
+
+
+@needs_kernels
+@pytest.mark.parametrize("rounding", [swalp.Stochastic(), swalp.Nearest()], ids=str)
+@pytest.mark.parametrize("fmt", ROUNDED, ids=str)
+def test_rounded_averages_equal_the_definition(fmt, rounding, without_kernel):
+    """Of floats and of packed weights; blocks that one thread takes, and that all share."""
+    accumulator = swalp.recipes.Quantizer(fmt, rounding)
+    for shape in [(), (1,), (5,), (70, 960), (6, 160), (7, 15), (5, 7, 2, 10), (3, 70_000)]:
+        if fmt == BlockFloat(6, tile=5) and (not shape or shape[-1] % 5):
+            continue
+        values = iterates(shape)
+        values[1].view(-1)[0] = 1e-30
+        for given in (
+            values,
+            [each.to(torch.bfloat16) for each in values],
+            *([pack(each, own) for each in values] for own in own_formats(shape)),
+        ):
+            found, expected = averaged(given, accumulator), without_kernel(given, accumulator)
+            assert same_codes(found["average"], expected["average"])
+            assert same_codes(averaged(given, accumulator, 1)["average"], expected["average"])
+
+
+def own_formats(shape):
+    """Of the iterates: in the blocks of the average, in others, in none."""
+    formats = [BlockFloat(8), FixedPoint(6, 4, symmetric=True), Minifloat(4, 3), BlockFloat(16)]
+    if shape:
+        formats += [BlockFloat(8, axes=(0,)), BlockFloat(4, axes=(0,))]
+    return formats
+
+
+def same_codes(left, right):
+    exponents = left.exponents is None or torch.equal(left.exponents, right.exponents)
+    return exponents and torch.equal(left.codes, right.codes)
+
+
+@needs_kernels
+def test_rounded_averages_where_numbers_are_not_finite(without_kernel):
+    accumulator = swalp.recipes.Quantizer(BlockFloat(8, axes=(0,)), swalp.Stochastic())
+    values = iterates((4, 70))
+    values[1][0, 3], values[1][1, 5], values[2][2] = float("nan"), float("inf"), 0.0
+    for scale in (1.0, 1e-38, 1e37):
+        given = [each * scale for each in values]
+        found, expected = averaged(given, accumulator), without_kernel(given, accumulator)
+        assert same_codes(found["average"], expected["average"])
+        assert found["average"].dequantize()[0, 3].isnan()
+
+
+@needs_kernels
+def test_rounded_kernel_takes_what_it_should():
+    rounding = swalp.Stochastic(1).at(3)
+
+    def takes(average, parameter):
+        return kernel.take_rounded(average, parameter, rounding, 0.5, 1)
+
+    rows = BlockFloat(8, axes=(0,))
+    average = pack(torch.zeros(4, 6), rows)
+    assert takes(average, torch.ones(4, 6))
+    assert takes(average, pack(torch.ones(4, 6), rows))
+    assert takes(average, pack(torch.ones(4, 6), BlockFloat(4, axes=(0,))))
+    assert takes(average, pack(torch.ones(4, 6), FixedPoint(8, 6)))
+    assert takes(pack(torch.zeros(4, 10), BlockFloat(6, tile=5)), torch.ones(4, 10))
+    assert not takes(average, torch.ones(6, 4).t())
+    assert not takes(average, pack(torch.ones(4, 6), BlockFloat(8)))
+    assert not takes(average, pack(torch.ones(6, 4), BlockFloat(8, axes=(1,))).t())
+    assert not takes(pack(torch.zeros(4, 6), BlockFloat(8, axes=(1,))), torch.ones(4, 6))
+    assert not takes(pack(torch.zeros(4, 6), BlockFloat(12)), torch.ones(4, 6))
+    assert not takes(pack(torch.zeros(4, 5), BlockFloat(4, axes=(0,))), torch.ones(4, 5))
 
 
 def test_float32_average_loses_nothing_where_the_naive_one_stalls():

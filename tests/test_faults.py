@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -65,14 +66,158 @@ def test_no_room_for_a_checkpoint(tmp_path, reference):
     assert results(run) == reference
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_directory_that_cannot_be_written(tmp_path):
-    tmp_path.chmod(0o500)
+SWALP = str(Path(sys.executable).with_name("swalp"))
+# In namespaces of its own: a user's, so that anybody may mount, and that of the mounts, which are
+# gone with the shell.
+ISOLATED = ["unshare", "--user", "--map-root-user", "--mount"]
+# Owner of the files, but without root's privilege to write anywhere.
+UNPRIVILEGED = ["unshare", "--user"] if os.geteuid() == 0 else []
+
+
+def usable(*command):
     try:
-        with pytest.raises(UserError, match="cannot make the run directory: Permission denied"):
-            run_directory.create(tmp_path / "run", settings())
-    finally:
-        tmp_path.chmod(0o700)
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+needs_mounts = pytest.mark.skipif(
+    not usable(*ISOLATED, "mount", "-t", "tmpfs", "-o", "size=16k", "none", "/mnt"),
+    reason="this machine lets nobody mount a small disk in a user namespace",
+)
+
+
+def on_disk(tmp_path, options, script):
+    """What a shell script prints, its errors included, in a folder with a small disk as `disk`."""
+    (tmp_path / "disk").mkdir()
+    mount = f"mount -t tmpfs -o {options} none disk && cd ."
+    run = subprocess.run(
+        [*ISOLATED, "sh", "-c", f"{mount}\n{script}"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"SWALP": SWALP, "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout
+    return run.stdout.splitlines()
+
+
+@needs_mounts
+def test_a_full_disk_stops_training_which_goes_on_when_there_is_room(tmp_path, reference):
+    """A real one: filled up while the run stands, with room for half a checkpoint."""
+    run = run_directory.create(tmp_path / "run", settings(**CHANGES, keep_checkpoints=3))
+    with pytest.raises(study.Stopped):
+        train(run, stop_at=20)
+    size = sum(file.stat().st_size for file in checkpoint.newest(run.checkpoints).iterdir())
+    lines = on_disk(
+        tmp_path,
+        "size=4m",
+        f"""
+        cp -r run disk/run
+        ls disk/run/checkpoints > before
+        free=$(df --output=avail -B 1 disk | tail -n 1)
+        head -c $((free - {size // 2})) /dev/zero > disk/others
+        $SWALP resume disk/run; echo status $?
+        ls disk/run/checkpoints | diff before - && echo the same checkpoints
+        rm disk/others
+        $SWALP resume disk/run > /dev/null 2>&1; echo status $?
+        cp -r disk/run after
+        """,
+    )
+    error, *rest = [line for line in lines if not line.startswith("going on")]
+    assert error.startswith("swalp: disk/run")
+    assert "No space left on device; the last good checkpoint is disk/run/checkpoints/" in error
+    assert error.endswith(". Mend that and go on with: swalp resume disk/run")
+    assert rest == ["status 2", "the same checkpoints", "status 0"]
+    found = results(run_directory.open_run(tmp_path / "after"))
+    assert found.keys() == reference.keys()
+    different = {name for name in found if found[name] != reference[name]}
+    assert different <= {"summary.json"}  # which holds the settings, so keep_checkpoints
+
+
+@needs_mounts
+def test_a_full_disk_takes_no_part_of_an_export(tmp_path):
+    finished(tmp_path / "run", width=64)  # more than the page that is free
+    lines = on_disk(
+        tmp_path,
+        "size=64k",
+        """
+        head -c 60K /dev/zero > disk/others
+        for format in "bfp8[0]" bfp16 onnx; do
+            $SWALP export run --format $format --out disk/new/model; echo status $?
+            ls -A disk/new
+        done
+        $SWALP export run --out disk/others; echo status $?
+        stat -c %s disk/others
+        """,
+    )
+    for line in lines[:6:2]:
+        assert re.fullmatch(
+            r"swalp: disk/new/model: cannot write [\d,]+ bytes: No space left on device; choose "
+            r"another place with --out",
+            line,
+        )
+    assert lines[1:6:2] == ["status 2"] * 3
+    assert lines[6].startswith("swalp: disk/others: is there already")
+    assert lines[7:] == ["status 2", str(60 * 1024)]
+
+
+@needs_mounts
+def test_a_full_disk_takes_no_part_of_a_new_run(tmp_path):
+    lines = on_disk(
+        tmp_path,
+        "size=16k",
+        """
+        head -c 1M /dev/zero > disk/others 2> /dev/null
+        mkdir disk/empty
+        for run in new empty; do
+            $SWALP train digits --out disk/$run; echo status $?
+        done
+        ls -A disk disk/empty
+        """,
+    )
+    full = "cannot make the run directory: No space left on device"
+    assert lines[:4] == [
+        f"swalp: disk/new: {full}", "status 2", f"swalp: disk/empty: {full}", "status 2",
+    ]  # fmt: skip
+    assert lines[4:] == ["disk:", "empty", "others", "", "disk/empty:"]
+
+
+@needs_mounts
+def test_a_disk_that_cannot_be_written(tmp_path):
+    finished(tmp_path / "run")
+    lines = on_disk(
+        tmp_path,
+        "ro",
+        """
+        $SWALP train digits --out disk/new; echo status $?
+        $SWALP export run --out disk/model; echo status $?
+        """,
+    )
+    assert lines[:2] == [
+        "swalp: disk/new: cannot make the run directory: Read-only file system", "status 2",
+    ]  # fmt: skip
+    assert lines[2].startswith("swalp: disk/model: cannot write ")
+    assert lines[2].endswith(" bytes: Read-only file system; choose another place with --out")
+    assert lines[3:] == ["status 2"]
+
+
+@pytest.mark.skipif(
+    not usable(*UNPRIVILEGED, "true"), reason="root may write anywhere, and no user namespace here"
+)
+def test_a_directory_that_cannot_be_written(tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    run = subprocess.run(
+        [*UNPRIVILEGED, SWALP, "train", "digits", "--out", str(locked / "run")],
+        capture_output=True,
+        text=True,
+    )
+    assert run.stderr == f"swalp: {locked}/run: cannot make the run directory: Permission denied\n"
+    assert run.returncode == 2
+    assert not list(locked.iterdir())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "both of them"])

@@ -103,6 +103,11 @@ def average(
     kind: int, weight: float, into: int, residual: int, x: int, dtype: int, count: int,
     fmt: Format | None, layout: Layout | None, exponents: int, table: int, threads: int, /,
 ) -> None: ...  # fmt: skip
+def average_rounded(
+    weight: float, blocks: tuple[int, int], x: int, x_exponents: int, x_format: Format | None,
+    x_halved: bool, into: int, exponents: int, fmt: Format, halved: bool,
+    rounding: tuple[int, int, int, int, int], threads: int, /,
+) -> None: ...  # fmt: skip
 def least_squares(
     size: int, weight: int, sum: int, squares: int, fmt: Format | None,
     rule: int, bits: int, seed: int, step_start_every: tuple[int, int, int], rate: float,

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from itertools import dropwhile
+
 import torch
 from torch import Tensor
 
 from swalp.averaging.kinds import Accumulator, ExactSum
-from swalp.packed import PackedTensor
+from swalp.formats import BlockFloat, FixedPoint
+from swalp.packed import PackedTensor, joined
 from swalp.quantize import cpu
+from swalp.quantize.blocks import block_extents
+from swalp.rounding import Rounding
 
 if cpu.available:
     from swalp import _kernels
@@ -60,6 +66,71 @@ def take(
         threads,
     )  # fmt: skip
     return True
+
+
+def take_rounded(
+    average: PackedTensor, parameter: Tensor, rounding: Rounding, weight: float, threads: int
+) -> bool:
+    """Take `parameter` into an average that is kept in codes, in one pass; whether it was done.
+
+    It can be where blocks are stretches of memory, for an average of at most 8 bits with a code for
+    NaN, and float32 parameters or such packed ones in the same blocks or in none.
+    """
+    if not cpu.available or parameter.numel() == 0:
+        return False
+    blocks = _stretches(average)
+    kept = cpu.plan_of(average.format).kernel
+    if blocks is None or kept is None or not kept.has_nan:
+        return False
+    halved = joined(average.format)
+    x, exponents, x_format, x_halved = parameter, 0, None, False
+    if isinstance(parameter, PackedTensor):
+        own = _stretches(parameter)
+        if own is None or (parameter.exponents is not None and own != blocks):
+            return False
+        x, exponents = parameter.codes, _address(parameter.exponents)
+        x_format, x_halved = cpu.plan_of(parameter.format).kernel, joined(parameter.format)
+        if x_format is None:
+            return False
+    elif not (x.is_cpu and x.dtype == torch.float32 and x.is_contiguous() and not x.is_neg()):
+        return False
+    if (halved or x_halved) and blocks[0] > 1 and blocks[1] % 2:
+        return False  # two codes share a byte, but no two blocks do
+    _kernels.average_rounded(
+        weight, blocks, x.data_ptr(), exponents, x_format, x_halved,
+        average.codes.data_ptr(), _address(average.exponents), kept, halved,
+        cpu.rule_arguments(rounding), threads,
+    )  # fmt: skip
+    return True
+
+
+def _address(exponents: Tensor | None) -> int:
+    return 0 if exponents is None else exponents.data_ptr()
+
+
+def _stretches(x: PackedTensor) -> tuple[int, int] | None:
+    """(number, length) of blocks that are stretches of memory, codes and exponents bytes, or None.
+
+    A tensor without exponents is one block.
+    """
+    fmt, exponents = x.format, x.exponents
+    if not isinstance(fmt, FixedPoint | BlockFloat) or fmt.bits > 8:
+        return None
+    if not (x.codes.is_cpu and x.codes.is_contiguous()):
+        return None
+    if exponents is None:
+        return 1, x.numel()
+    if exponents.dtype != torch.int8 or not exponents.is_contiguous():
+        return None
+    assert isinstance(fmt, BlockFloat)  # it has exponents
+    extents = block_extents(fmt, x.shape)
+    length = math.prod(extents)
+    # Behind the leading axes of single elements, one axis may be in parts, and the others whole.
+    inner = list(dropwhile(lambda axis: axis[1] == 1, zip(x.shape, extents, strict=True)))
+    if any(size != extent for size, extent in inner[1:]):
+        return None
+    blocks = exponents.numel()
+    return (blocks, length) if blocks * length == x.numel() else None
 
 
 def _alike(kept: Tensor, memory: Tensor) -> bool:

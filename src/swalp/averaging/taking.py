@@ -135,6 +135,10 @@ def _take_rounded(
     rounding = accumulator.rounding
     if isinstance(rounding, Stochastic):
         rounding = rounding.seeded(seed).stream("average", name).at(count)
+    if isinstance(average, PackedTensor) and kernel.take_rounded(
+        average, parameter, rounding, weight, threads
+    ):
+        return
     moved = _floats(average)
     if not kernel.take({"average": moved}, parameter, torch.float32, weight, threads):
         moved.copy_(moving_mean(moved, _floats(parameter).to(moved), weight))

@@ -160,6 +160,28 @@ void set(swalp_role& role, const swalp_format& f, int32_t rule, int32_t bits, ui
 
 template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
+// `x_format` is None for an iterate of float32. Seed, step and call follow rule and random bits.
+void average_rounded(float weight, std::tuple<int64_t, int64_t> blocks, uintptr_t x,
+                     uintptr_t x_exponents, const swalp_format* x_format, bool x_halved,
+                     uintptr_t into, uintptr_t exponents, const swalp_format& f, bool halved,
+                     const std::tuple<int32_t, int32_t, uint64_t, uint32_t, uint32_t>& rounding,
+                     int threads) {
+  swalp_rounded_average a = {};
+  std::tie(a.blocks, a.length) = blocks;
+  a.x = at<void>(x);
+  a.x_exponents = at<int8_t>(x_exponents);
+  a.x_format = x_format;
+  a.x_halved = x_halved;
+  a.average = at<void>(into);
+  a.exponents = at<int8_t>(exponents);
+  const auto& [rule, bits, seed, step, call] = rounding;
+  set(a.role, f, rule, bits, seed, halved);
+  a.role.rounding.step = step;
+  a.role.rounding.call = call;
+  nb::gil_scoped_release unlocked;
+  if (swalp_average_rounded(weight, &a, threads) < 0) throw std::bad_alloc();
+}
+
 void bind_sgd(swalp_sgd_parameter& p, uint32_t step, uintptr_t gradient, uintptr_t weight,
               uintptr_t weight_exponents, uintptr_t momentum, uintptr_t momentum_exponents) {
   p.gradient = at<float>(gradient);
@@ -398,6 +420,9 @@ NB_MODULE(_kernels, m) {
   });
   m.def("average", &average, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
+  m.def("average_rounded", &average_rounded, nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg());
   m.def("noise", &noise);
   m.def("matmul", &matmul);
   m.def("has_matmul", [] { return swalp_has_multiply() != 0; });

@@ -12,6 +12,7 @@
 #include <string.h>
 
 #include "average.h"
+#include "average_rounded.h"
 #include "convex.h"
 #include "optim.h"
 
@@ -291,4 +292,4 @@ void noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out)
 extern const swalp_build SWALP_JOIN(SWALP_BUILD);
 const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, quantize_part,
                                              relu, relu_gradient, unpack, split, join, average,
-                                             noise, sgd, adam, least_squares, softmax, scalars};
+                                             average_rounded, noise, sgd, adam, least_squares, softmax, scalars};

@@ -100,6 +100,10 @@ void swalp_average(const swalp_average_arguments* a, const swalp_format* f, cons
   active->average(a, f, l, threads);
 }
 
+int swalp_average_rounded(float weight, const swalp_rounded_average* average, int threads) {
+  return active->average_rounded(weight, average, threads);
+}
+
 void swalp_noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out) {
   active->noise(r, start, count, out);
 }

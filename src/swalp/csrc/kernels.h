@@ -142,6 +142,21 @@ typedef struct {
   swalp_role gradient_role, moment_role, root_role, weight_role;
 } swalp_adam_parameter;
 
+// An average kept in codes of at most 8 bits with a code for NaN, moved by weight * (x - average) and
+// rounded again. `x`: codes of at most 8 bits in blocks of the same lengths or in none; with no
+// format, float32. Returns -1 without memory, else 0.
+typedef struct {
+  int64_t blocks, length;
+  const void* x;
+  const int8_t* x_exponents;  // NULL without blocks
+  const swalp_format* x_format;
+  int32_t x_halved;
+  void* average;
+  int8_t* exponents;  // NULL without blocks
+  swalp_role role;
+} swalp_rounded_average;
+int swalp_average_rounded(float weight, const swalp_rounded_average*, int threads);
+
 // One step of `count` parameters. Returns 1 if a NaN had no code, -1 without memory, else 0.
 int swalp_sgd_step(const swalp_sgd*, const swalp_sgd_parameter*, int64_t count, int threads);
 int swalp_adam_step(const swalp_adam*, const swalp_adam_parameter*, int64_t count, int threads);
@@ -195,6 +210,7 @@ struct swalp_build {
   decltype(&swalp_split) split;
   decltype(&swalp_join) join;
   decltype(&swalp_average) average;
+  decltype(&swalp_average_rounded) average_rounded;
   decltype(&swalp_noise) noise;
   decltype(&swalp_sgd_step) sgd;
   decltype(&swalp_adam_step) adam;

@@ -110,7 +110,7 @@ def precision_png(rows: Sequence[Row], title: str) -> bytes:
 
 def _panels(rows: Sequence[Row], title: str, draw: Callable[[Axes, list[Row]], None]) -> bytes:
     arms = _distinct(rows, "arm")
-    figure = Figure(figsize=(5.2 * len(arms), 4.2), dpi=150, layout="constrained")
+    figure = Figure(figsize=(5.2 * len(arms), 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     for number, arm in enumerate(arms):
         axes = figure.add_subplot(1, len(arms), number + 1)
@@ -118,7 +118,9 @@ def _panels(rows: Sequence[Row], title: str, draw: Callable[[Axes, list[Row]], N
         axes.set_title(arm, fontsize="medium")
         axes.set_ylabel("test error, %")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+    # One for all panels, beside them: within one it would hide points.
+    lines, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, fontsize="small")
     figure.suptitle(title)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from swalp.training import averages, loop
 from swalp.training.config import RunConfig
 from swalp.training.data import Dataset
 
 Row = dict[str, Any]
+Question = Literal["frequency", "precision"]
+QUESTIONS: tuple[Question, ...] = ("frequency", "precision")
 
 # From every step to every second epoch; of which those are left out that an epoch has no room for.
 FREQUENCIES = (
@@ -51,86 +53,54 @@ _CIFAR = _MNIST.model_copy(
     update={
         "data": "cifar10",
         "model": "small-vgg",
+        "arms": ("paper-small-block-8", "paper-small-block-5"),  # 4 bits learn little here
         "augment": True,
         "learning_rate": 0.05,
-        "averaging_rate": 0.02,
-        "epochs": 10,
-        "averaging_start": 6,
-        "seeds": 2,
+        "epochs": 20,
+        "averaging_start": 15,
     }
 )
 # The training runs: settings, and training images (the first ones of the data set).
 SETTINGS: dict[str, tuple[RunConfig, int]] = {
     "mnist": (_MNIST, 10_000),
-    "cifar10": (_CIFAR, 5_000),
+    "cifar10": (_CIFAR, 25_000),
 }
 
 
-def averaging_frequency(
+def averaging(
     config: RunConfig,
     data: Dataset,
     *,
+    questions: Sequence[Question] = QUESTIONS,
     examples: int | None = None,
     watch: Callable[[int, int], None] = lambda done, steps: None,
 ) -> list[Row]:
-    """How often must an iterate be taken? Every arm and seed is trained once, for all frequencies.
+    """How often must an iterate be taken, and how precise must the average be?
+
+    Every arm and seed is trained once, for all frequencies and precisions.
 
     Args:
-        config: settings of the run, such as ``SETTINGS["mnist"][0]``.
+        config: settings of the run, such as ``SETTINGS["mnist"][0]``; `average_every` holds for
+            all precisions.
         data: as `config` says.
+        questions: those that are asked; others cost nothing.
         examples: train on the first so many images alone; default: on all.
         watch: called after each step with the steps done and those of the whole ablation.
 
     Returns:
         A row for each arm, seed, epoch after averaging started, and average, in that order:
-        "arm", "seed", "epoch"; "average": one of `FREQUENCIES`, or "iterate" for the last iterate;
-        "averaged": iterates taken (0 for the iterate); "test_error": %. Rows are plain records, a
-        function of the arguments alone.
+        "arm", "seed", "epoch"; "average": one of `FREQUENCIES`; at the last epoch also
+        ``precision=bfpW[0]`` for W in `PRECISIONS` and "precision=float32"; or "iterate" for the
+        last iterate; "averaged": iterates taken (0 for the iterate); "test_error": %. Rows are
+        plain records, a function of the arguments alone.
     """
-    data = _first(data, examples)
+    data = data if examples is None else replace(data, train=data.train.between(0, examples))
     per_epoch = loop.steps_per_epoch(config, data)
-    total = config.epochs * per_epoch
-    fitting = []
-    for text in FREQUENCIES:
-        setting = averages.parse(text)
-        start, every = setting.when(config.averaging_start, 1, per_epoch)
-        if start + every <= total and (setting.unit == "epoch" or every < per_epoch):
-            fitting.append(text)
-    return _rows(config, data, fitting, watch)
-
-
-def averaging_precision(
-    config: RunConfig,
-    data: Dataset,
-    *,
-    examples: int | None = None,
-    watch: Callable[[int, int], None] = lambda done, steps: None,
-) -> list[Row]:
-    """How precise must the average be? Every arm and seed is trained once, for all precisions.
-
-    Args:
-        config: settings of the run; `average_every` holds for all.
-        data: as `config` says.
-        examples: train on the first so many images alone; default: on all.
-        watch: called after each step with the steps done and those of the whole ablation.
-
-    Returns:
-        As `averaging_frequency`, at the last epoch alone, with "average" one of
-        ``precision=bfpW[0]`` for W in `PRECISIONS`, "precision=float32", or "iterate".
-    """
-    texts = [f"precision=bfp{bits}[0]" for bits in PRECISIONS] + ["precision=float32"]
-    return _rows(config, _first(data, examples), texts, watch, last_only=True)
-
-
-def _rows(
-    config: RunConfig,
-    data: Dataset,
-    texts: Sequence[str],
-    watch: Callable[[int, int], None],
-    *,
-    last_only: bool = False,
-) -> list[Row]:
-    per_epoch = loop.steps_per_epoch(config, data)
+    texts = []
+    if "frequency" in questions:
+        texts += _fitting_frequencies(config, per_epoch)
+    if "precision" in questions:
+        texts += [f"precision=bfp{bits}[0]" for bits in PRECISIONS] + ["precision=float32"]
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     trajectories = [(arm, seed) for arm in config.arms for seed in seeds]
     total = len(trajectories) * config.epochs * per_epoch
@@ -156,11 +126,10 @@ def _rows(
             record = step.record
             if record is None or record["epoch"] <= config.averaging_start:
                 continue
-            if last_only and record["epoch"] < config.epochs:
-                continue
+            last = record["epoch"] == config.epochs
             found = [("iterate", 0, record["test_error"])]
             for text, average in kept.items():
-                if average.count:
+                if average.count and (last or not text.startswith("precision=")):
                     model = loop.averaged_model(average, config, data, seed)
                     found.append((text, average.count, loop.error(model, data.test)))
             rows += [
@@ -177,5 +146,22 @@ def _rows(
     return rows
 
 
-def _first(data: Dataset, examples: int | None) -> Dataset:
-    return data if examples is None else replace(data, train=data.train.between(0, examples))
+def answers(rows: Sequence[Row], question: Question, epochs: int) -> list[Row]:
+    """Those rows of `averaging` over so many epochs that answer a question, with the iterates'."""
+    if question == "frequency":
+        return [row for row in rows if not row["average"].startswith("precision=")]
+    return [
+        row for row in rows if row["epoch"] == epochs and not row["average"].startswith("every=")
+    ]
+
+
+def _fitting_frequencies(config: RunConfig, per_epoch: int) -> list[str]:
+    """Those that the epochs have room for."""
+    total = config.epochs * per_epoch
+    fitting = []
+    for text in FREQUENCIES:
+        setting = averages.parse(text)
+        start, every = setting.when(config.averaging_start, 1, per_epoch)
+        if start + every <= total and (setting.unit == "epoch" or every < per_epoch):
+            fitting.append(text)
+    return fitting

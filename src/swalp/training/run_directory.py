@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -207,8 +208,9 @@ def create(path: Path, config: RunConfig) -> RunDirectory:
     """A new run in `path`, which must not be there yet, or be empty.
 
     Raises:
-        UserError: it cannot be written, or something is there.
+        UserError: it cannot be written, and is as it was, or something is there.
     """
+    there = path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
         if any(path.iterdir()):
@@ -216,14 +218,28 @@ def create(path: Path, config: RunConfig) -> RunDirectory:
                 f"{path}: the directory is not empty; choose another with --out, or go on with a "
                 f"run that is there: swalp resume {path}"
             )
-        (path / "checkpoints").mkdir()
-        write_file(path / "README.txt", _README.encode())
-        write_file(path / "config.toml", settings.to_toml(config).encode())
-        write_file(path / "metrics.jsonl", b"")
-        write_file(path / "run.json", json.dumps({"version": VERSION}).encode() + b"\n")
+        try:
+            (path / "checkpoints").mkdir()
+            write_file(path / "README.txt", _README.encode())
+            write_file(path / "config.toml", settings.to_toml(config).encode())
+            write_file(path / "metrics.jsonl", b"")
+            write_file(path / "run.json", json.dumps({"version": VERSION}).encode() + b"\n")
+        except BaseException:
+            _clear(path)
+            if not there:
+                path.rmdir()
+            raise
     except OSError as error:
         raise UserError(f"{path}: cannot make the run directory: {error.strerror}") from None
     return RunDirectory(path)
+
+
+def _clear(path: Path) -> None:
+    for entry in path.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def open_run(path: Path) -> RunDirectory:

@@ -66,7 +66,8 @@ def export(
         out: the file, which must not be there; default: in the run's directory.
 
     Raises:
-        UserError: an argument does not fit the run, or a package is missing.
+        UserError: an argument does not fit the run, a package is missing, or the file cannot be
+            written; then there is none.
     """
     config, rows = run.config(), run.summary()["rows"]
     data = hold_out(data, config.validation_examples)
@@ -95,8 +96,7 @@ def export(
             f"quantized to {config.export_format}": loop.error(quantized, data.test),
         }
         content = _content(quantized, config, data, onnx, activations)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, content)
+        _write(path, content)
         if onnx and importlib.util.find_spec("onnxruntime") is not None:
             errors["onnxruntime"] = _runtime_error(path, data)
         elif not onnx:
@@ -104,6 +104,17 @@ def export(
             errors["the file, read back"] = loop.error(quantized, data.test)
     size = sum(value.nbytes for value in average.state_dict().values())
     return Exported(path, len(content), size, errors)
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, content)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write {len(content):,} bytes: {error.strerror or error}; "
+            f"choose another place with --out"
+        ) from None
 
 
 def _content(

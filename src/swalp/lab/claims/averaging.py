@@ -74,16 +74,14 @@ def run(settings: Settings, context: Context) -> list[Row]:
 def _train(
     settings: Settings, arm: str, seed: int, data_dir: Path | None, check: Callable[[], None]
 ) -> list[Row]:
-    ablation = {
-        "frequency": ablations.averaging_frequency,
-        "precision": ablations.averaging_precision,
-    }[settings.what]
-    return ablation(
+    rows = ablations.averaging(
         settings.config(arm, seed),
         network.load(settings.data, data_dir),
+        questions=(settings.what,),
         examples=settings.examples,
         watch=lambda done, steps: check(),
     )
+    return ablations.answers(rows, settings.what, settings.epochs)
 
 
 def averages(rows: Sequence[Row]) -> list[str]:
