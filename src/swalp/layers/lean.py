@@ -167,7 +167,7 @@ class _ReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
         last = not x.is_contiguous()
-        passed = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+        passed = buffers.empty((x.numel() + 7) // 8, dtype=torch.uint8)
         y = x if inplace else buffers.empty(*x.shape, channels_last=last)
         _kernels.relu(
             x.numel(), x.data_ptr(), y.data_ptr(), passed.data_ptr(), torch.get_num_threads()
@@ -249,7 +249,7 @@ class _MaxPool(torch.autograd.Function):
         batch, channels, _, _, out_height, out_width = pooling[:6]
         memory = x.movedim(1, -1).contiguous()
         y = buffers.empty(batch, channels, out_height, out_width, channels_last=True)
-        taps = torch.empty(y.numel(), dtype=torch.uint8)
+        taps = buffers.empty(y.numel(), dtype=torch.uint8)
         _kernels.max_pool(
             _kernels.Pooling(pooling), memory.data_ptr(), y.data_ptr(), taps.data_ptr(),
             torch.get_num_threads(),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swalp import buffers
 from swalp.formats import Format
 from swalp.matmul.again import Again, carry
 from swalp.matmul.handed import Handed
@@ -83,7 +84,7 @@ def apart(operand: Operand | Tensor, weight: Tensor) -> Operand | Tensor:
         if isinstance(weight, PackedTensor):
             exponents = operand.exponents
             return operand._replace(
-                codes=operand.codes.clone(),
+                codes=buffers.empty(*operand.codes.shape, dtype=torch.int8).copy_(operand.codes),
                 exponents=None if exponents is None else exponents.clone(),
             )
         return operand
