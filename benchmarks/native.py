@@ -49,10 +49,14 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, width) to the same."""
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(y.transpose(1, 2).flatten(2))
+        x = x + self.attention(self.norm1(x))
         return x + self.down(self.activation(self.up(self.norm2(x))))
+
+    def attention(self, x: Tensor) -> Tensor:
+        """Apart, so that queries, keys and values are gone, unless kept, when it is over."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # a module's call
 
 
 def _mlp(*widths: int) -> nn.Module:

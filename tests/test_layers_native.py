@@ -333,3 +333,86 @@ def test_unmodified_transformers_train_on_integers(kind):
     notes = [row.note for row in swalp.summary(model).layers]
     assert sum("on integers" in note for note in notes) >= 2 * (4 if kind == "gpt2" else 6)
     assert swalp.noise_clock(model).hints  # both products of attention
+
+
+def _between(layer, x, dy, seed, copies):
+    """Output and gradients of `layer` behind a linear one, or, if `copies`, behind its copy."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(24, 40), copy.deepcopy(layer))
+    model = swalp.convert(model, "native-8", seed=5)
+    given = x.clone().requires_grad_()
+    middle = model[0](given)
+    y = model[1](middle.clone() if copies else middle)
+    y.backward(dy)
+    return [y.detach(), given.grad, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_computes_its_input_again(approximate):
+    torch.manual_seed(0)
+    x, dy = torch.randn(7, 33, 24), torch.randn(7, 33, 40)
+    layer = nn.GELU(approximate)
+    mine, pytorchs = (_between(layer, x, dy, 1, copies) for copies in (False, True))
+    assert all(torch.equal(one, other) for one, other in zip(mine, pytorchs, strict=True))
+
+
+def test_gelu_keeps_nothing_of_its_own():
+    model = nn.Sequential(nn.Linear(24, 40), nn.GELU())
+    model = swalp.convert(model, "native-8", packed=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        model(torch.randn(64, 24, requires_grad=True))
+    large = [t for t in saved if t.dtype == torch.float32 and t.numel() >= 64 * 24]
+    assert all(type(t) is not torch.Tensor for t in large)
+    assert saved
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("needs", [True, False])
+def test_layer_norm_equals_pytorchs(affine, needs):
+    torch.manual_seed(0)
+    norm = nn.LayerNorm((6, 24), elementwise_affine=affine)
+    model = nn.Sequential(copy.deepcopy(norm), nn.Flatten(), nn.Linear(144, 4))
+    lean = swalp.convert(model, "native-8")[0]
+    x, dy = torch.randn(9, 6, 24), torch.randn(9, 6, 24)
+    results = []
+    for layer in (lean, norm):
+        layer.load_state_dict(lean.state_dict())
+        for parameter in layer.parameters():
+            parameter.requires_grad_(needs)
+        given = x.clone().requires_grad_()
+        y = layer(given)
+        y.backward(dy)
+        results.append([y.detach(), given.grad, *(p.grad for p in layer.parameters() if needs)])
+    assert len(results[0]) == (4 if affine and needs else 2)
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_rows_of_which_nothing_takes_part_are_zeros_as_in_the_simulation():
+    torch.manual_seed(0)
+    mask = torch.rand(16, 16) < 0.5
+    mask[3], mask[:, 5] = False, True
+    mask[3, 5] = False
+    x, dy = torch.randn(2, 16, 8), torch.randn(2, 16, 8)
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv = nn.Linear(8, 24)
+
+        def forward(self, x):
+            q, k, v = self.qkv(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return y.transpose(1, 2).flatten(2)
+
+    found = []
+    for product in ("native", "simulated"):
+        torch.manual_seed(1)
+        recipe = replace(swalp.recipes.get("native-8"), product=product)
+        model = swalp.convert(Attention(), recipe)
+        given = x.clone().requires_grad_()
+        y = model(given)
+        y.backward(dy)
+        found.append([y.detach(), given.grad, model.qkv.weight.grad])
+    assert (found[0][0][:, 3] == 0).all()
+    assert all(torch.equal(one + 0.0, other + 0.0) for one, other in zip(*found, strict=True))

@@ -94,6 +94,7 @@ _CAN_GIVE_BACK = hasattr(mmap, "MADV_DONTNEED")
 
 _lock = threading.Lock()
 _regions: list[_Region] = []
+_codes: list[_Region] = []  # apart: they outlive floats, and would lie between them
 _results = 0
 
 
@@ -109,38 +110,41 @@ def empty(*shape: int, channels_last: bool = False, dtype: torch.dtype = torch.f
     size = dtype.itemsize * math.prod(shape)
     if size < SMALLEST:
         return torch.empty_strided(shape, strides, dtype=dtype)
-    memory = torch.frombuffer(_take(-(-size // _PAGE) * _PAGE), dtype=torch.uint8, count=size)
+    regions = _codes if dtype.itemsize == 1 else _regions
+    place = _take(-(-size // _PAGE) * _PAGE, regions)
+    memory = torch.frombuffer(place, dtype=torch.uint8, count=size)
     return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, shape, strides)
 
 
 def free_bytes() -> int:
     """Bytes of memory that no tensor uses now."""
     with _lock:
-        return sum(region.free() for region in _regions)
+        return sum(region.free() for region in [*_regions, *_codes])
 
 
 def release() -> None:
     """Give memory that no tensor uses back to the system."""
     with _lock:
-        for region in _regions:
-            region.sweep()
-            region.give_back(0)
-        _regions[:] = [region for region in _regions if region.taken]
+        for regions in (_regions, _codes):
+            for region in regions:
+                region.sweep()
+                region.give_back(0)
+            regions[:] = [region for region in regions if region.taken]
 
 
-def _take(size: int) -> memoryview:
+def _take(size: int, regions: list[_Region]) -> memoryview:
     global _results
     with _lock:
         _results += 1
         if _results % WINDOW == 0:
-            for region in _regions:
+            for region in [*_regions, *_codes]:
                 region.sweep()
                 region.give_back(region.recent)
-        for region in _regions:
+        for region in regions:
             if (found := region.take(size)) is not None:
                 return found
         region = _region(size)
-        _regions.append(region)
+        regions.append(region)
         found = region.take(size)
         assert found is not None
         return found

@@ -1,8 +1,8 @@
 """What stands between native products, keeping for its gradient as little as there is to know.
 
 The numbers are those of PyTorch's layers. ReLU keeps a bit an element, max pooling a byte an
-output, and batch normalization nothing that the convolution before it does not keep: its input is
-that convolution's output, computed again.
+output. Batch normalization after a convolution, and GELU after a linear layer, keep nothing that
+the layer before does not keep: their input is its output, computed again.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from swalp import buffers
 from swalp.layers.single import QuantizedLayer
-from swalp.matmul.convolve import Again, again_of
+from swalp.matmul.again import Again, again_of
 from swalp.packed import PackedTensor
 from swalp.quantize import cpu
 
@@ -32,6 +33,36 @@ class LeanReLU(QuantizedLayer):
         if not (_plain(x) and _keeps(x) and (x.is_contiguous() or _is_last(x))):
             return super().forward(x, *args, **kwargs)
         return _ReLU.apply(x, self.inplace)  # type: ignore[no-untyped-call]  # PyTorch ships no type
+
+
+class LeanGELU(QuantizedLayer):
+    """Mixin over `torch.nn.GELU`, of use right after a native linear layer."""
+
+    approximate: str
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The parent's forward."""
+        again = again_of(x)
+        if again is None or not (_plain(x) and _keeps(x) and x.is_contiguous()):
+            return super().forward(x, *args, **kwargs)
+        return _GELU.apply(x, self.approximate, again)  # type: ignore[no-untyped-call]  # PyTorch ships no type
+
+
+class LeanLayerNorm(QuantizedLayer):
+    """Mixin over `torch.nn.LayerNorm`: what PyTorch keeps, but results in memory used again."""
+
+    normalized_shape: tuple[int, ...]
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The parent's forward."""
+        if not (_plain(x) and _keeps(x) and x.is_contiguous()):
+            return super().forward(x, *args, **kwargs)
+        return _LayerNorm.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
+            x, self.weight, self.bias, self.normalized_shape, self.eps
+        )
 
 
 class LeanMaxPool(QuantizedLayer):
@@ -90,6 +121,8 @@ class LeanBatchNorm(QuantizedLayer):
 
 _LEAN: dict[Any, type[QuantizedLayer]] = {
     nn.ReLU.forward: LeanReLU,
+    nn.GELU.forward: LeanGELU,
+    nn.LayerNorm.forward: LeanLayerNorm,
     nn.MaxPool2d.forward: LeanMaxPool,
     nn.BatchNorm2d.forward: LeanBatchNorm,
 }
@@ -126,11 +159,15 @@ def _pair(x: int | tuple[int, int]) -> tuple[int, int]:
     return (x, x) if isinstance(x, int) else (x[0], x[1])
 
 
+def _float(x: Tensor | None) -> Tensor | None:
+    return x.dequantize() if isinstance(x, PackedTensor) else x
+
+
 class _ReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
         last = not x.is_contiguous()
-        passed = torch.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+        passed = buffers.empty((x.numel() + 7) // 8, dtype=torch.uint8)
         y = x if inplace else buffers.empty(*x.shape, channels_last=last)
         _kernels.relu(
             x.numel(), x.data_ptr(), y.data_ptr(), passed.data_ptr(), torch.get_num_threads()
@@ -153,13 +190,66 @@ class _ReLU(torch.autograd.Function):
         return result, None
 
 
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, approximate: str, again: Again) -> Tensor:
+        ctx.compute, ctx.approximate = again.compute, approximate
+        ctx.save_for_backward(*again.tensors)
+        y = buffers.empty(*x.shape)
+        return torch.ops.aten.gelu.out(x, approximate=approximate, out=y)  # type: ignore[no-any-return]  # PyTorch ships no type
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x = ctx.compute(*ctx.saved_tensors)  # ours alone: the result goes there
+        torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=ctx.approximate, grad_input=x)
+        return x, None, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        shape: tuple[int, ...],
+        eps: float,
+    ) -> Tensor:
+        scale, shift = map(_float, (weight, bias))
+        y, mean, own_scale = buffers.empty(*x.shape), torch.empty(0), torch.empty(0)
+        torch.ops.aten.native_layer_norm.out(
+            x, shape, scale, shift, eps, out0=y, out1=mean, out2=own_scale
+        )
+        ctx.save_for_backward(x, mean, own_scale, scale, shift)
+        ctx.shape = shape
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, own_scale, scale, shift = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:3])
+        arguments = grad.contiguous(), x, ctx.shape, mean, own_scale, scale, shift, mask
+        if not all(mask):
+            found = torch.ops.aten.native_layer_norm_backward(*arguments)
+            return (
+                *(one if need else None for one, need in zip(found, mask, strict=True)),
+                None,
+                None,
+            )
+        dx, dscale, dshift = buffers.empty(*x.shape), torch.empty(0), torch.empty(0)
+        torch.ops.aten.native_layer_norm_backward.out(*arguments, out0=dx, out1=dscale, out2=dshift)
+        return dx, dscale, dshift, None, None
+
+
 class _MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, pooling: tuple[int, ...]) -> Tensor:
         batch, channels, _, _, out_height, out_width = pooling[:6]
         memory = x.movedim(1, -1).contiguous()
         y = buffers.empty(batch, channels, out_height, out_width, channels_last=True)
-        taps = torch.empty(y.numel(), dtype=torch.uint8)
+        taps = buffers.empty(y.numel(), dtype=torch.uint8)
         _kernels.max_pool(
             _kernels.Pooling(pooling), memory.data_ptr(), y.data_ptr(), taps.data_ptr(),
             torch.get_num_threads(),
@@ -194,21 +284,18 @@ class _BatchNorm(torch.autograd.Function):
         eps: float,
         again: Again,
     ) -> Tensor:
-        scale, shift = (
-            value.dequantize() if isinstance(value, PackedTensor) else value
-            for value in (weight, bias)
-        )
+        scale, shift = map(_float, (weight, bias))
         y, own_mean, own_scale = torch.native_batch_norm(
             x, scale, shift, mean, variance, True, momentum, eps
         )
-        ctx.again, ctx.eps = again.settings, eps
+        ctx.compute, ctx.eps = again.compute, eps
         ctx.save_for_backward(scale, own_mean, own_scale, *again.tensors)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scale, mean, own_scale, *tensors = ctx.saved_tensors
-        x = Again(tuple(tensors), ctx.again).compute()
+        x = ctx.compute(*tensors)
         mask = list(ctx.needs_input_grad[:3])
         dx, dscale, dshift = torch.ops.aten.native_batch_norm_backward(
             grad, x, scale, None, None, mean, own_scale, True, ctx.eps, mask

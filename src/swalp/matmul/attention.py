@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from swalp import buffers
 from swalp.matmul.linear import Quantization
 from swalp.matmul.operands import Operand, gap_of
 from swalp.matmul.products import product
@@ -78,7 +80,7 @@ class _Attention(torch.autograd.Function):
         ctx.gaps = [x.gap for x in operands]
         ctx.save_for_backward(*(part for x in operands for part in (x.codes, x.exponents)))
         ctx.settings = probabilities, errors, scores, factor, guesses
-        out = torch.empty(*query.shape[:-1], value.shape[-1])
+        out = buffers.empty(*query.shape[:-1], value.shape[-1])
 
         def run(guess: int) -> int:
             most = -(1 << 15)
@@ -98,8 +100,8 @@ class _Attention(torch.autograd.Function):
         q, k, v = (Operand(saved[2 * i], saved[2 * i + 1], gap) for i, gap in enumerate(ctx.gaps))
         probabilities, (score_error, error), scores, factor, guesses = ctx.settings
         codes, exponents, has_nan = cpu.pack_integers(grad, *error)
-        dq, dk = torch.empty(q.codes.shape), torch.empty(k.codes.shape)
-        dv = torch.empty(*v.codes.shape[:2], v.codes.shape[3], v.codes.shape[2])
+        dq, dk = buffers.empty(*q.codes.shape), buffers.empty(*k.codes.shape)
+        dv = buffers.empty(*v.codes.shape[:2], v.codes.shape[3], v.codes.shape[2])
         results = (dq, dk, dv)
         if has_nan:
             return (*(x.fill_(torch.nan) for x in results), *[None] * 6)
@@ -114,8 +116,8 @@ class _Attention(torch.autograd.Function):
                 p_codes, _ = _block(p, probabilities, i, ctx.exponent)
                 dv[i] = product(p_codes.transpose(), _sample(e, i))
                 dp = product(_sample(e, i), _sample(v, i))
-                ds = torch._softmax_backward_data(dp, p, -1, torch.float32).mul_(factor)
-                s_codes, exponent = _block(ds, score_error, i, guess)
+                torch.ops.aten._softmax_backward_data.out(dp, p, -1, torch.float32, grad_input=dp)
+                s_codes, exponent = _block(dp.mul_(factor), score_error, i, guess)
                 most = max(most, exponent)
                 dq[i] = product(s_codes, _sample(k, i))
                 dk[i] = product(s_codes.transpose(), _sample(q, i))
@@ -142,7 +144,10 @@ def _sample(x: Operand, i: int) -> Operand:
 
 def _softmax(q: Operand, k: Operand, scores: Scale, i: int) -> Tensor:
     product_ = product(_sample(q, i), _sample(k, i).transpose())
-    return torch._safe_softmax(scores(product_, i), -1)
+    p = scores(product_, i)
+    hidden = p.amax(-1, keepdim=True) == -math.inf  # rows of which nothing takes part: zeros
+    torch.ops.aten._softmax.out(p, -1, False, out=p)
+    return p.masked_fill_(hidden, 0.0) if bool(hidden.any()) else p
 
 
 def _block(x: Tensor, quantization: Quantization, i: int, guess: int) -> tuple[Operand, int]:

@@ -77,7 +77,7 @@ class Weight:
         found = self._packed.get(backward)
         if found is None:
             sizes = _sizes(0, self.shape, None, (0, 0), (0, 0), self.groups)
-            found = torch.empty(_kernels.convolution_bytes(sizes, backward), dtype=torch.uint8)
+            found = buffers.empty(_kernels.convolution_bytes(sizes, backward), dtype=torch.uint8)
             _kernels.convolution_pack(
                 sizes, backward, self.channels_last, self._codes.data_ptr(), found.data_ptr(),
                 torch.get_num_threads(),

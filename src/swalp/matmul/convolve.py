@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from swalp.formats import Format
 from swalp.matmul import convolution
+from swalp.matmul.again import Again, carry
 from swalp.matmul.convolution import Weight, Window
 from swalp.matmul.handed import Handed
 from swalp.matmul.linear import Quantization, apart, keep, kept, operand, weight_operand
@@ -51,42 +52,21 @@ def convolve(
     y: Tensor = _Convolve.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
         handed.gradient_of(x), weight, bias, window, weight_format, activation, error, handed
     )
-    result = handed.errors_of(y)
-    node = y.grad_fn
-    if node is not None and (again := getattr(node, "again", None)) is not None:
-        del node.again  # type: ignore[attr-defined]  # the context of `_Convolve` is its node
-        result._again = (again, result._version)  # type: ignore[attr-defined]  # seen by `again_of`
-    return result
+    return carry(y, handed.errors_of(y))
 
 
-class Again(NamedTuple):
-    """What computes the output of a convolution once more: what it keeps anyway, and its weight.
-
-    Attributes:
-        tensors: codes and exponents of the input, packed weight, bias.
-        settings: gap of the input; shape, exponent and groups of the weight; window.
-    """
-
-    tensors: tuple[Tensor | None, ...]
-    settings: tuple[int, Sequence[int], int, Window]
-
-    def compute(self) -> Tensor:
-        """The output, bit for bit."""
-        codes, exponents, packed, bias = self.tensors
-        gap, shape, exponent, window = self.settings
-        assert codes is not None
-        assert packed is not None
-        weight = Weight.of_packed(packed, shape, exponent, window.groups)
-        return convolution.forward(Operand(codes, exponents, gap), weight, bias, window)
-
-
-def again_of(y: Tensor) -> Again | None:
-    """What computes `y` again, if it is the unchanged output of `convolve`."""
-    found = getattr(y, "_again", None)
-    if found is None or found[1] != y._version:
-        return None
-    again: Again = found[0]
-    return again
+def _again(
+    gap: int,
+    shape: Sequence[int],
+    exponent: int,
+    window: Window,
+    codes: Tensor,
+    exponents: Tensor | None,
+    packed: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    weight = Weight.of_packed(packed, shape, exponent, window.groups)
+    return convolution.forward(Operand(codes, exponents, gap), weight, bias, window)
 
 
 class _Convolve(torch.autograd.Function):
@@ -112,8 +92,8 @@ class _Convolve(torch.autograd.Function):
         if isinstance(inputs, Operand) and isinstance(weights, Operand):
             packed = Weight(weights, window.groups)
             kept_anyway = inputs.codes, inputs.exponents, packed.packed(False), added
-            settings = inputs.gap, packed.shape, packed.exponent, window
-            ctx.again = Again(kept_anyway, settings)
+            compute = partial(_again, inputs.gap, packed.shape, packed.exponent, window)
+            ctx.again = Again(kept_anyway, compute)
             return convolution.forward(inputs, packed, added, window)
         moves = (window.stride, window.padding, window.dilation)
         return torch.ops.aten.convolution(  # type: ignore[no-any-return]  # PyTorch ships no type

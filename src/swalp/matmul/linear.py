@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swalp import buffers
 from swalp.formats import Format
+from swalp.matmul.again import Again, carry
 from swalp.matmul.handed import Handed
 from swalp.matmul.operands import Operand, of_packed, quantized
 from swalp.matmul.products import product
@@ -55,7 +57,7 @@ def linear(
     y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
         handed.gradient_of(x), weight, bias, weight_format, activation, error, transposed, handed
     )
-    return handed.errors_of(y)
+    return carry(y, handed.errors_of(y))
 
 
 def operand(x: Tensor, quantization: Quantization) -> Operand | Tensor:
@@ -82,11 +84,26 @@ def apart(operand: Operand | Tensor, weight: Tensor) -> Operand | Tensor:
         if isinstance(weight, PackedTensor):
             exponents = operand.exponents
             return operand._replace(
-                codes=operand.codes.clone(),
+                codes=buffers.empty(*operand.codes.shape, dtype=torch.int8).copy_(operand.codes),
                 exponents=None if exponents is None else exponents.clone(),
             )
         return operand
     return operand.clone() if operand is weight else operand
+
+
+def _again(
+    gap: int,
+    weight_format: Format,
+    transposed: bool,
+    shape: Sequence[int],
+    codes: Tensor,
+    exponents: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    weights = weight_operand(weight, weight_format)
+    inputs = Operand(codes, exponents, gap)
+    return product(inputs, weights if transposed else transpose(weights), bias).view(shape)
 
 
 class _Linear(torch.autograd.Function):
@@ -110,7 +127,11 @@ class _Linear(torch.autograd.Function):
         ctx.has_bias, ctx.transposed = bias is not None, transposed
         keep(ctx, inputs, weight)
         y = product(inputs, weights if transposed else transpose(weights), added)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        y = y.view(*x.shape[:-1], y.shape[-1])
+        if isinstance(inputs, Operand):
+            compute = partial(_again, inputs.gap, weight_format, transposed, y.shape)
+            ctx.again = Again((inputs.codes, inputs.exponents, weight, added), compute)
+        return y
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from swalp import buffers
 from swalp.formats import Binary, BlockFloat, FixedPoint, Format, Microscaling, Minifloat
 from swalp.noise import fresh_seed
 from swalp.quantize import codes as definition
@@ -265,10 +266,10 @@ def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, T
     x = x.resolve_neg()
     found = _layout(plan, x)
     if found is None or not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
-        x = x.contiguous()
+        x = buffers.empty(*x.shape).copy_(x)
         found = _layout(plan, x)
         assert found is not None  # a contiguous tensor has one
-    codes = torch.empty_like(x, dtype=torch.int8)
+    codes = buffers.empty(*x.shape, channels_last=not x.is_contiguous(), dtype=torch.int8)
     exponents = torch.empty(found[0].grid, dtype=torch.int32) if blocked else None
     lost = _kernels.quantize(
         plan.integers, found[1], x.data_ptr(), codes.data_ptr(), _kernels.CODE8,
@@ -301,7 +302,7 @@ def pack_part(
     if plan.integers is None:
         plan.integers = _numbers(fmt)
         plan.integers.has_nan = 0
-    codes = torch.empty_like(x, dtype=torch.int8)
+    codes = buffers.empty(*x.shape, dtype=torch.int8)
     lost, own = _kernels.quantize_part(
         plan.integers, start, x.numel(), x.data_ptr(), codes.data_ptr(), exponent,
         *rule_arguments(rounding), torch.get_num_threads(),
