@@ -34,6 +34,7 @@ def train(name: str, arm: str, seed: int, data_dir: str) -> list[ablations.Row]:
 
 def main(name: str, data_dir: str, processes: int) -> None:
     config, examples = ablations.SETTINGS[name]
+    described = environment.describe() | {"threads": config.threads}  # of the code that runs now
     began = time.monotonic()
     with ProcessPoolExecutor(processes) as pool:
         runs = [
@@ -45,7 +46,7 @@ def main(name: str, data_dir: str, processes: int) -> None:
     record = {
         "settings": config.model_dump(),
         "training_examples": examples,
-        "environment": environment.describe() | {"threads": config.threads},
+        "environment": described,
         "processes": processes,
         "seconds": round(time.monotonic() - began),
     }

@@ -62,7 +62,7 @@ _CIFAR = _MNIST.model_copy(
 )
 # The training runs: settings, and training images (the first ones of the data set).
 SETTINGS: dict[str, tuple[RunConfig, int]] = {
-    "mnist": (_MNIST, 10_000),
+    "mnist": (_MNIST, 20_000),
     "cifar10": (_CIFAR, 25_000),
 }
 
