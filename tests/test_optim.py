@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import swalp
-from swalp import BlockFloat, Minifloat, Nearest, Stochastic, quantize
+from swalp import BlockFloat, FixedPoint, Minifloat, Nearest, Stochastic, quantize
 from swalp.noise import stream_seed
 from swalp.optim import fused
 from swalp.recipes import Override, Quantizer, Recipe
@@ -333,6 +333,98 @@ def test_compiled_step_is_the_pure_step(name, packed, monkeypatch):
         assert pure.keys() == compiled.keys()
         for key, value in pure.items():
             assert torch.equal(value, compiled[key]), (number, key)
+
+
+def edges(length, seed):
+    """(weight, gradients of three steps) whose largest magnitudes lie where exponents change."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def near(scale):
+        """Numbers of which one is a power of two, or so close that rounding may make it one."""
+        x = torch.rand(length, generator=generator).sub(0.5).mul(scale)
+        place = int(torch.randint(length, (1,), generator=generator))
+        x[place] = scale * (1 - 2.0 ** -float(torch.randint(1, 25, (1,), generator=generator)))
+        if seed % 3 == 0:
+            x[(place + 1) % length] = -scale
+        return x
+
+    scale = 2.0 ** float(torch.randint(-10, 4, (1,), generator=generator))
+    special = {
+        5: torch.full((length,), 3.4e38),  # overflows
+        6: torch.full((length,), torch.inf),
+        7: torch.zeros(length),
+        8: near(2.0**-126),  # subnormal
+        9: near(2.0**-149),
+    }
+    gradients = [near(scale * 2.0 ** (-k * (seed % 2))) for k in range(3)]
+    if seed in special:
+        gradients[1] = special[seed]
+    return near(2.0 ** (seed % 4 - 1)), gradients
+
+
+BIG = BlockFloat(8)
+LONG = {
+    "all": {},
+    "nearest": {"gradient": Quantizer(BIG, Nearest())},
+    "no gradient": {"gradient": None},
+    "fixed gradient": {"gradient": Quantizer(FixedPoint(8, 6), Stochastic())},
+    "clamped gradient": {"gradient": Quantizer(BlockFloat(8, exponent_bits=2), Stochastic())},
+    "minifloat gradient": {"gradient": Quantizer(Minifloat(4, 3), Stochastic())},
+    "fixed momentum": {"momentum": Quantizer(FixedPoint(8, 6), Stochastic())},
+    "fixed weight": {"weight": Quantizer(FixedPoint(8, 6), Stochastic())},
+    "coarse": {"gradient": Quantizer(BlockFloat(3), Stochastic())},
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", LONG)
+def test_exponents_of_long_blocks(name, packed, monkeypatch):
+    """Those of the pure step, wherever a survey of the block leaves them open."""
+    roles = {role: Quantizer(BIG, Stochastic()) for role in ("gradient", "momentum", "weight")}
+    recipe = Recipe(name=name, **{**roles, **LONG[name]})
+    settings = [
+        {"lr": 1.0, "momentum": 0.5},
+        {"lr": 0.25, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+        {"lr": 0.5},
+    ]
+    lengths = {"alone": 16_387, "shared": 66_563}
+    for seed in range(14):
+        results = []
+        for compiled in (False, True):
+            with monkeypatch.context() as patch:
+                if not compiled:
+                    patch.setattr(fused, "available", lambda: False)
+                parameters = {}
+                steps = {}
+                for key, length in lengths.items():
+                    weight, steps[key] = edges(length, seed)
+                    weight = quantize(weight, recipe.weight.format)
+                    held = swalp.pack(weight, recipe.weight.format) if packed else weight
+                    parameters[key] = nn.Parameter(held)
+                optimizer = swalp.optim.SGD(
+                    parameters.items(), recipe=recipe, seed=seed, **settings[seed % 3]
+                )
+                said = None
+                for step in range(3):
+                    for key, parameter in parameters.items():
+                        parameter.grad = steps[key][step]
+                    try:
+                        optimizer.step()
+                    except ValueError as error:  # infinite weights, which have no code
+                        said = str(error)
+                        break
+            kept = {"said": said}
+            for key, parameter in parameters.items():
+                kept[key] = [torch.Tensor.detach(parameter).to(torch.float64)]
+                if "momentum_buffer" in optimizer.state[parameter]:
+                    kept[key].append(optimizer.state[parameter]["momentum_buffer"].to(torch.float64))
+            results.append(kept)
+        pure, compiled = results
+        assert (pure["said"] is None) == (compiled["said"] is None)
+        if pure["said"] is None:
+            for key in lengths:
+                for left, right in zip(pure[key], compiled[key], strict=True):
+                    assert torch.equal(left.nan_to_num(1.5e300), right.nan_to_num(1.5e300)), (seed, key)
 
 
 def test_compiled_step_does_not_depend_on_threads_or_instructions(monkeypatch):

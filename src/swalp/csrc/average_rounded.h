@@ -20,21 +20,27 @@ template <class X> struct RoundedAverage {
       : moves(weight), p(average), role(average.role, SWALP_CODE8),
         x_format(average.x_format ? *average.x_format : average.role.format) {}
 
-  void search(Shared&, int64_t, int64_t) const {}
+  Shared block(int64_t i) const {
+    Shared b = {i * p.length, p.length};
+    b.before[0] = exponent_of(p.exponents, i);
+    return b;
+  }
 
-  void step(Shared& b, int64_t begin, int64_t count, uint32_t*) const {
-    const int64_t block = b.base / b.length;
-    const Stored<X> iterate(x_format, p.x_exponents, block);
-    const Stored<int8_t> average(role.format, p.exponents, block);
+  void search(Shared&, int64_t, int64_t) const {}
+  void survey(Shared&, int64_t, int64_t) const {}
+  bool settled(const Shared&) const { return !role.format.blocked; }
+
+  void step(Shared& b, int64_t begin, int64_t count, const Scratch<values>& to, uint32_t*) const {
+    const Stored<X> iterate(x_format, exponent_of(p.x_exponents, b.base / b.length));
+    const Stored<int8_t> average(role.format, b.before[0]);
     const F weight = Lanes::set(moves);
     I most = Lanes::set(0);
-    for (int64_t done = 0; done < count; done += kChunk) {
-      const int64_t at = begin + done, left = count - done, n = left < kChunk ? left : kChunk;
+    chunks(begin, count, [&](int64_t at, int64_t n) {
       alignas(64) int8_t room[kChunk];
       alignas(64) X x_room[kRoom<X>];
       const int8_t* const kept = role.kept(p.average, b.base + at, n, room);
       const X* const x = x_codes(b.base + at, n, x_room);
-      float* const next = b.kept[0] + at;
+      float* const next = to.of[0] + (at - begin);
       vectors(n, [&, iterate, average](int64_t i, int64_t left, auto is_whole)
                      __attribute__((always_inline)) {
         constexpr bool whole = decltype(is_whole)::value;
@@ -44,20 +50,20 @@ template <class X> struct RoundedAverage {
         store<whole>(next + i, moved, left);
         most = Lanes::max_unsigned(most, order(moved));
       });
-    }
+    });
     raise(&b.most[0], Lanes::largest_unsigned(most));
   }
 
-  void keep(Shared& b, int64_t begin, int64_t count, uint32_t* buffer) const {
-    const int32_t shared = shared_exponent(role.format, b.most[0]);
-    for (int64_t done = 0; done < count; done += kChunk) {
-      const int64_t at = begin + done, left = count - done, n = left < kChunk ? left : kChunk;
-      role.template keep<int8_t>(b.kept[0] + at, p.average, b.base + at, n, shared, buffer);
-    }
+  void keep(Shared& b, int64_t begin, int64_t count, const Scratch<values>& from, const uint32_t* most,
+            uint32_t* buffer) const {
+    const int32_t shared = shared_exponent(role.format, most[0]);
+    chunks(begin, count, [&](int64_t at, int64_t n) {
+      role.template keep<int8_t>(from.of[0] + (at - begin), p.average, b.base + at, n, shared, buffer);
+    });
   }
 
-  void finish(const Shared& b) const {
-    keep_exponent(p.exponents, b.base / b.length, role.format, b.most[0]);
+  void finish(const Shared& b, const uint32_t* most) const {
+    keep_exponent(p.exponents, b.base / b.length, role.format, most[0]);
   }
 
  private:

@@ -1,10 +1,15 @@
-// Optimizer steps on packed parameters: codes in, codes out, one read of the gradient.
+// Optimizer steps on packed parameters: codes in, codes out, in place, in a scratch of fixed size.
 //
-// A parameter is worked off block by block. For each: the gradient's exponent; then, chunk by chunk,
-// the step in float32, into a scratch that stays in the cache, with the largest magnitudes of what
-// will be kept; then their codes, in place. Equal to `sgd_step` and `adam_step` of `swalp.optim` in
-// the arithmetic of PyTorch's vector units, in which x + alpha * y is one fused operation.
+// A parameter is worked off block by block. A short block: the gradient's exponent; the step in
+// float32, with the largest magnitudes of what will be kept; then their codes. Of a long block the
+// exponents come first, by a look at all of it, and then the steps and the codes of one chunk after
+// another. Equal to `sgd_step` and `adam_step` of `swalp.optim` in the arithmetic of PyTorch's vector
+// units, in which x + alpha * y is one fused operation.
 #pragma once
+#include <float.h>
+#include <math.h>
+#include <string.h>
+
 #include <type_traits>
 
 #include "halves.h"
@@ -88,7 +93,7 @@ template <class Kept> struct Stored;
 
 template <> struct Stored<float> {
   static constexpr int output = SWALP_FLOAT32;
-  Stored(const swalp_format&, const int8_t*, int64_t) {}
+  Stored(const swalp_format&, int32_t) {}
   template <bool whole> F get(const float* from, int64_t n) const { return load<whole>(from, n); }
 };
 
@@ -97,9 +102,8 @@ template <> struct Stored<int8_t> {
   bool has_nan, extreme;
   I nan;
   F first, second;  // 2**gap is `first`, or if `extreme` their product: with a code, exact
-  Stored(const swalp_format& f, const int8_t* exponents, int64_t block)
-      : has_nan(f.has_nan), nan(Lanes::set(f.nan_code)) {
-    const int32_t gap = gap_of(f, exponents ? exponents[block] : 0);
+  Stored(const swalp_format& f, int32_t shared) : has_nan(f.has_nan), nan(Lanes::set(f.nan_code)) {
+    const int32_t gap = gap_of(f, shared);
     extreme = gap < -126 || gap > 126;
     const int32_t half = extreme ? gap / 2 : gap;
     first = power_of_two(Lanes::set(half));
@@ -114,6 +118,8 @@ template <> struct Stored<int8_t> {
   }
 };
 
+int32_t exponent_of(const int8_t* exponents, int64_t block) { return exponents ? exponents[block] : 0; }
+
 void keep_exponent(int8_t* exponents, int64_t block, const swalp_format& f, uint32_t most) {
   if (exponents) exponents[block] = static_cast<int8_t>(shared_exponent(f, most));
 }
@@ -125,16 +131,25 @@ void raise(uint32_t* most, uint32_t mine) {
   }
 }
 
-// The numbers that all threads share at a block.
+// The numbers that all threads share at a block. Magnitudes are those of `order`.
 template <int values> struct Block {
   int64_t base, length;
-  float* kept[values];           // what will be rounded: scratch, `length` elements each
-  uint32_t gradient = 0;         // the largest magnitudes, of the gradient
-  uint32_t most[values] = {};    // and of what will be rounded
+  int32_t before[values] = {};  // exponents of what is kept, until this step
+  uint32_t gradient = 0;        // the largest magnitudes: of the gradient,
+  uint32_t most[values] = {};   // of what will be rounded,
+  uint32_t surveyed[values + 1] = {};  // and of that and one number more, before any noise
+  int strange = 0;              // something surveyed is not finite
   int lost = 0;
+};
 
-  Block(int64_t first, int64_t count, float* scratch, int64_t stride) : base(first), length(count) {
-    for (int k = 0; k < values; ++k) kept[k] = scratch + k * stride;
+// Steps of a parameter do not keep more floats than this for a block before its exponents are known.
+constexpr int64_t kKept = 1 << 14;
+
+// The step of a part of a block, of at most kKept elements: what will be rounded.
+template <int values> struct Scratch {
+  float* of[values];
+  Scratch(float* floats, int64_t stride) {
+    for (int k = 0; k < values; ++k) of[k] = floats + k * stride;
   }
 };
 
@@ -148,9 +163,40 @@ const float* gradient_of(const Role* role, const float* gradient, const B& b, in
   return rounded;
 }
 
+// body(at, n) for the chunks of [begin, begin + count).
+template <class Body>
+inline __attribute__((always_inline)) void chunks(int64_t begin, int64_t count, const Body& body) {
+  for (int64_t done = 0; done < count; done += kChunk)
+    body(begin + done, count - done < kChunk ? count - done : kChunk);
+}
+
+// The number that has a magnitude, and the other way round.
+double value_of(uint32_t magnitude) {
+  const uint32_t bits = magnitude > kZero ? (magnitude - kZero) >> 1 : 0;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+uint32_t magnitude_of(double value) {
+  const float x = static_cast<float>(value);
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return 2 * bits + kZero;
+}
+
+// Whether any magnitude within `error` of the largest one leads to the same exponent.
+bool settles(const swalp_format& f, uint32_t most, double error) {
+  const double x = value_of(most);
+  // Some more: for the rounding here, and of the smallest numbers.
+  const double low = (x - error) * (1 - 1e-6) - 1e-44, high = (x + error) * (1 + 1e-6) + 1e-44;
+  if (!(high < FLT_MAX)) return false;
+  return shared_exponent(f, magnitude_of(low > 0 ? low : 0)) == shared_exponent(f, magnitude_of(high));
+}
+
 template <class Kept> struct SgdStep {
   static constexpr int values = 2;
-  enum { kVelocity, kMoved };
+  enum { kVelocity, kMoved, kDirection };
   using Shared = Block<values>;
 
   const swalp_sgd& h;
@@ -162,66 +208,134 @@ template <class Kept> struct SgdStep {
         momentum(parameter.momentum_role, Stored<Kept>::output),
         weight(parameter.weight_role, Stored<Kept>::output) {}
 
+  Shared block(int64_t i) const {
+    Shared b = {i * p.length, p.length};
+    b.before[kVelocity] = exponent_of(p.momentum_exponents, i);
+    b.before[kMoved] = exponent_of(p.weight_exponents, i);
+    return b;
+  }
+
   void search(Shared& b, int64_t at, int64_t n) const {
     if (h.has_gradient) raise(&b.gradient, largest(p.gradient + b.base + at, n));
   }
 
-  void step(Shared& b, int64_t begin, int64_t count, uint32_t* buffer) const {
-    const int64_t block = b.base / b.length;
-    const Stored<Kept> weights(weight.format, p.weight_exponents, block);
-    const Stored<Kept> velocities(momentum.format, p.momentum_exponents, block);
-    const F decay = Lanes::set(h.weight_decay), rho = Lanes::set(h.momentum), rate = Lanes::set(-h.lr);
-    const bool decays = h.weight_decay != 0, has_momentum = h.has_momentum, nesterov = h.nesterov;
-    I most_velocity = Lanes::set(0), most_moved = Lanes::set(0);
-    for (int64_t done = 0; done < count; done += kChunk) {
-      const int64_t at = begin + done, left = count - done, n = left < kChunk ? left : kChunk;
-      alignas(64) float rounded[kChunk];
-      const float* g = gradient_of(h.has_gradient ? &gradient : nullptr, p.gradient, b, at, n, rounded, buffer);
-      // Locals: what lies behind a pointer would be read again after every store.
-      float* const velocity = b.kept[kVelocity] + at;
-      float* const next = b.kept[kMoved] + at;
-      alignas(64) Kept weight_room[kRoom<Kept>], momentum_room[kRoom<Kept>];
-      const Kept* const w0 = weight.kept(p.weight, b.base + at, n, weight_room);
-      const Kept* const m0 = has_momentum ? momentum.kept(p.momentum, b.base + at, n, momentum_room) : nullptr;
-      vectors(n, [&, weights, velocities](int64_t i, int64_t left, auto is_whole)
-                     __attribute__((always_inline)) {
-        constexpr bool whole = decltype(is_whole)::value;
-        F d = load<whole>(g + i, left);
-        const F w = weights.template get<whole>(w0 + i, left);
-        if (decays) d = Lanes::fma(w, decay, d);
-        if (has_momentum) {
-          const F v = Lanes::add(Lanes::mul(velocities.template get<whole>(m0 + i, left), rho), d);
-          store<whole>(velocity + i, v, left);
-          most_velocity = Lanes::max_unsigned(most_velocity, order(v));
-          d = nesterov ? Lanes::fma(v, rho, d) : v;
-        }
-        const F moved = Lanes::fma(d, rate, w);
-        store<whole>(next + i, moved, left);
-        most_moved = Lanes::max_unsigned(most_moved, order(moved));
-      });
+  // The same, and what the step would be with the gradient as it is: close enough to the step, most
+  // times, to know its exponents.
+  void survey(Shared& b, int64_t begin, int64_t count) const {
+    if (!has_exponents()) return search(b, begin, count);
+    Most most;
+    chunks(begin, count, [&](int64_t at, int64_t n) {
+      walk<false>(b, at, n, p.gradient + b.base + at, nullptr, nullptr, most);
+    });
+    raise(&b.gradient, Lanes::largest_unsigned(most.gradient));
+    const I found[] = {most.velocity, most.moved, most.direction};
+    for (int k = 0; k <= values; ++k) {
+      const uint32_t bits = Lanes::largest_unsigned(found[k]);
+      if (bits >= 0x7f800000) __atomic_store_n(&b.strange, 1, __ATOMIC_RELAXED);
+      else raise(&b.surveyed[k], 2 * bits + kZero);
     }
-    raise(&b.most[kVelocity], Lanes::largest_unsigned(most_velocity));
-    raise(&b.most[kMoved], Lanes::largest_unsigned(most_moved));
   }
 
-  void keep(Shared& b, int64_t begin, int64_t count, uint32_t* buffer) const {
-    const int32_t v = shared_exponent(momentum.format, b.most[kVelocity]);
-    const int32_t w = shared_exponent(weight.format, b.most[kMoved]);
-    bool lost = false;
-    for (int64_t done = 0; done < count; done += kChunk) {
-      const int64_t at = begin + done, left = count - done, n = left < kChunk ? left : kChunk;
-      const int64_t place = b.base + at;
-      if (h.has_momentum)
-        lost |= momentum.template keep<Kept>(b.kept[kVelocity] + at, p.momentum, place, n, v, buffer);
-      lost |= weight.template keep<Kept>(b.kept[kMoved] + at, p.weight, place, n, w, buffer);
+  // Whether the exponents follow from what was surveyed. The gradient moves by at most a gap when it
+  // is rounded; u is more than the rounding of an operation adds, relative to its result.
+  bool settled(const Shared& b) const {
+    if (!has_exponents()) return true;
+    if (b.strange) return false;
+    if (!h.has_gradient) return true;
+    const swalp_format& f = gradient.format;
+    if (f.kind != SWALP_GRID || f.min_integer > -f.max_integer) return false;
+    const double gap = ldexp(1, gap_of(f, shared_exponent(f, b.gradient))), u = ldexp(1, -22);
+    if (value_of(b.gradient) > (f.max_integer + 1.0) * gap) return false;  // it is clamped
+    const double d = value_of(b.surveyed[kDirection]), v = value_of(b.surveyed[kVelocity]);
+    const double w = value_of(b.surveyed[kMoved]), rho = h.momentum, rate = fabs(h.lr);
+    double error = gap + u * (d + gap);
+    if (h.has_momentum) {
+      error += u * (v + error);
+      if (!settles(momentum.format, b.surveyed[kVelocity], error)) return false;
+      if (h.nesterov) error += rho * error + u * (rho * v + d + 2 * error);
     }
+    error = rate * error;
+    return settles(weight.format, b.surveyed[kMoved], error + u * (w + error));
+  }
+
+  void step(Shared& b, int64_t begin, int64_t count, const Scratch<values>& to, uint32_t* buffer) const {
+    Most most;
+    chunks(begin, count, [&](int64_t at, int64_t n) {
+      alignas(64) float rounded[kChunk];
+      const float* const g =
+          gradient_of(h.has_gradient ? &gradient : nullptr, p.gradient, b, at, n, rounded, buffer);
+      walk<true>(b, at, n, g, to.of[kVelocity] + (at - begin), to.of[kMoved] + (at - begin), most);
+    });
+    raise(&b.most[kVelocity], Lanes::largest_unsigned(most.velocity));
+    raise(&b.most[kMoved], Lanes::largest_unsigned(most.moved));
+  }
+
+  void keep(Shared& b, int64_t begin, int64_t count, const Scratch<values>& from, const uint32_t* most,
+            uint32_t* buffer) const {
+    const int32_t v = shared_exponent(momentum.format, most[kVelocity]);
+    const int32_t w = shared_exponent(weight.format, most[kMoved]);
+    bool lost = false;
+    chunks(begin, count, [&](int64_t at, int64_t n) {
+      const int64_t place = b.base + at, kept = at - begin;
+      if (h.has_momentum)
+        lost |= momentum.template keep<Kept>(from.of[kVelocity] + kept, p.momentum, place, n, v, buffer);
+      lost |= weight.template keep<Kept>(from.of[kMoved] + kept, p.weight, place, n, w, buffer);
+    });
     if (lost) __atomic_store_n(&b.lost, 1, __ATOMIC_RELAXED);
   }
 
-  void finish(const Shared& b) const {
+  void finish(const Shared& b, const uint32_t* most) const {
     const int64_t block = b.base / b.length;
-    keep_exponent(p.momentum_exponents, block, momentum.format, b.most[kVelocity]);
-    keep_exponent(p.weight_exponents, block, weight.format, b.most[kMoved]);
+    keep_exponent(p.momentum_exponents, block, momentum.format, most[kVelocity]);
+    keep_exponent(p.weight_exponents, block, weight.format, most[kMoved]);
+  }
+
+ private:
+  bool has_exponents() const {
+    return weight.format.blocked || (h.has_momentum && momentum.format.blocked);
+  }
+
+  struct Most {
+    I gradient = Lanes::set(0), direction = gradient, velocity = gradient, moved = gradient;
+  };
+
+  // The step of a chunk with the gradient g. If it `stores`: velocity and moved weight, and their
+  // largest magnitudes. If not: only the largest, of what `survey` wants, as bits without the sign.
+  template <bool stores>
+  void walk(const Shared& b, int64_t at, int64_t n, const float* g, float* velocity, float* next,
+            Most& most) const {
+    const Stored<Kept> weights(weight.format, b.before[kMoved]);
+    const Stored<Kept> velocities(momentum.format, b.before[kVelocity]);
+    const F decay = Lanes::set(h.weight_decay), rho = Lanes::set(h.momentum), rate = Lanes::set(-h.lr);
+    const bool decays = h.weight_decay != 0, has_momentum = h.has_momentum, nesterov = h.nesterov;
+    alignas(64) Kept weight_room[kRoom<Kept>], momentum_room[kRoom<Kept>];
+    const Kept* const w0 = weight.kept(p.weight, b.base + at, n, weight_room);
+    const Kept* const m0 = has_momentum ? momentum.kept(p.momentum, b.base + at, n, momentum_room) : nullptr;
+    const auto magnitude = [](F x) __attribute__((always_inline)) {
+      return stores ? order(x) : Lanes::and_(Lanes::bits(x), Lanes::set(0x7fffffff));
+    };
+    // Locals: what lies behind a pointer would be read again after every store.
+    I most_gradient = most.gradient, most_direction = most.direction;
+    I most_velocity = most.velocity, most_moved = most.moved;
+    vectors(n, [&, weights, velocities](int64_t i, int64_t left, auto is_whole)
+                   __attribute__((always_inline)) {
+      constexpr bool whole = decltype(is_whole)::value;
+      F d = load<whole>(g + i, left);
+      if (!stores) most_gradient = Lanes::max_unsigned(most_gradient, order(d));
+      const F w = weights.template get<whole>(w0 + i, left);
+      if (decays) d = Lanes::fma(w, decay, d);
+      if (!stores) most_direction = Lanes::max_unsigned(most_direction, magnitude(d));
+      if (has_momentum) {
+        const F v = Lanes::add(Lanes::mul(velocities.template get<whole>(m0 + i, left), rho), d);
+        if (stores) store<whole>(velocity + i, v, left);
+        most_velocity = Lanes::max_unsigned(most_velocity, magnitude(v));
+        d = nesterov ? Lanes::fma(v, rho, d) : v;
+      }
+      const F moved = Lanes::fma(d, rate, w);
+      if (stores) store<whole>(next + i, moved, left);
+      most_moved = Lanes::max_unsigned(most_moved, magnitude(moved));
+    });
+    most = {most_gradient, most_direction, most_velocity, most_moved};
   }
 };
 
@@ -240,14 +354,24 @@ template <class Kept> struct AdamStep {
         root(parameter.root_role, Stored<Kept>::output),
         weight(parameter.weight_role, Stored<Kept>::output) {}
 
+  Shared block(int64_t i) const {
+    Shared b = {i * p.length, p.length};
+    b.before[kMoment] = exponent_of(p.moment_exponents, i);
+    b.before[kMoved] = exponent_of(p.weight_exponents, i);
+    return b;
+  }
+
   void search(Shared& b, int64_t at, int64_t n) const {
     if (h.has_gradient) raise(&b.gradient, largest(p.gradient + b.base + at, n));
   }
 
-  void step(Shared& b, int64_t begin, int64_t count, uint32_t* buffer) const {
-    const int64_t block = b.base / b.length;
-    const Stored<Kept> weights(weight.format, p.weight_exponents, block);
-    const Stored<Kept> moments(moment.format, p.moment_exponents, block);
+  void survey(Shared& b, int64_t at, int64_t n) const { search(b, at, n); }
+
+  bool settled(const Shared&) const { return !weight.format.blocked && !moment.format.blocked; }
+
+  void step(Shared& b, int64_t begin, int64_t count, const Scratch<values>& to, uint32_t* buffer) const {
+    const Stored<Kept> weights(weight.format, b.before[kMoved]);
+    const Stored<Kept> moments(moment.format, b.before[kMoment]);
     const Kept* const kept_root = static_cast<Kept*>(p.root) + b.base;
     const F decay = Lanes::set(h.weight_decay), share = Lanes::set(h.share1), beta2 = Lanes::set(h.beta2);
     const F share2 = Lanes::set(h.share2), correction = Lanes::set(h.correction2);
@@ -255,16 +379,16 @@ template <class Kept> struct AdamStep {
     const F far = Lanes::set(h.share1 - 1);
     const bool near = h.share1 < 0.5f, decoupled = h.decoupled, decays = h.weight_decay != 0;
     I most_moment = Lanes::set(0), most_moved = Lanes::set(0);
-    for (int64_t done = 0; done < count; done += kChunk) {
-      const int64_t at = begin + done, left = count - done, n = left < kChunk ? left : kChunk;
+    chunks(begin, count, [&](int64_t at, int64_t n) {
       alignas(64) float rounded[kChunk], roots[kChunk];
       const float* g = gradient_of(h.has_gradient ? &gradient : nullptr, p.gradient, b, at, n, rounded, buffer);
       for (int64_t i = 0; i < n; ++i) {
         if constexpr (sizeof(Kept) == 1) roots[i] = p.root_table[static_cast<uint8_t>(kept_root[at + i])];
         else roots[i] = kept_root[at + i];
       }
-      float *const moment_to = b.kept[kMoment] + at, *const root_to = b.kept[kRoot] + at;
-      float* const next = b.kept[kMoved] + at;
+      float* const moment_to = to.of[kMoment] + (at - begin);
+      float* const root_to = to.of[kRoot] + (at - begin);
+      float* const next = to.of[kMoved] + (at - begin);
       alignas(64) Kept weight_room[kRoom<Kept>], moment_room[kRoom<Kept>];
       const Kept* const w0 = weight.kept(p.weight, b.base + at, n, weight_room);
       const Kept* const m0 = moment.kept(p.moment, b.base + at, n, moment_room);
@@ -291,48 +415,67 @@ template <class Kept> struct AdamStep {
         // What pads the last vector divides by eps alone, and 0 / 0 does not count as a magnitude.
         most_moved = Lanes::max_unsigned(most_moved, order(moved));
       });
-    }
+    });
     raise(&b.most[kMoment], Lanes::largest_unsigned(most_moment));
     raise(&b.most[kMoved], Lanes::largest_unsigned(most_moved));
   }
 
-  void keep(Shared& b, int64_t begin, int64_t count, uint32_t* buffer) const {
-    const int32_t m = shared_exponent(moment.format, b.most[kMoment]);
-    const int32_t w = shared_exponent(weight.format, b.most[kMoved]);
+  void keep(Shared& b, int64_t begin, int64_t count, const Scratch<values>& from, const uint32_t* most,
+            uint32_t* buffer) const {
+    const int32_t m = shared_exponent(moment.format, most[kMoment]);
+    const int32_t w = shared_exponent(weight.format, most[kMoved]);
     bool lost = false;
-    for (int64_t done = 0; done < count; done += kChunk) {
-      const int64_t at = begin + done, left = count - done, n = left < kChunk ? left : kChunk;
-      const int64_t place = b.base + at;
-      lost |= moment.template keep<Kept>(b.kept[kMoment] + at, p.moment, place, n, m, buffer);
-      lost |= root.template keep<Kept>(b.kept[kRoot] + at, p.root, place, n, 0, buffer);
-      lost |= weight.template keep<Kept>(b.kept[kMoved] + at, p.weight, place, n, w, buffer);
-    }
+    chunks(begin, count, [&](int64_t at, int64_t n) {
+      const int64_t place = b.base + at, kept = at - begin;
+      lost |= moment.template keep<Kept>(from.of[kMoment] + kept, p.moment, place, n, m, buffer);
+      lost |= root.template keep<Kept>(from.of[kRoot] + kept, p.root, place, n, 0, buffer);
+      lost |= weight.template keep<Kept>(from.of[kMoved] + kept, p.weight, place, n, w, buffer);
+    });
     if (lost) __atomic_store_n(&b.lost, 1, __ATOMIC_RELAXED);
   }
 
-  void finish(const Shared& b) const {
+  void finish(const Shared& b, const uint32_t* most) const {
     const int64_t block = b.base / b.length;
-    keep_exponent(p.moment_exponents, block, moment.format, b.most[kMoment]);
-    keep_exponent(p.weight_exponents, block, weight.format, b.most[kMoved]);
+    keep_exponent(p.moment_exponents, block, moment.format, most[kMoment]);
+    keep_exponent(p.weight_exponents, block, weight.format, most[kMoved]);
   }
 };
 
-// All blocks of all parameters. A parameter whose blocks are short goes to one thread after another,
-// block by block; long blocks have all threads work on them, one phase after another.
+// A long block, or one thread's part of it; `wait` for the others. Returns the largest magnitudes.
+template <class Step, class Shared, class Wait>
+const uint32_t* long_block(const Step& step, Shared& b, int64_t begin, int64_t count,
+                           const Scratch<Step::values>& scratch, uint32_t* buffer, const Wait& wait) {
+  step.survey(b, begin, count);
+  wait();
+  const bool settled = step.settled(b);
+  if (!settled) {
+    chunks(begin, count, [&](int64_t at, int64_t n) { step.step(b, at, n, scratch, buffer); });
+    wait();
+  }
+  const uint32_t* const most = settled ? b.surveyed : b.most;
+  chunks(begin, count, [&](int64_t at, int64_t n) {
+    step.step(b, at, n, scratch, buffer);
+    step.keep(b, at, n, scratch, most, buffer);
+  });
+  return most;
+}
+
+// All blocks of all parameters. At long blocks all threads work, with waits for each other; then each
+// takes as many short ones as it can, some at a time.
 template <class Step, class Hyper, class Parameter>
 int optimize(const Hyper& hyper, const Parameter* parameters, int64_t count, int threads) {
-  constexpr int64_t kShort = kSerial;  // elements of a block that one thread takes alone
-  int64_t longest = 0;
-  for (int64_t k = 0; k < count; ++k)
+  int64_t longest = 0, elements = 0;
+  for (int64_t k = 0; k < count; ++k) {
     if (parameters[k].length > longest) longest = parameters[k].length;
-  int64_t elements = 0;
-  for (int64_t k = 0; k < count; ++k) elements += parameters[k].blocks * parameters[k].length;
+    elements += parameters[k].blocks * parameters[k].length;
+  }
   if (elements < kSerial) threads = 1;
-  const int64_t own = longest < kShort ? longest : kShort;
-  const size_t floats = static_cast<size_t>(Step::values * (longest + own * threads));
-  float* scratch = static_cast<float*>(malloc(floats * sizeof(float)));
-  if (!scratch) return -1;
-  typename Step::Shared common(0, 0, scratch, longest);
+  const int64_t own = longest < kKept ? longest : kKept;
+  const size_t bytes = static_cast<size_t>(Step::values * own * threads) * sizeof(float);
+  float* floats = static_cast<float*>(malloc(bytes));
+  if (!floats) return -1;
+  typename Step::Shared common = {};
+  int64_t next = 0;  // share of the short blocks
   int lost = 0;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -344,54 +487,60 @@ int optimize(const Hyper& hyper, const Parameter* parameters, int64_t count, int
 #else
     const int64_t team = 1, me = 0;
 #endif
+    const auto wait = [] {
+#ifdef _OPENMP
+#pragma omp barrier
+#endif
+    };
     alignas(64) uint32_t buffer[kChunk + kPadding];
-    float* mine = scratch + Step::values * (longest + own * me);
-    int64_t turn = 0;  // short blocks are dealt out in turns of about kShort elements
+    const Scratch<Step::values> scratch(floats + Step::values * own * me, own);
+    // Up to this length a block is short: whoever is done first waits for a sixteenth of the time at most.
+    const int64_t part = elements / (16 * team);
+    const int64_t alone = team == 1 ? longest : part > kSerial ? part : kSerial;
     for (int64_t k = 0; k < count; ++k) {
       const Parameter& p = parameters[k];
+      if (p.length <= alone) continue;
       const Step step(hyper, p);
-      if (p.length <= own) {
-        const int64_t hand = p.length < kShort ? (kShort + p.length - 1) / p.length : 1;
-        for (int64_t first = 0; first < p.blocks; first += hand, ++turn) {
-          if (turn % team != me) continue;
-          const int64_t last = first + hand < p.blocks ? first + hand : p.blocks;
-          for (int64_t i = first; i < last; ++i) {
-            typename Step::Shared b(i * p.length, p.length, mine, own);
-            step.search(b, 0, p.length);
-            step.step(b, 0, p.length, buffer);
-            step.keep(b, 0, p.length, buffer);
-            step.finish(b);
-            if (b.lost) __atomic_store_n(&lost, 1, __ATOMIC_RELAXED);
-          }
-        }
-        continue;
-      }
-      const int64_t chunks = (p.length + kChunk - 1) / kChunk;
-      const int64_t begin = chunks * me / team * kChunk;
-      const int64_t end = me + 1 == team ? p.length : chunks * (me + 1) / team * kChunk;
+      const int64_t all = (p.length + kChunk - 1) / kChunk;
+      const int64_t begin = all * me / team * kChunk;
+      const int64_t end = me + 1 == team ? p.length : all * (me + 1) / team * kChunk;
       for (int64_t i = 0; i < p.blocks; ++i) {
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-        if (me == 0) common = typename Step::Shared(i * p.length, p.length, scratch, longest);
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-        step.search(common, begin, end - begin);
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-        step.step(common, begin, end - begin, buffer);
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-        step.keep(common, begin, end - begin, buffer);
+        wait();
+        if (me == 0) common = step.block(i);
+        wait();
+        const uint32_t* most = long_block(step, common, begin, end - begin, scratch, buffer, wait);
         if (common.lost) __atomic_store_n(&lost, 1, __ATOMIC_RELAXED);
-        if (me == 0) step.finish(common);
+        if (me == 0) step.finish(common, most);
       }
     }
+    int64_t share = 0, mine = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+    for (int64_t k = 0; k < count; ++k) {
+      const Parameter& p = parameters[k];
+      if (p.length > alone) continue;
+      const int64_t hand = p.length < kSerial ? (kSerial + p.length - 1) / p.length : 1;
+      const int64_t shares = (p.blocks + hand - 1) / hand;
+      for (; mine < share + shares; mine = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) {
+        const Step step(hyper, p);
+        const int64_t first = (mine - share) * hand;
+        const int64_t last = first + hand < p.blocks ? first + hand : p.blocks;
+        for (int64_t i = first; i < last; ++i) {
+          typename Step::Shared b = step.block(i);
+          const uint32_t* most = b.most;
+          if (p.length <= kKept) {
+            step.search(b, 0, p.length);
+            step.step(b, 0, p.length, scratch, buffer);
+            step.keep(b, 0, p.length, scratch, most, buffer);
+          } else {
+            most = long_block(step, b, 0, p.length, scratch, buffer, [] {});
+          }
+          step.finish(b, most);
+          if (b.lost) __atomic_store_n(&lost, 1, __ATOMIC_RELAXED);
+        }
+      }
+      share += shares;
+    }
   }
-  free(scratch);
+  free(floats);
   return lost;
 }
 
