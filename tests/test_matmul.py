@@ -29,7 +29,9 @@ def plain(x: torch.Tensor, gap: int = 0) -> Operand:
 
 
 E4M3 = Minifloat(4, 3, specials="fn")
-KERNELS = [kernels.multiply_int_mm]
+KERNELS = [kernels.multiply_float]
+if kernels.exact(kernels.multiply_int_mm):
+    KERNELS.append(kernels.multiply_int_mm)
 if kernels.kernel().name == "AVX-512 VNNI":
     KERNELS.append(kernels.multiply_vnni)
 
@@ -217,7 +219,7 @@ def test_empty_products():
     assert torch.equal(none, torch.arange(4.0).expand(3, 4))
     assert products.native(plain(codes(0, 5)), plain(codes(5, 4))).shape == (0, 4)
     assert torch.equal(
-        kernels.multiply_int_mm(codes(1, 3, 0), codes(1, 0, 2)), torch.zeros(1, 3, 2).int()
+        kernels.multiply_float(codes(1, 3, 0), codes(1, 0, 2)), torch.zeros(1, 3, 2).int()
     )
 
 
@@ -238,7 +240,7 @@ def test_hardware_without_vnni_is_found_and_said():
     code = (
         "import warnings; warnings.simplefilter('always')\n"
         "from swalp.matmul import kernels\n"
-        "print(kernels.kernel().multiply, kernels.kernel().name)\n"
+        "kernels.kernel(); print(kernels.kernel().multiply is kernels.multiply_float)\n"
         "print(kernels.describe())\n"
     )
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "SWALP_ISA": "scalar"}
@@ -246,7 +248,30 @@ def test_hardware_without_vnni_is_found_and_said():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     first, second = run.stdout.splitlines()
-    if torch.backends.cpu.get_cpu_capability() == "AVX512":
-        assert first == "None torch._int_mm"
-        assert second.startswith("simulated: this processor's torch._int_mm gives wrong sums")
-        assert run.stderr.count("NativeProductsWarning") == 1
+    assert first == "True"
+    assert second.startswith("float32, checked against exact sums (this processor has no VNNI")
+    assert run.stderr.count("NativeProductsWarning: native products run in float32") == 1
+
+
+@pytest.mark.parametrize(("right", "slow", "found"), [
+    ((True, True), False, kernels.multiply_int_mm),
+    ((True, True), True, kernels.multiply_float),
+    ((False, True), False, kernels.multiply_float),
+    ((False, False), False, None),
+])  # fmt: skip
+def test_the_kernel_is_right_and_then_fast(right, slow, found, monkeypatch):
+    of = dict(zip((kernels.multiply_int_mm, kernels.multiply_float), right, strict=True))
+    monkeypatch.setattr(kernels, "exact", of.get)
+    monkeypatch.setattr(
+        kernels, "_seconds", lambda multiply: (multiply is kernels.multiply_int_mm) == slow
+    )
+    kernel = kernels._checked.__wrapped__(False)
+    assert kernel.multiply is found
+    assert bool(kernel.reason) == (found is not kernels.multiply_int_mm)
+
+
+def test_float_sums_are_exact_under_autocast():
+    left, right = codes(1, 5, 3000, seed=1, low=-128), codes(1, 3000, 4, seed=2, low=-128)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = kernels.multiply_float(left, right)
+    assert torch.equal(got.double(), left.double() @ right.double())

@@ -417,14 +417,17 @@ def test_exponents_of_long_blocks(name, packed, monkeypatch):
             for key, parameter in parameters.items():
                 kept[key] = [torch.Tensor.detach(parameter).to(torch.float64)]
                 if "momentum_buffer" in optimizer.state[parameter]:
-                    kept[key].append(optimizer.state[parameter]["momentum_buffer"].to(torch.float64))
+                    kept[key].append(
+                        optimizer.state[parameter]["momentum_buffer"].to(torch.float64)
+                    )
             results.append(kept)
         pure, compiled = results
         assert (pure["said"] is None) == (compiled["said"] is None)
         if pure["said"] is None:
             for key in lengths:
                 for left, right in zip(pure[key], compiled[key], strict=True):
-                    assert torch.equal(left.nan_to_num(1.5e300), right.nan_to_num(1.5e300)), (seed, key)
+                    same_nan = (left.nan_to_num(1.5e300), right.nan_to_num(1.5e300))
+                    assert torch.equal(*same_nan), (seed, key)
 
 
 def test_compiled_step_does_not_depend_on_threads_or_instructions(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -16,12 +17,13 @@ if cpu.available:
     from swalp import _kernels
 
 DEEPEST = 1 << 17  # 127 * 127 times this many products fit an int32; 128 * 128 times one fewer do
+EXACT = 1 << 10  # terms whose sums, in any order, are integers up to 2**24: float32 has them all
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
 class NativeProductsWarning(RuntimeWarning):
-    """Integer products do not work here; the simulation, with the same results, replaces them."""
+    """Native products gain no speed here: float32 computes them, with the same results."""
 
 
 class Kernel(NamedTuple):
@@ -31,7 +33,7 @@ class Kernel(NamedTuple):
         name: what reports call it.
         multiply: int8 (batch, m, k) and (batch, k, n) to int32 (batch, m, n); None: none that is
             right, and products are simulated.
-        reason: why there is none.
+        reason: why it is no kernel for 8-bit products; empty: it is.
     """
 
     name: str
@@ -43,20 +45,20 @@ def kernel() -> Kernel:
     """The kernel for tensors on the CPU, checked against exact sums at its first use.
 
     Warns:
-        NativeProductsWarning: once, if the check fails.
+        NativeProductsWarning: once, if there is none for 8-bit products.
     """
     found = _checked(cpu.available and _kernels.has_matmul())
-    if found.multiply is None:
+    if found.reason:
         _warn_once(found.reason)
     return found
 
 
 def describe() -> str:
-    """One line for `swalp doctor`: the kernel, or why products are simulated."""
+    """One line for `swalp doctor`: the kernel, or why there is no fast one."""
     found = _checked(cpu.available and _kernels.has_matmul())
     if found.multiply is None:
         return f"simulated: {found.reason}"
-    return f"{found.name}, checked against exact sums"
+    return f"{found.name}, checked against exact sums" + (found.reason and f" ({found.reason})")
 
 
 def exact(multiply: Multiply) -> bool:
@@ -81,24 +83,37 @@ def exact(multiply: Multiply) -> bool:
 
 @cache
 def _checked(vnni: bool) -> Kernel:
-    if vnni:
-        name, multiply = "AVX-512 VNNI", multiply_vnni
+    if vnni and exact(multiply_vnni):
+        return Kernel("AVX-512 VNNI", multiply_vnni)
+    if not exact(multiply_int_mm):
+        fault = "wrong"
+    elif _seconds(multiply_int_mm) < _seconds(multiply_float):
+        return Kernel("torch._int_mm", multiply_int_mm)
     else:
-        name, multiply = "torch._int_mm", multiply_int_mm
-    if exact(multiply):
-        return Kernel(name, multiply)
-    return Kernel(
-        name,
-        None,
-        f"this processor's {name} gives wrong sums of 8-bit products (it has no VNNI, or is told "
-        f"not to use it)",
-    )
+        fault = "slower than float32's"
+    reason = f"this processor has no VNNI that can be used, and torch._int_mm is {fault}"
+    return Kernel("float32", multiply_float if exact(multiply_float) else None, reason)
+
+
+def _seconds(multiply: Multiply) -> float:
+    """The least time of some products: without 8-bit instructions, `torch._int_mm` takes 20 times
+    as long as float32.
+    """
+    left = torch.ones(1, 64, 256, dtype=torch.int8)
+    right = torch.ones(1, 256, 256, dtype=torch.int8)
+    multiply(left, right)
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        multiply(left, right)
+        times.append(time.perf_counter() - begin)
+    return min(times)
 
 
 @cache
 def _warn_once(reason: str) -> None:
     warnings.warn(
-        f"native products are simulated: {reason}. Results are the same; speed and memory are not",
+        f"native products run in float32: {reason}. Results are the same; speed is float32's",
         NativeProductsWarning,
         stacklevel=3,
     )
@@ -158,6 +173,17 @@ def multiply_int_mm(left: Tensor, right: Tensor) -> Tensor:
         return out.zero_()
     for a, b, to in zip(left, right, out, strict=True):
         torch._int_mm(_plain_strides(a), _plain_strides(b), out=to)
+    return out
+
+
+def multiply_float(left: Tensor, right: Tensor) -> Tensor:
+    """Sums in float32, of as many terms at a time as it has exactly: those of any other kernel."""
+    out = torch.zeros(left.shape[0], left.shape[1], right.shape[2], dtype=torch.int32)
+    with torch.autocast("cpu", enabled=False):
+        for first in range(0, left.shape[2], EXACT):
+            terms = slice(first, first + EXACT)
+            part = left[:, :, terms].float() @ right[:, terms].float()
+            out += part.to(torch.int32)
     return out
 
 
