@@ -217,6 +217,21 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
+def test_weights_off_their_grid_are_multiplied_as_they_are_wherever_the_layer_stands():
+    """Also where the forward of the module around it quantizes products that it calls."""
+    torch.manual_seed(0)
+    model = Attention("sdpa")
+    x = torch.randn(3, 20, 32)
+    outputs = []
+    for recipe in (NATIVE, SIMULATED):
+        converted = swalp.convert(copy.deepcopy(model), recipe).eval()
+        with torch.no_grad():
+            for parameter in converted.parameters():
+                parameter.mul_(1.01)
+        outputs.append(converted(x))
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["sdpa", "eager"])
 def test_attention_equals_the_simulation_bit_for_bit(kind):
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from swalp.formats import Format
+from swalp.layers.functions import paused
 from swalp.layers.products import integers
 from swalp.layers.single import QuantizedLayer
 from swalp.layers.sites import Site
@@ -36,14 +37,15 @@ class NativeLinear(QuantizedLayer):
         """The parent's forward between the sites."""
         if not runs(x, self.weight):
             return super().forward(x, *args, **kwargs)
-        return linear(
-            x,
-            self.weight,
-            self.bias,
-            self.weight_format,
-            *moments(self, x),
-            transposed=_is_conv1d(type(self).__bases__[1]),
-        )
+        with paused():
+            return linear(
+                x,
+                self.weight,
+                self.bias,
+                self.weight_format,
+                *moments(self, x),
+                transposed=_is_conv1d(type(self).__bases__[1]),
+            )
 
 
 def is_linear(kind: type[nn.Module]) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from swalp.formats import Format
+from swalp.layers.functions import paused
 from swalp.layers.native import moments, runs
 from swalp.layers.single import QuantizedLayer
 from swalp.matmul import convolution
@@ -46,7 +47,8 @@ class NativeConvolution(QuantizedLayer):
         ):
             return super().forward(x, *args, **kwargs)
         settings = moments(self, x)
-        return convolve(x, self.weight, self.bias, window, self.weight_format, *settings)
+        with paused():
+            return convolve(x, self.weight, self.bias, window, self.weight_format, *settings)
 
 
 class ChannelsLast(QuantizedLayer):

@@ -31,8 +31,8 @@ class Kernel(NamedTuple):
 
     Attributes:
         name: what reports call it.
-        multiply: int8 (batch, m, k) and (batch, k, n) to int32 (batch, m, n); None: none that is
-            right, and products are simulated.
+        multiply: int8 (batch, m, k) and (batch, k, n) to exact sums (batch, m, n), int32, or
+            float32 where that has them; None: none that is right, and products are simulated.
         reason: why it is no kernel for 8-bit products; empty: it is.
     """
 
@@ -178,13 +178,17 @@ def multiply_int_mm(left: Tensor, right: Tensor) -> Tensor:
 
 def multiply_float(left: Tensor, right: Tensor) -> Tensor:
     """Sums in float32, of as many terms at a time as it has exactly: those of any other kernel."""
-    out = torch.zeros(left.shape[0], left.shape[1], right.shape[2], dtype=torch.int32)
     with torch.autocast("cpu", enabled=False):
-        for first in range(0, left.shape[2], EXACT):
-            terms = slice(first, first + EXACT)
-            part = left[:, :, terms].float() @ right[:, terms].float()
-            out += part.to(torch.int32)
-    return out
+        parts = (
+            left[:, :, first : first + EXACT].float() @ right[:, first : first + EXACT].float()
+            for first in range(0, max(left.shape[2], 1), EXACT)
+        )
+        sums = next(parts)
+        if left.shape[2] > EXACT:
+            sums = sums.to(torch.int32)
+        for part in parts:
+            sums += part.to(torch.int32)
+    return sums
 
 
 def _plain_strides(x: Tensor) -> Tensor:

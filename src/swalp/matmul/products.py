@@ -80,10 +80,12 @@ def _native(left: Operand, right: Operand, bias: Tensor | None) -> Tensor:
         )  # fmt: skip
         return out
     exponent = (left.exponent() + right.exponent()).reshape(-1, 1, 1).clamp(-252, 252)
+    out = found.multiply(left.codes, right.codes).float()
     half = exponent.div(2, rounding_mode="trunc")
-    sums = found.multiply(left.codes, right.codes).float()
-    out = torch.ldexp(torch.ldexp(sums, half), exponent - half)
-    return out if bias is None else out + bias
+    ordinary = bool((exponent.abs() <= 126).all())  # one factor is a normal float32
+    for power in (exponent,) if ordinary else (half, exponent - half):
+        out.mul_(torch.ldexp(torch.ones(power.shape), power))
+    return out if bias is None else out.add_(bias)
 
 
 def _part(left: Operand, right: Operand, first: int) -> tuple[Operand, Operand]:
