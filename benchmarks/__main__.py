@@ -33,6 +33,7 @@ BENCHMARKS: dict[str, Callable[[Plan], list[Row]]] = {
     "calls": quantizers.small_calls,
     "scaling": quantizers.scaling,
     "optimizer": optimizer.step,
+    "optimizer-large": optimizer.large,
     "memory": memory.held,
     "training-mlp": training.mlp,
     "training-vgg16": training.vgg16,

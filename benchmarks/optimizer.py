@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -14,6 +16,7 @@ from benchmarks.plan import Plan
 from benchmarks.records import Row, at_least, compared
 
 RECIPE = swalp.recipes.get("paper-small-block-8")
+WHOLE = swalp.recipes.get("native-8")  # one exponent for each tensor
 # Small, so that hundreds of steps along one gradient leave the weights where they were.
 LR = 1e-3
 _GRADIENT_SCALE = 1e-3
@@ -40,6 +43,27 @@ def step(plan: Plan) -> list[Row]:
     ]  # fmt: skip
 
 
+def large(plan: Plan) -> list[Row]:
+    """Fused SGD and Adam on one tensor with one exponent against PyTorch's."""
+    plan = replace(plan, optimizer_tensors=1, optimizer_width=math.isqrt(plan.elements))
+    what = f"one tensor of {plan.optimizer_width**2 / 1e6:.1f} M parameters, one exponent"
+    model = swalp.convert(_model(plan), WHOLE, packed=True)
+    _with_gradients(model)
+    adam = swalp.optim.Adam(model.named_parameters(), LR, recipe=WHOLE)
+    rivals = {
+        "SGD": (packed(plan, WHOLE).step, plain(plan, fused=True).step),
+        "Adam": (adam.step, torch.optim.Adam(_with_gradients(_model(plan)), LR, fused=True).step),
+    }
+    rows = []
+    for kind, steps in rivals.items():
+        ours, theirs = Contender("swalp", steps[0]), Contender(f"torch {kind}(fused)", steps[1])
+        times = interleave([ours, theirs], plan.rounds)
+        rows.append(
+            compared("optimizer-large", f"{kind} step, {what}", times, ours, theirs, "time ratio")
+        )
+    return rows
+
+
 def _model(plan: Plan) -> nn.Sequential:
     width = plan.optimizer_width
     layers = [nn.Linear(width, width, bias=False) for _ in range(plan.optimizer_tensors)]
@@ -53,12 +77,12 @@ def _with_gradients(model: nn.Module) -> list[nn.Parameter]:
     return parameters
 
 
-def packed(plan: Plan) -> swalp.optim.SGD:
+def packed(plan: Plan, recipe: swalp.recipes.Recipe = RECIPE) -> swalp.optim.SGD:
     """8-bit SGD over packed parameters that have gradients."""
-    model = swalp.convert(_model(plan), RECIPE, packed=True)
+    model = swalp.convert(_model(plan), recipe, packed=True)
     _with_gradients(model)
     return swalp.optim.SGD(
-        model.named_parameters(), lr=LR, momentum=0.9, weight_decay=5e-4, recipe=RECIPE
+        model.named_parameters(), lr=LR, momentum=0.9, weight_decay=5e-4, recipe=recipe
     )
 
 
