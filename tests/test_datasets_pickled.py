@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import cifar_files as files
@@ -122,6 +122,7 @@ def test_truncated_files(length):
 
 
 @given(st.integers(0, len(whole) - 1), st.integers(1, 255))
+@example(place=93, change=40)  # text with an escape that there is none of
 def test_a_garbled_byte_is_read_or_refused(place, change):
     content = bytearray(whole)
     content[place] ^= change

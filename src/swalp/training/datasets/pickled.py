@@ -8,6 +8,7 @@ is a NumPy array of bytes, recognized by name and never built by the code that t
 from __future__ import annotations
 
 import pickletools
+import warnings
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -60,15 +61,17 @@ def read(content: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     try:
-        for opcode, argument, _ in pickletools.genops(content):
-            match opcode.name:
-                case "PROTO":
-                    pass
-                case "STOP":
-                    (result,) = stack
-                    return _finished(result, len(content))
-                case _:
-                    _execute(opcode.name, argument, stack, memo)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of escapes in garbled text
+            for opcode, argument, _ in pickletools.genops(content):
+                match opcode.name:
+                    case "PROTO":
+                        pass
+                    case "STOP":
+                        (result,) = stack
+                        return _finished(result, len(content))
+                    case _:
+                        _execute(opcode.name, argument, stack, memo)
     except PickleError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
