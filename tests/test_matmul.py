@@ -218,6 +218,9 @@ def test_empty_products():
     none = products.native(plain(codes(3, 0)), plain(codes(0, 4)), torch.arange(4.0))
     assert torch.equal(none, torch.arange(4.0).expand(3, 4))
     assert products.native(plain(codes(0, 5)), plain(codes(5, 4))).shape == (0, 4)
+    assert torch.equal(
+        kernels.multiply_int_mm(codes(1, 3, 0), codes(1, 0, 2)), torch.zeros(1, 3, 2).int()
+    )
     assert torch.equal(kernels.multiply_float(codes(1, 3, 0), codes(1, 0, 2)), torch.zeros(1, 3, 2))
 
 
