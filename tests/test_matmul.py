@@ -32,8 +32,8 @@ E4M3 = Minifloat(4, 3, specials="fn")
 KERNELS = [kernels.multiply_float]
 if kernels.exact(kernels.multiply_int_mm):
     KERNELS.append(kernels.multiply_int_mm)
-if kernels.kernel().name == "AVX-512 VNNI":
-    KERNELS.append(kernels.multiply_vnni)
+if kernels.kernel().multiply is kernels.multiply_codes:
+    KERNELS.append(kernels.multiply_codes)
 
 
 @pytest.mark.parametrize("multiply", KERNELS)
@@ -237,7 +237,7 @@ def test_the_guard_finds_saturating_sums():
     assert kernels.exact(lambda a, b: (a.double() @ b.double()).int())
 
 
-def test_hardware_without_vnni_is_found_and_said():
+def test_a_machine_without_integer_kernels_is_found_and_said():
     code = (
         "import warnings; warnings.simplefilter('always')\n"
         "from swalp.matmul import kernels\n"
@@ -250,7 +250,7 @@ def test_hardware_without_vnni_is_found_and_said():
     )
     first, second = run.stdout.splitlines()
     assert first == "True"
-    assert second.startswith("float32, checked against exact sums (this processor has no VNNI")
+    assert second.startswith("float32, checked against exact sums (swalp has no integer")
     assert run.stderr.count("NativeProductsWarning: native products run in float32") == 1
 
 
@@ -266,7 +266,7 @@ def test_the_kernel_is_right_and_then_fast(right, slow, found, monkeypatch):
     monkeypatch.setattr(
         kernels, "_seconds", lambda multiply: (multiply is kernels.multiply_int_mm) == slow
     )
-    kernel = kernels._checked.__wrapped__(False)
+    kernel = kernels._checked.__wrapped__("")
     assert kernel.multiply is found
     assert bool(kernel.reason) == (found is not kernels.multiply_int_mm)
 

@@ -425,7 +425,7 @@ NB_MODULE(_kernels, m) {
         nb::arg());
   m.def("noise", &noise);
   m.def("matmul", &matmul);
-  m.def("has_matmul", [] { return swalp_has_multiply() != 0; });
+  m.def("matmul_used", &swalp_multiply_used);
   nb::class_<swalp_convolution>(m, "Convolution")
       .def("__init__", [](swalp_convolution* c, const std::vector<int64_t>& sizes) {
         *c = convolution(sizes);

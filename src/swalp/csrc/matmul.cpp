@@ -1,4 +1,4 @@
-// Whether this machine runs the integer products, and running them.
+// Chooses the build of the integer products that this machine runs.
 #include "matmul.h"
 
 #include <string.h>
@@ -8,22 +8,34 @@
 #ifdef SWALP_HAS_AVX512
 int swalp_matmul_vnni(const swalp_matmul*, int threads);
 #endif
-
-int swalp_has_multiply(void) {
-#ifdef SWALP_HAS_AVX512
-  // The choice of `swalp_use` holds here too.
-  return strcmp(swalp_used(), "avx512") == 0 && __builtin_cpu_supports("avx512vnni");
-#else
-  return 0;
+#ifdef SWALP_HAS_AVX2
+int swalp_matmul_avx2(const swalp_matmul*, int threads);
 #endif
+
+namespace {
+
+struct Choice {
+  const char* name;
+  int (*run)(const swalp_matmul*, int threads);
+};
+
+// The choice of `swalp_use` holds here too.
+Choice chosen() {
+#ifdef SWALP_HAS_AVX512
+  if (strcmp(swalp_used(), "avx512") == 0 && __builtin_cpu_supports("avx512vnni"))
+    return {"AVX-512 VNNI", swalp_matmul_vnni};
+#endif
+#ifdef SWALP_HAS_AVX2
+  if (strcmp(swalp_used(), "scalar") != 0) return {"AVX2", swalp_matmul_avx2};
+#endif
+  return {"", nullptr};
 }
 
+}  // namespace
+
+const char* swalp_multiply_used(void) { return chosen().name; }
+
 int swalp_multiply(const swalp_matmul* task, int threads) {
-  if (!swalp_has_multiply()) return 1;
-#ifdef SWALP_HAS_AVX512
-  return swalp_matmul_vnni(task, threads);
-#else
-  (void)task, (void)threads;
-  return 1;
-#endif
+  const Choice choice = chosen();
+  return choice.run ? choice.run(task, threads) : 1;
 }

@@ -25,9 +25,10 @@ typedef struct {
   int64_t out_batch, out_outer;  // strides of b, i; that of j is 1
 } swalp_matmul;
 
-// Returns -1 without memory, 1 where the machine or the build has no AVX-512 VNNI, else 0.
+// Returns -1 without memory, 1 where the machine or the build has no AVX2, else 0.
 int swalp_multiply(const swalp_matmul*, int threads);
-int swalp_has_multiply(void);
+// The instructions that it uses, or an empty string.
+const char* swalp_multiply_used(void);
 
 #ifdef __cplusplus
 }

@@ -47,7 +47,7 @@ def kernel() -> Kernel:
     Warns:
         NativeProductsWarning: once, if there is none for 8-bit products.
     """
-    found = _checked(cpu.available and _kernels.has_matmul())
+    found = _checked(_instructions())
     if found.reason:
         _warn_once(found.reason)
     return found
@@ -55,7 +55,7 @@ def kernel() -> Kernel:
 
 def describe() -> str:
     """One line for `swalp doctor`: the kernel, or why there is no fast one."""
-    found = _checked(cpu.available and _kernels.has_matmul())
+    found = _checked(_instructions())
     if found.multiply is None:
         return f"simulated: {found.reason}"
     return f"{found.name}, checked against exact sums" + (found.reason and f" ({found.reason})")
@@ -81,17 +81,22 @@ def exact(multiply: Multiply) -> bool:
     return True
 
 
+def _instructions() -> str:
+    """What the kernels in csrc/product.h use here; empty: there are none."""
+    return _kernels.matmul_used() if cpu.available else ""
+
+
 @cache
-def _checked(vnni: bool) -> Kernel:
-    if vnni and exact(multiply_vnni):
-        return Kernel("AVX-512 VNNI", multiply_vnni)
+def _checked(instructions: str) -> Kernel:
+    if instructions and exact(multiply_codes):
+        return Kernel(instructions, multiply_codes)
     if not exact(multiply_int_mm):
         fault = "wrong"
     elif _seconds(multiply_int_mm) < _seconds(multiply_float):
         return Kernel("torch._int_mm", multiply_int_mm)
     else:
         fault = "slower than float32's"
-    reason = f"this processor has no VNNI that can be used, and torch._int_mm is {fault}"
+    reason = f"swalp has no integer kernel for this machine or build; torch._int_mm is {fault}"
     return Kernel("float32", multiply_float if exact(multiply_float) else None, reason)
 
 
@@ -119,14 +124,14 @@ def _warn_once(reason: str) -> None:
     )
 
 
-def multiply_vnni(left: Tensor, right: Tensor) -> Tensor:
-    """Sums by the kernel in csrc/matmul_vnni.cpp."""
+def multiply_codes(left: Tensor, right: Tensor) -> Tensor:
+    """Sums by the kernels in csrc/product.h."""
     out = torch.empty(left.shape[0], left.shape[1], right.shape[2], dtype=torch.int32)
-    run_vnni(left, right, out, 0, None, None, None)
+    run_codes(left, right, out, 0, None, None, None)
     return out
 
 
-def run_vnni(
+def run_codes(
     left: Tensor,
     right: Tensor,
     out: Tensor,

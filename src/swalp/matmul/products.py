@@ -72,10 +72,10 @@ def simulated(left: Operand, right: Operand, bias: Tensor | None = None) -> Tens
 def _native(left: Operand, right: Operand, bias: Tensor | None) -> Tensor:
     found = kernels.kernel()
     assert found.multiply is not None  # the caller asked
-    if found.multiply is kernels.multiply_vnni:
+    if found.multiply is kernels.multiply_codes:
         out = buffers.empty(left.codes.shape[0], left.codes.shape[1], right.codes.shape[2])
         gap = left.gap + right.gap
-        kernels.run_vnni(
+        kernels.run_codes(
             left.codes, right.codes, out, gap, left.exponents, right.exponents, bias
         )  # fmt: skip
         return out

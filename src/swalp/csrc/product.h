@@ -1,0 +1,234 @@
+// Products of int8 codes for one instruction set, which `Isa` describes: exact int32 sums, applied
+// exponents, float32 or int32 out.
+//
+// Operands are packed into panels that a tile of the result reads from end to end: of the right one
+// always, of the left one unless its rows can be read where they lie.
+#pragma once
+#include <stdlib.h>
+#include <string.h>
+
+#include <utility>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "matmul.h"
+
+namespace {
+
+constexpr int64_t kSerial = int64_t{1} << 22;  // products below which a thread more costs more
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A matrix, outer x contraction, of which one stride is 1.
+struct Operand {
+  const int8_t* data;
+  int64_t outer, inner;  // strides
+};
+
+// What becomes of the sums.
+struct Finish {
+  bool first, last, integers;
+  float scale, rest;  // 2**exponent as two factors, each a normal number
+  const float* bias;  // of the tile's columns, or null
+};
+
+// body(0), body(1) .. as constants, so that arrays indexed by them live in registers.
+template <class Body, int... i>
+inline __attribute__((always_inline)) void unrolled(const Body& body,
+                                                    std::integer_sequence<int, i...>) {
+  (body(std::integral_constant<int, i>()), ...);
+}
+template <int n, class Body> inline __attribute__((always_inline)) void unrolled(const Body& body) {
+  unrolled(body, std::make_integer_sequence<int, n>());
+}
+#define SWALP_INLINE __attribute__((always_inline))
+
+// A tile of the result: the depth of the contraction, the rows of the left operand and the bytes from
+// one step of it to the next, the panel of the right operand, what to take off each row's sums, where
+// the result goes, its rows' stride, its columns.
+using Tile = void (*)(int64_t, const int8_t* const*, int64_t, const uint8_t*, const int32_t*, void*,
+                      int64_t, int64_t, const Finish&);
+
+// 2**exponent as two normal factors; beyond ±252 every product is 0 or infinite anyway.
+void factors(int64_t exponent, Finish& f) {
+  exponent = exponent < -252 ? -252 : exponent > 252 ? 252 : exponent;
+  const int64_t half = exponent / 2;
+  const auto power = [](int64_t e) {
+    const uint32_t bits = static_cast<uint32_t>(e + 127) << 23;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+  };
+  f.scale = power(half);
+  f.rest = power(exponent - half);
+}
+
+// Memory that a thread keeps from call to call, as a fresh page costs more than a panel.
+struct Workspace {
+  uint8_t* memory = nullptr;
+  size_t size = 0;
+  ~Workspace() { free(memory); }
+  uint8_t* at_least(size_t bytes) {
+    if (bytes <= size) return memory;
+    free(memory);
+    size = (bytes + 4095) / 4096 * 4096;
+    memory = static_cast<uint8_t*>(aligned_alloc(4096, size));
+    if (!memory) size = 0;
+    return memory;
+  }
+};
+thread_local Workspace workspace;
+
+// One matrix product, and where its packed operands lie.
+template <class Isa> struct Product {
+  const swalp_matmul& p;
+  Operand left, right;
+  void* out;
+  bool pack_left;
+  int64_t left_panels, right_panels;
+
+  explicit Product(const swalp_matmul& task)
+      : p(task), left{task.left, task.left_outer, task.left_inner},
+        right{task.right, task.right_outer, task.right_inner}, out(task.out),
+        pack_left(!Isa::in_place(task)), left_panels(ceil_div(task.m, Isa::kTall)),
+        right_panels(ceil_div(task.n, Isa::kWide)) {}
+
+  // The contraction in equal parts of at most kDepth.
+  static int64_t depth_of(int64_t k) {
+    return ceil_div(ceil_div(k, ceil_div(k, Isa::kDepth)), Isa::kAlign) * Isa::kAlign;
+  }
+
+  size_t bytes() const {
+    const int64_t depth = smaller(p.k, depth_of(p.k));
+    const int64_t left = pack_left ? left_panels * Isa::left_bytes(depth) : 0;
+    return static_cast<size_t>(sums_bytes() + right_panels * Isa::right_bytes(depth) + left);
+  }
+
+  // Pieces of packing: each panel of the right operand, then each of the left.
+  int64_t packings() const { return right_panels + left_panels; }
+
+  void pack_piece(int64_t piece, int64_t k, int64_t depth, uint8_t* memory) const {
+    if (piece < right_panels) {
+      const int64_t first = piece * Isa::kWide;
+      const Operand x{right.data + first * right.outer + k * right.inner, right.outer, right.inner};
+      return Isa::pack_right(x, depth, smaller(Isa::kWide, p.n - first),
+                             right_in(memory, piece, depth));
+    }
+    const int64_t first = (piece - right_panels) * Isa::kTall;
+    const Operand x{left.data + first * left.outer + k * left.inner, left.outer, left.inner};
+    uint8_t* panel = pack_left ? left_in(memory, piece - right_panels, depth) : nullptr;
+    Isa::pack_left(x, depth, smaller(Isa::kTall, p.m - first), panel, sums_in(memory) + first);
+  }
+
+  int64_t sums_bytes() const { return Isa::kSums ? left_panels * Isa::kTall * 4 : 0; }
+  int32_t* sums_in(uint8_t* memory) const { return reinterpret_cast<int32_t*>(memory); }
+  uint8_t* right_in(uint8_t* memory, int64_t panel, int64_t depth) const {
+    return memory + sums_bytes() + panel * Isa::right_bytes(depth);
+  }
+  uint8_t* left_in(uint8_t* memory, int64_t panel, int64_t depth) const {
+    return right_in(memory, right_panels, depth) + panel * Isa::left_bytes(depth);
+  }
+
+  int64_t row_blocks() const { return ceil_div(p.m, Isa::kRowBlock); }
+  int64_t pieces() const { return row_blocks() * ceil_div(p.n, Isa::kColumnBlock); }
+
+  void piece(int64_t index, int64_t k, int64_t depth, Finish f, uint8_t* memory) const {
+    const int64_t m0 = index % row_blocks() * Isa::kRowBlock, n0 = index / row_blocks() * Isa::kColumnBlock;
+    const int64_t m1 = smaller(p.m, m0 + Isa::kRowBlock), n1 = smaller(p.n, n0 + Isa::kColumnBlock);
+    const int32_t* sums = sums_in(memory);
+    for (int64_t n = n0; n < n1; n += Isa::kWide) {
+      const int64_t width = smaller(Isa::kWide, n1 - n);
+      const uint8_t* panel = right_in(memory, n / Isa::kWide, depth);
+      Finish here = f;
+      if (f.bias) here.bias = f.bias + n;
+      for (int64_t m = m0; m < m1; m += Isa::kRows) {
+        const int64_t height = smaller(Isa::kRows, m1 - m);
+        const int8_t* rows[Isa::kRows];
+        for (int64_t r = 0; r < height; ++r)
+          rows[r] = pack_left ? reinterpret_cast<const int8_t*>(
+                                    left_in(memory, (m + r) / Isa::kTall, depth) + (m + r) % Isa::kTall * 4)
+                              : left.data + (m + r) * left.outer + k;
+        void* to = static_cast<int32_t*>(out) + m * p.out_outer + n;
+        Isa::tile_of(height, width)(depth, rows, pack_left ? 4 * Isa::kTall : 4, panel, sums + m, to,
+                                    p.out_outer, width, here);
+      }
+    }
+  }
+
+  Finish finish(int64_t k, int64_t depth, int64_t exponent) const {
+    Finish f{k == 0, k + depth == p.k, p.integers != 0, 1, 1, p.bias};
+    factors(exponent, f);
+    return f;
+  }
+
+  void serial(int64_t exponent, uint8_t* memory) const {
+    for (int64_t k = 0, step = depth_of(p.k); k < p.k; k += step) {
+      const int64_t depth = smaller(step, p.k - k);
+      for (int64_t i = 0; i < packings(); ++i) pack_piece(i, k, depth, memory);
+      for (int64_t i = 0; i < pieces(); ++i)
+        piece(i, k, depth, finish(k, depth, exponent), memory);
+    }
+  }
+
+  void parallel(int64_t exponent, uint8_t* memory, int threads) const {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    for (int64_t k = 0, step = depth_of(p.k); k < p.k; k += step) {
+      const int64_t depth = smaller(step, p.k - k);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < packings(); ++i) pack_piece(i, k, depth, memory);
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < pieces(); ++i)
+        piece(i, k, depth, finish(k, depth, exponent), memory);
+    }
+#else
+    (void)threads;
+    serial(exponent, memory);
+#endif
+  }
+};
+
+// Of matrix `i` of a batch.
+swalp_matmul at(const swalp_matmul& task, int64_t i) {
+  swalp_matmul one = task;
+  one.left += i * task.left_batch;
+  one.right += i * task.right_batch;
+  one.out = static_cast<int32_t*>(task.out) + i * task.out_batch;
+  return one;
+}
+
+int64_t exponent_of(const swalp_matmul& task, int64_t i) {
+  int64_t exponent = task.exponent;
+  if (task.left_exponents) exponent += task.left_exponents[task.left_exponent_each ? i : 0];
+  if (task.right_exponents) exponent += task.right_exponents[task.right_exponent_each ? i : 0];
+  return exponent;
+}
+
+template <class Isa> int multiply(const swalp_matmul* task, int threads) {
+  const int64_t products = task->m * task->n * task->k;
+  if (task->batch * task->m * task->n == 0) return 0;
+  if (task->batch == 1 && threads > 1 && products >= kSerial) {
+    const Product<Isa> product(*task);
+    uint8_t* memory = workspace.at_least(product.bytes());
+    if (!memory) return -1;
+    product.parallel(exponent_of(*task, 0), memory, threads);
+    return 0;
+  }
+  bool failed = false;
+  if (products * task->batch < kSerial) threads = 1;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(|| : failed) if (threads > 1)
+#endif
+  for (int64_t i = 0; i < task->batch; ++i) {
+    const swalp_matmul one = at(*task, i);
+    const Product<Isa> product(one);
+    uint8_t* memory = workspace.at_least(product.bytes());
+    if (memory) product.serial(exponent_of(*task, i), memory);
+    else failed = true;
+  }
+  return failed ? -1 : 0;
+}
+
+}  // namespace
