@@ -178,7 +178,7 @@ def test_the_obstacle_is_named():
     best = _kernels.used()
     try:
         _kernels.use("scalar")
-        assert "VNNI" in convolution.obstacle()
+        assert "no AVX2" in convolution.obstacle()
     finally:
         _kernels.use(best)
     assert convolution.obstacle() == "" or not _kernels.has_fast_convolution()

@@ -18,7 +18,8 @@ namespace {
 // The choice of `swalp_use` holds here too.
 const swalp_convolution_build& chosen() {
 #ifdef SWALP_HAS_AVX512
-  if (swalp_has_fast_convolution()) return swalp_convolution_vnni;
+  if (strcmp(swalp_used(), "avx512") == 0 && __builtin_cpu_supports("avx512vnni"))
+    return swalp_convolution_vnni;
 #endif
 #ifdef SWALP_HAS_AVX2
   if (strcmp(swalp_used(), "scalar") != 0) return swalp_convolution_avx2;
@@ -28,13 +29,7 @@ const swalp_convolution_build& chosen() {
 
 }  // namespace
 
-int swalp_has_fast_convolution(void) {
-#ifdef SWALP_HAS_AVX512
-  return strcmp(swalp_used(), "avx512") == 0 && __builtin_cpu_supports("avx512vnni");
-#else
-  return 0;
-#endif
-}
+int swalp_has_fast_convolution(void) { return &chosen() != &swalp_convolution_scalar; }
 
 int64_t swalp_convolution_packed_bytes(const swalp_convolution* c, int32_t backward) {
   return chosen().packed_bytes(c, backward);

@@ -45,7 +45,7 @@ void swalp_max_pool(const swalp_pooling*, const float* x, float* y, uint8_t* tap
 void swalp_max_pool_gradient(const swalp_pooling*, const float* dy, const uint8_t* taps, float* dx,
                              int threads);
 
-// Whether the machine and the build have AVX-512 VNNI: without it the results are the same, slowly.
+// Whether the machine and the build have AVX2 or more: without it the results are the same, slowly.
 int swalp_has_fast_convolution(void);
 
 #ifdef __cplusplus

@@ -11,25 +11,30 @@ int64_t packed_bytes(const swalp_convolution* c, int32_t backward) {
   return Weights(*c, backward != 0).bytes();
 }
 
-// The first `taps` bytes of four rows side by side: four bytes for each tap, `step` apart.
-void four_rows(const int8_t* from, int64_t stride, int64_t taps, int8_t* to, int64_t step) {
-  int8_t quads[64];
-#if defined(__SSE2__)
+// The first `taps` codes of kTerms rows side by side: a lane for each tap, `step` bytes apart.
+void rows_side_by_side(const int8_t* from, int64_t stride, int64_t taps, uint8_t* to, int64_t step) {
+  uint8_t lanes[64];
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+  const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + stride));
+  store(lanes, _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b)));
+  store(lanes + 32, _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b)));
+#elif defined(__SSE2__)
   __m128i row[4];
   for (int i = 0; i < 4; ++i)
     row[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * stride));
   const __m128i a = _mm_unpacklo_epi8(row[0], row[1]), b = _mm_unpackhi_epi8(row[0], row[1]);
   const __m128i c = _mm_unpacklo_epi8(row[2], row[3]), d = _mm_unpackhi_epi8(row[2], row[3]);
-  __m128i* at = reinterpret_cast<__m128i*>(quads);
+  __m128i* at = reinterpret_cast<__m128i*>(lanes);
   _mm_storeu_si128(at, _mm_unpacklo_epi16(a, c));
   _mm_storeu_si128(at + 1, _mm_unpackhi_epi16(a, c));
   _mm_storeu_si128(at + 2, _mm_unpacklo_epi16(b, d));
   _mm_storeu_si128(at + 3, _mm_unpackhi_epi16(b, d));
 #else
   for (int64_t t = 0; t < taps; ++t)
-    for (int i = 0; i < 4; ++i) quads[4 * t + i] = from[i * stride + t];
+    for (int i = 0; i < 4; ++i) lanes[4 * t + i] = static_cast<uint8_t>(from[i * stride + t]);
 #endif
-  for (int64_t t = 0; t < taps; ++t) memcpy(to + t * step, quads + 4 * t, 4);
+  for (int64_t t = 0; t < taps; ++t) memcpy(to + t * step, lanes + 4 * t, 4);
 }
 
 void pack(const swalp_convolution* c, int32_t backward, int32_t channels_last, const int8_t* weight,
@@ -41,7 +46,7 @@ void pack(const swalp_convolution* c, int32_t backward, int32_t channels_last, c
   const int64_t out_stride = in * w.taps, codes = c->out_channels * out_stride;
   const int64_t dest_stride = backward ? in_stride : out_stride;
   const int64_t source_stride = backward ? out_stride : in_stride;
-  int8_t* bytes = static_cast<int8_t*>(packed);
+  uint8_t* bytes = static_cast<uint8_t*>(packed);
   int32_t* sums = reinterpret_cast<int32_t*>(bytes + w.sums_at());
   if (w.bytes() < kFewProducts / 16) threads = 1;
   parallel(w.groups * w.blocks, threads, [&](int64_t begin, int64_t end) {
@@ -49,29 +54,32 @@ void pack(const swalp_convolution* c, int32_t backward, int32_t channels_last, c
       const int64_t g = begin / w.blocks, first = begin % w.blocks * kWide;
       const int64_t width = smaller(kWide, w.dest - first);
       const int8_t* from = weight + g * (c->out_channels / c->groups) * out_stride + first * dest_stride;
-      int8_t* to = bytes + begin * w.block_bytes();
-      int32_t* sum = sums + begin * w.taps * kWide;
-      if (width < kWide || w.source % 4) memset(to, 0, static_cast<size_t>(w.block_bytes()));
+      uint8_t* to = bytes + begin * w.block_bytes();
+      if (width < kWide || w.source % kTerms) memset(to, 0, static_cast<size_t>(w.block_bytes()));
       const int64_t tap_bytes = w.steps * kPanel;
-      for (int64_t s = 0; s < w.source; s += 4)
+      for (int64_t s = 0; s < w.source; s += kTerms)
         for (int64_t d = 0; d < width; ++d) {
           const int8_t* code = from + d * dest_stride + s * source_stride;
-          const int64_t count = smaller(4, w.source - s);
-          int8_t* place = to + s / 4 * kPanel + d * 4;
+          const int64_t count = smaller(kTerms, w.source - s);
+          uint8_t* place = to + s / kTerms * kPanel + d * 4;
           // Sixteen bytes at a time, where there are so many.
-          if (tap_stride == 1 && w.taps > 1 && w.taps <= 16 && count == 4 &&
-              code + 3 * source_stride + 16 <= weight + codes)
-            four_rows(code, source_stride, w.taps, place, tap_bytes);
+          if (tap_stride == 1 && w.taps > 1 && w.taps <= 16 && count == kTerms &&
+              code + (kTerms - 1) * source_stride + 16 <= weight + codes)
+            rows_side_by_side(code, source_stride, w.taps, place, tap_bytes);
           else
             for (int64_t i = 0; i < count; ++i)
-              for (int64_t t = 0; t < w.taps; ++t)
-                place[t * tap_bytes + i] = code[i * source_stride + t * tap_stride];
+              for (int64_t t = 0; t < w.taps; ++t) {
+                const Plain one = code[i * source_stride + t * tap_stride];
+                memcpy(place + t * tap_bytes + i * sizeof one, &one, sizeof one);
+              }
         }
+      if (!kShifted) continue;
+      int32_t* sum = sums + begin * w.taps * kWide;
       const Sums ones = everywhere(0x01010101);
       for (int64_t t = 0; t < w.taps; ++t)
         for (int v = 0; v < kVectors; ++v) {
           Sums total = zeros();
-          const int8_t* panel = to + t * tap_bytes + v * 4 * kLanes;
+          const uint8_t* panel = to + t * tap_bytes + v * 4 * kLanes;
           for (int64_t k = 0; k < w.steps; ++k) total = dot(total, ones, load(panel + k * kPanel));
           store(sum + t * kWide + v * kLanes, times128(total));
         }

@@ -1,13 +1,13 @@
 // Output and input gradient of a convolution of int8 codes: one computation, a correlation.
 //
 // No image is unfolded into columns. Each destination position sums, over the taps that reach a source
-// position, products of channels. A tile is up to 12 destination positions by 32 destination channels,
-// whose sums stay in registers. Its positions are neighbours in a row of a wide image, read from a copy
+// position, products of channels. A tile is up to kRows destination positions by kWide destination
+// channels, whose sums stay in registers. Its positions are neighbours in a row of a wide image, read from a copy
 // with a margin for the padding; or the same position in neighbouring images, so that no tap into the
 // padding is ever multiplied.
 //
-// The source has 128 added, as the instruction wants one operand unsigned; 128 times the sum of the
-// weights is taken off.
+// Where the instruction wants one operand unsigned, the source has 128 added; 128 times the sum of
+// the weights is taken off.
 #pragma once
 #include "tiles.h"
 
@@ -48,8 +48,9 @@ Axis axis_of(const swalp_convolution& c, int axis, bool backward) {
   return a;
 }
 
-// Packed weights: for each group and each 32 destination channels, for each tap, [source / 4][32][4]
-// bytes; then, in the same order, for each tap 128 times the sums of the 32 channels.
+// Packed weights: for each group and each kWide destination channels, for each tap,
+// [source / kTerms][kWide][kTerms] plain codes; then, if sources are shifted, in the same order, for
+// each tap 128 times the sums of the kWide channels.
 struct Weights {
   int64_t groups, source, dest, taps;  // channels of a group
   int64_t steps, blocks;
@@ -62,19 +63,19 @@ struct Weights {
       dest = source;
       source = out;
     }
-    steps = ceil_div(source, 4);
+    steps = ceil_div(source, kTerms);
     blocks = ceil_div(dest, kWide);
   }
   int64_t block_bytes() const { return taps * steps * kPanel; }
   int64_t sums_at() const { return groups * blocks * block_bytes(); }
-  int64_t bytes() const { return sums_at() + groups * blocks * taps * kWide * 4; }
+  int64_t bytes() const { return sums_at() + (kShifted ? groups * blocks * taps * kWide * 4 : 0); }
 };
 
 // A tile's taps, and what becomes of its sums.
 struct Tile {
   std::vector<int64_t> source, weight;  // for each tap: offset in bytes, index
   int64_t steps, row;                   // of the contraction; bytes from one position to the next
-  const int8_t* weights;
+  const uint8_t* weights;
   const int32_t* sums;
   int columns;
   int64_t out_row;  // floats from one position to the next
@@ -95,7 +96,7 @@ template <int R, int V> void tile(const Tile& t, const uint8_t* from, float* out
   for (size_t tap = 0; tap < t.source.size(); ++tap) {
     const uint8_t *a0 = from + t.source[tap], *a3 = a0 + 3 * row, *a6 = a3 + 3 * row,
                   *a9 = a6 + 3 * row;
-    const int8_t* b = t.weights + t.weight[tap] * t.steps * kPanel;
+    const uint8_t* b = t.weights + t.weight[tap] * t.steps * kPanel;
     for (int64_t k = t.steps; k > 0; --k, b += kPanel) {
       SWALP_ONE_POINTER(a0);
       SWALP_ONE_POINTER(a3);
@@ -107,7 +108,7 @@ template <int R, int V> void tile(const Tile& t, const uint8_t* from, float* out
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const uint8_t* a = r < 3 ? a0 : r < 6 ? a3 : r < 9 ? a6 : a9;
-        const Sums x = four_everywhere(a + r % 3 * row);
+        const Sums x = lane_everywhere(a + r % 3 * row);
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) sum[r][v] = dot(sum[r][v], x, w[v]);
       }
@@ -121,7 +122,8 @@ template <int R, int V> void tile(const Tile& t, const uint8_t* from, float* out
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v) {
     Sums sign = zeros();
-    for (const int64_t tap : t.weight) sign = add(sign, load(t.sums + tap * kWide + v * kLanes));
+    if (kShifted)
+      for (const int64_t tap : t.weight) sign = add(sign, load(t.sums + tap * kWide + v * kLanes));
     const int count = whole ? kLanes : t.columns - v * kLanes < kLanes ? t.columns - v * kLanes : kLanes;
     const Floats bias = t.bias ? load_floats(t.bias + v * kLanes, count) : t.scale(zeros());
 #pragma GCC unroll 12
@@ -155,9 +157,6 @@ void tiles(const Tile& t, int64_t count, const uint8_t* from, float* out) {
   }
 }
 
-void flip(const int8_t* from, int64_t n, uint8_t* to) {
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<uint8_t>(from[i] ^ -128);
-}
 
 // y = correlation of the source codes with packed weights.
 class Correlation {
@@ -168,7 +167,7 @@ class Correlation {
 
   int run(const int8_t* x, const void* packed, int64_t exponent, const float* bias, float* y,
           int threads) {
-    x_ = x, packed_ = static_cast<const int8_t*>(packed), bias_ = bias, y_ = y;
+    x_ = x, packed_ = static_cast<const uint8_t*>(packed), bias_ = bias, y_ = y;
     exponent_ = exponent;
     const int64_t positions = height_.dest * width_.dest;
     if (batch_ * positions * w_.dest == 0) return 0;
@@ -180,8 +179,9 @@ class Correlation {
   int64_t batch_;
   Axis height_, width_;
   Weights w_;
-  int64_t pixel_;  // bytes of a source position, each group's channels filled up to a multiple of 4
-  const int8_t *x_, *packed_;
+  int64_t pixel_;  // bytes of a source position; each group's channels fill a multiple of kTerms
+  const int8_t* x_;
+  const uint8_t* packed_;
   const float* bias_;
   float* y_;
   int64_t exponent_;
@@ -201,14 +201,17 @@ class Correlation {
             bias_ ? bias_ + group * w_.dest + first : nullptr};
   }
 
-  // The channels of a stretch of positions, each with 128 added.
-  void copy(const int8_t* from, int64_t positions, uint8_t* to) const {
-    const int64_t channels = w_.source * w_.groups;
-    if (pixel_ == channels) return flip(from, positions * channels, to);
+  // The channels of a stretch of positions, shifted.
+  void copy(const int8_t* from, int64_t positions, uint8_t* bytes) const {
+    Shifted* to = reinterpret_cast<Shifted*>(bytes);
+    if (w_.source % kTerms == 0) {
+      for (int64_t i = 0; i < positions * w_.source * w_.groups; ++i) to[i] = shifted(from[i]);
+      return;
+    }
     for (int64_t p = 0; p < positions; ++p)
       for (int64_t g = 0; g < w_.groups; ++g)
-        for (int64_t s = 0; s < 4 * w_.steps; ++s)
-          *to++ = s < w_.source ? static_cast<uint8_t>(*from++ ^ -128) : 128;
+        for (int64_t s = 0; s < kTerms * w_.steps; ++s)
+          *to++ = shifted(s < w_.source ? *from++ : int8_t{0});
   }
 
   int run_by_rows(int threads) const {
@@ -254,10 +257,10 @@ class Correlation {
     const int64_t channels = w_.source * w_.groups;
     for (int64_t s = low; s < high; ++s) {
       uint8_t* to = strip + (s - low) * row;
-      memset(to, 128, static_cast<size_t>(left * pixel_));
+      memset(to, kShifted ? 128 : 0, static_cast<size_t>(left * pixel_));
       copy(x_ + (image * height_.source + s) * width_.source * channels, width_.source,
            to + left * pixel_);
-      memset(to + (left + width_.source) * pixel_, 128, static_cast<size_t>(right * pixel_));
+      memset(to + (left + width_.source) * pixel_, kShifted ? 128 : 0, static_cast<size_t>(right * pixel_));
     }
     const int64_t out = w_.dest * w_.groups;
     for (int64_t g = 0; g < w_.groups; ++g)

@@ -1,17 +1,32 @@
-// Sixteen int32 sums at a time of products of bytes, four neighbours each: AVX-512 VNNI, or plain C++
-// that the compiler makes of what there is.
+// int32 sums of products of codes, `kLanes` sums at a time of `kTerms` neighbours each: AVX-512 VNNI,
+// AVX2, or plain C++ that the compiler makes of what there is.
 //
+// A lane has 4 bytes: four codes, or with AVX2, whose products of bytes saturate, two of 16 bits. One
+// operand of bytes is unsigned and has 128 added; of 16 bits both are signed (`kShifted`).
 // Sums are modulo 2**32, so that they are right whenever the true sum fits.
 #pragma once
 #include <stdint.h>
 #include <string.h>
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace {
 
-constexpr int kLanes = 16;
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+constexpr int kLanes = 8, kTerms = 2;
+constexpr bool kShifted = false;
+using Shifted = int16_t;  // a code of the operand that may have 128 added
+using Plain = int16_t;    // of the other
+#else
+constexpr int kLanes = 16, kTerms = 4;
+constexpr bool kShifted = true;
+using Shifted = uint8_t;
+using Plain = int8_t;
+#endif
+static_assert(kTerms * sizeof(Plain) == 4 && sizeof(Shifted) == sizeof(Plain), "a lane has 4 bytes");
+
+inline Shifted shifted(int8_t code) { return static_cast<Shifted>(kShifted ? code + 128 : code); }
 
 #if defined(__AVX512VNNI__)
 using Sums = __m512i;  // sixteen int32, or sixteen times four bytes
@@ -19,12 +34,12 @@ using Sums = __m512i;  // sixteen int32, or sixteen times four bytes
 inline Sums zeros() { return _mm512_setzero_si512(); }
 inline Sums load(const void* at) { return _mm512_loadu_si512(at); }
 inline void store(void* at, Sums x) { _mm512_storeu_si512(at, x); }
-inline Sums four_everywhere(const void* at) {
-  int32_t four;
-  memcpy(&four, at, 4);
-  return _mm512_set1_epi32(four);
+inline Sums lane_everywhere(const void* at) {
+  int32_t lane;
+  memcpy(&lane, at, 4);
+  return _mm512_set1_epi32(lane);
 }
-// sums + unsigned bytes of `u` times signed bytes of `s`.
+// sums + the products of a shifted and a plain operand.
 inline Sums dot(Sums sums, Sums u, Sums s) { return _mm512_dpbusd_epi32(sums, u, s); }
 inline Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
 inline Sums subtract(Sums a, Sums b) { return _mm512_sub_epi32(a, b); }
@@ -48,6 +63,50 @@ inline void store(float* at, Floats x, int count) {
   _mm512_mask_storeu_ps(at, static_cast<__mmask16>((1u << count) - 1), x);
 }
 
+#elif defined(__AVX2__)
+using Sums = __m256i;  // eight int32, or eight times two of 16 bits
+
+inline Sums zeros() { return _mm256_setzero_si256(); }
+inline Sums load(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
+inline void store(void* at, Sums x) { _mm256_storeu_si256(static_cast<__m256i*>(at), x); }
+inline Sums lane_everywhere(const void* at) {
+  int32_t lane;
+  memcpy(&lane, at, 4);
+  return _mm256_set1_epi32(lane);
+}
+inline Sums dot(Sums sums, Sums a, Sums b) {
+  // In the order that GCC 12 gives the intrinsics this takes a third longer on Zen 3.
+  Sums products;
+  __asm__("vpmaddwd %2, %1, %0" : "=x"(products) : "x"(a), "x"(b));
+  __asm__("vpaddd %1, %0, %0" : "+x"(sums) : "x"(products));
+  return sums;
+}
+inline Sums add(Sums a, Sums b) { return _mm256_add_epi32(a, b); }
+inline Sums subtract(Sums a, Sums b) { return _mm256_sub_epi32(a, b); }
+inline Sums everywhere(int32_t x) { return _mm256_set1_epi32(x); }
+inline Sums times128(Sums x) { return _mm256_slli_epi32(x, 7); }
+
+struct Scale {
+  __m256 first, second;
+  Scale(float a, float b) : first(_mm256_set1_ps(a)), second(_mm256_set1_ps(b)) {}
+  __m256 operator()(Sums x) const {
+    return _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(x), first), second);
+  }
+};
+using Floats = __m256;
+inline Floats load_floats(const float* at, int count) {
+  float some[kLanes] = {};
+  memcpy(some, at, static_cast<size_t>(count) * 4);
+  return _mm256_loadu_ps(some);
+}
+inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+inline void store(float* at, Floats x) { _mm256_storeu_ps(at, x); }
+inline void store(float* at, Floats x, int count) {
+  float some[kLanes];
+  _mm256_storeu_ps(some, x);
+  memcpy(at, some, static_cast<size_t>(count) * 4);
+}
+
 #else
 struct Sums {
   int32_t lane[kLanes];
@@ -60,7 +119,7 @@ inline Sums load(const void* at) {
   return x;
 }
 inline void store(void* at, const Sums& x) { memcpy(at, &x, sizeof x); }
-inline Sums four_everywhere(const void* at) {
+inline Sums lane_everywhere(const void* at) {
   Sums x;
   for (int32_t& lane : x.lane) memcpy(&lane, at, 4);
   return x;

@@ -2,8 +2,8 @@
 //
 // AVX2's products of bytes saturate. Its products of 16-bit integers, two neighbours at a time, do not:
 // both operands are packed as such, and a product of pairs is added to int32 modulo 2**32, so that the
-// sum is right whenever it fits: k <= 2**17 for codes within ±127. It takes half the instructions of
-// float32.
+// sum is right whenever it fits: k <= 2**17 for codes within ±127. It takes half the multiplications
+// of float32.
 #include <immintrin.h>
 
 #include "product.h"

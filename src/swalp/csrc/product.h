@@ -131,11 +131,17 @@ template <class Isa> struct Product {
     return right_in(memory, right_panels, depth) + panel * Isa::left_bytes(depth);
   }
 
+  const int8_t* row_in(uint8_t* memory, int64_t row, int64_t depth) const {
+    const uint8_t* panel = left_in(memory, row / Isa::kTall, depth);
+    return reinterpret_cast<const int8_t*>(panel + row % Isa::kTall * 4);
+  }
+
   int64_t row_blocks() const { return ceil_div(p.m, Isa::kRowBlock); }
   int64_t pieces() const { return row_blocks() * ceil_div(p.n, Isa::kColumnBlock); }
 
   void piece(int64_t index, int64_t k, int64_t depth, Finish f, uint8_t* memory) const {
-    const int64_t m0 = index % row_blocks() * Isa::kRowBlock, n0 = index / row_blocks() * Isa::kColumnBlock;
+    const int64_t m0 = index % row_blocks() * Isa::kRowBlock;
+    const int64_t n0 = index / row_blocks() * Isa::kColumnBlock;
     const int64_t m1 = smaller(p.m, m0 + Isa::kRowBlock), n1 = smaller(p.n, n0 + Isa::kColumnBlock);
     const int32_t* sums = sums_in(memory);
     for (int64_t n = n0; n < n1; n += Isa::kWide) {
@@ -147,9 +153,7 @@ template <class Isa> struct Product {
         const int64_t height = smaller(Isa::kRows, m1 - m);
         const int8_t* rows[Isa::kRows];
         for (int64_t r = 0; r < height; ++r)
-          rows[r] = pack_left ? reinterpret_cast<const int8_t*>(
-                                    left_in(memory, (m + r) / Isa::kTall, depth) + (m + r) % Isa::kTall * 4)
-                              : left.data + (m + r) * left.outer + k;
+          rows[r] = pack_left ? row_in(memory, m + r, depth) : left.data + (m + r) * left.outer + k;
         void* to = static_cast<int32_t*>(out) + m * p.out_outer + n;
         Isa::tile_of(height, width)(depth, rows, pack_left ? 4 * Isa::kTall : 4, panel, sums + m, to,
                                     p.out_outer, width, here);

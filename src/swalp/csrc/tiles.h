@@ -13,11 +13,13 @@ namespace {
 
 #if defined(__AVX512VNNI__)
 constexpr int kRows = 12;  // positions of a tile: 24 registers of sums
+#elif defined(__AVX2__)
+constexpr int kRows = 6;  // 12 registers of sums
 #else
 constexpr int kRows = 4;
 #endif
 constexpr int kVectors = 2, kWide = kVectors * kLanes;
-constexpr int64_t kPanel = 4 * kWide;             // bytes for four of the contraction
+constexpr int64_t kPanel = 4 * kWide;             // bytes for kTerms of the contraction
 constexpr int64_t kStrip = 384 << 10;             // bytes of a source with margins: it stays in L2
 constexpr int64_t kImages = 64 << 10;             // the same of 32 channels of images side by side
 constexpr int64_t kFewProducts = 1 << 20;         // below which a second thread costs more than it saves

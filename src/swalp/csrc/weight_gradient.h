@@ -1,18 +1,18 @@
 // The weight gradient of a convolution of int8 codes: sums over images and positions.
 //
-// Four images lie side by side, so that any tap, stride and dilation is an offset into the same
-// memory. A tile is up to 12 output channels by 32 input channels of one tap. The images have 128
-// added; 128 times the sum of the output gradients that a tap meets is taken off.
+// kTerms images, a bundle, lie side by side, so that any tap, stride and dilation is an offset into the
+// same memory. A tile is up to kRows output channels by kWide input channels of one tap. Where images
+// have 128 added, 128 times the sum of the output gradients that a tap meets is taken off.
 #pragma once
 #include "tiles.h"
 
 namespace {
 
-// Of the images a chunk is taken at a time; four of them side by side are a quad.
-// x: for each group and each 32 input channels [height][width][quad][32][4] unsigned bytes;
-// dy: for each group and each R <= 12 output channels [height][width][quad][R][4] signed bytes.
+// Of the images a chunk is taken at a time, in bundles.
+// x: for each group and each kWide input channels [height][width][bundle][kWide][kTerms] shifted codes;
+// dy: for each group and each R <= kRows output channels [height][width][bundle][R][kTerms] plain ones.
 template <int R, int V>
-void accumulate(const int64_t* run, int64_t runs, const int8_t* a, const uint8_t* b, int32_t* sums,
+void accumulate(const int64_t* run, int64_t runs, const uint8_t* a, const uint8_t* b, int32_t* sums,
                 bool first) {
   Sums sum[R][V];
 #pragma GCC unroll 12
@@ -21,7 +21,7 @@ void accumulate(const int64_t* run, int64_t runs, const int8_t* a, const uint8_t
     for (int v = 0; v < V; ++v)
       sum[r][v] = first ? zeros() : load(sums + r * kWide + v * kLanes);
   for (; runs > 0; --runs, run += 3) {
-    const int8_t* x = a + run[0] * R * 4;
+    const uint8_t* x = a + run[0] * R * 4;
     const uint8_t* y = b + run[1] * kPanel;
     for (int64_t k = run[2]; k > 0; --k, x += 4 * R, y += kPanel) {
       Sums w[V];
@@ -29,9 +29,9 @@ void accumulate(const int64_t* run, int64_t runs, const int8_t* a, const uint8_t
       for (int v = 0; v < V; ++v) w[v] = load(y + 4 * kLanes * v);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        const Sums four = four_everywhere(x + 4 * r);
+        const Sums lane = lane_everywhere(x + 4 * r);
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) sum[r][v] = dot(sum[r][v], w[v], four);
+        for (int v = 0; v < V; ++v) sum[r][v] = dot(sum[r][v], w[v], lane);
       }
     }
   }
@@ -41,7 +41,7 @@ void accumulate(const int64_t* run, int64_t runs, const int8_t* a, const uint8_t
     for (int v = 0; v < V; ++v) store(sums + r * kWide + v * kLanes, sum[r][v]);
 }
 
-using Accumulate = void (*)(const int64_t*, int64_t, const int8_t*, const uint8_t*, int32_t*, bool);
+using Accumulate = void (*)(const int64_t*, int64_t, const uint8_t*, const uint8_t*, int32_t*, bool);
 
 template <int V, int... R>
 Accumulate accumulate_of(int64_t rows, std::integer_sequence<int, R...>) {
@@ -49,8 +49,9 @@ Accumulate accumulate_of(int64_t rows, std::integer_sequence<int, R...>) {
   return all[rows - 1];
 }
 
-// [count][4] bytes of the same channels of four images `stride` apart, of which `images` are there.
-template <bool flipped>
+// [count][kTerms] codes, shifted if `shift`, of the same channels of kTerms images `stride` apart, of
+// which `images` are there.
+template <bool shift>
 void side_by_side(const int8_t* from, int64_t stride, int64_t images, int count, uint8_t* to) {
 #if defined(__AVX512VNNI__)
   for (int c = 0; c < count; c += kLanes) {
@@ -63,19 +64,29 @@ void side_by_side(const int8_t* from, int64_t stride, int64_t images, int count,
         const __m128i bytes = _mm_maskz_loadu_epi8(there, from + i * stride + c);
         quad = _mm512_or_si512(quad, _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 8 * i));
       }
-    if (flipped) quad = _mm512_xor_si512(quad, _mm512_set1_epi8(-128));
+    if (shift) quad = _mm512_xor_si512(quad, _mm512_set1_epi8(-128));
     _mm512_mask_storeu_epi32(to + 4 * c, there, quad);
   }
 #else
-  for (int c = 0; c < count; ++c)
-    for (int i = 0; i < 4; ++i) {
+  int c = 0;
+#if defined(__AVX2__)
+  for (; c + kLanes <= count && images == kTerms; c += kLanes) {
+    const __m128i a = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + c));
+    const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + stride + c));
+    store(to + 4 * c, _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b)));
+  }
+#endif
+  using Code = std::conditional_t<shift, Shifted, Plain>;
+  Code* codes = reinterpret_cast<Code*>(to);
+  for (; c < count; ++c)
+    for (int i = 0; i < kTerms; ++i) {
       const int8_t code = i < images ? from[i * stride + c] : int8_t{0};
-      to[4 * c + i] = static_cast<uint8_t>(flipped ? code ^ -128 : code);
+      codes[kTerms * c + i] = shift ? static_cast<Code>(shifted(code)) : static_cast<Code>(code);
     }
 #endif
 }
 
-// Rows of `taps` floats for each of `count` channels, from [tap][32].
+// Rows of `taps` floats for each of `count` channels, from [tap][kWide].
 void interleave(const float (*from)[kWide], int64_t taps, int count, float* to) {
   for (int c = 0; c < count; ++c)
     for (int64_t t = 0; t < taps; ++t) *to++ = from[t][c];
@@ -90,9 +101,9 @@ class WeightGradient {
         tiles_(ceil_div(out_, kRows)), rows_(ceil_div(out_, tiles_)) {
     // Rounded up, the last tile may be left without rows.
     tiles_ = ceil_div(out_, rows_);
-    const int64_t quads = ceil_div(c.batch, 4);
-    quads_ = kImages / (sources_ * kPanel);
-    quads_ = quads_ < 1 ? 1 : quads_ > quads ? quads : quads_;
+    const int64_t bundles = ceil_div(c.batch, kTerms);
+    bundles_ = kImages / (sources_ * kPanel);
+    bundles_ = bundles_ < 1 ? 1 : bundles_ > bundles ? bundles : bundles_;
     for (int64_t kh = 0; kh < c.kernel[0]; ++kh)
       for (int64_t kw = 0; kw < c.kernel[1]; ++kw) runs_.push_back(runs_of(kh, kw));
   }
@@ -102,28 +113,28 @@ class WeightGradient {
     const int64_t products = c_.batch * dests_ * c_.out_channels * in_ * taps_;
     if (c_.out_channels * in_ * taps_ == 0) return 0;
     if (products < kFewProducts) threads = 1;
-    const int64_t x_bytes = c_.groups * blocks_ * sources_ * quads_ * kPanel;
-    const int64_t dy_bytes = round(c_.groups * tiles_ * dests_ * quads_ * rows_ * 4 + 64);
+    const int64_t x_bytes = c_.groups * blocks_ * sources_ * bundles_ * kPanel;
+    const int64_t dy_bytes = round(c_.groups * tiles_ * dests_ * bundles_ * rows_ * 4 + 64);
     const int64_t sum_bytes = c_.groups * blocks_ * tiles_ * taps_ * rows_ * kWide * 4;
-    const int64_t sign_bytes = c_.groups * tiles_ * taps_ * kLanes * 4;
-    const int64_t place_bytes = c_.groups * tiles_ * dests_ * kLanes * 4;
+    const int64_t sign_bytes = !kShifted ? 0 : c_.groups * tiles_ * taps_ * kLanes * 4;
+    const int64_t place_bytes = !kShifted ? 0 : c_.groups * tiles_ * dests_ * kLanes * 4;
     uint8_t* memory = shared.at_least(x_bytes + dy_bytes + sum_bytes + sign_bytes + place_bytes);
     if (!memory) return -1;
-    quad_x_ = memory;
-    quad_dy_ = reinterpret_cast<int8_t*>(memory + x_bytes);
+    bundle_x_ = memory;
+    bundle_dy_ = memory + x_bytes;
     sums_ = reinterpret_cast<int32_t*>(memory + x_bytes + dy_bytes);
     signs_ = sums_ + sum_bytes / 4;
     places_ = signs_ + sign_bytes / 4;
     bool failed = false;
-    const int64_t all = ceil_div(c_.batch, 4);
-    for (int64_t quad = 0; quad == 0 || quad < all; quad += quads_) {
-      const int64_t count = smaller(quads_, all - quad);
-      const bool first = quad == 0, last = quad + quads_ >= all;
+    const int64_t all = ceil_div(c_.batch, kTerms);
+    for (int64_t bundle = 0; bundle == 0 || bundle < all; bundle += bundles_) {
+      const int64_t count = smaller(bundles_, all - bundle);
+      const bool first = bundle == 0, last = bundle + bundles_ >= all;
       const int64_t of_x = c_.groups * blocks_ * c_.in_size[0];
       parallel(of_x + c_.groups * tiles_, threads, [&](int64_t begin, int64_t end) {
         for (; begin < end; ++begin)
-          if (begin < of_x) pack_x(x, begin, quad, count);
-          else pack_dy(dy, begin - of_x, quad, count, first);
+          if (begin < of_x) pack_x(x, begin, bundle, count);
+          else pack_dy(dy, begin - of_x, bundle, count, first);
         return false;
       });
       failed |= parallel(c_.groups * blocks_ * tiles_, threads, [&](int64_t begin, int64_t end) {
@@ -146,10 +157,10 @@ class WeightGradient {
   };
   const swalp_convolution& c_;
   int64_t in_, out_, taps_;  // channels of a group
-  int64_t sources_, dests_, blocks_, tiles_, rows_, quads_;
+  int64_t sources_, dests_, blocks_, tiles_, rows_, bundles_;
   std::vector<std::vector<Run>> runs_;  // of each tap: neighbours in both images
-  uint8_t* quad_x_;
-  int8_t* quad_dy_;
+  uint8_t* bundle_x_;
+  uint8_t* bundle_dy_;
   int32_t *sums_, *signs_, *places_;
 
   static int64_t round(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
@@ -175,35 +186,36 @@ class WeightGradient {
     return runs;
   }
 
-  // One row of 32 channels of the images' quads.
-  void pack_x(const int8_t* x, int64_t item, int64_t quad, int64_t count) const {
+  // One row of kWide channels of the images' bundles.
+  void pack_x(const int8_t* x, int64_t item, int64_t bundle, int64_t count) const {
     const int64_t ih = item % c_.in_size[0], block = item / c_.in_size[0] % blocks_;
     const int64_t g = item / c_.in_size[0] / blocks_, first = block * kWide;
     const int width = static_cast<int>(smaller(kWide, in_ - first));
     const int64_t image = sources_ * c_.in_channels;
-    uint8_t* to = quad_x_ + ((g * blocks_ + block) * sources_ + ih * c_.in_size[1]) * count * kPanel;
+    uint8_t* to = bundle_x_ + ((g * blocks_ + block) * sources_ + ih * c_.in_size[1]) * count * kPanel;
     for (int64_t iw = 0; iw < c_.in_size[1]; ++iw)
       for (int64_t q = 0; q < count; ++q, to += kPanel) {
-        const int64_t n = 4 * (quad + q);
+        const int64_t n = kTerms * (bundle + q);
         const int8_t* from = x + n * image + (ih * c_.in_size[1] + iw) * c_.in_channels + g * in_ + first;
-        side_by_side<true>(from, image, smaller(4, c_.batch - n), width, to);
+        side_by_side<true>(from, image, smaller(kTerms, c_.batch - n), width, to);
       }
   }
 
-  // R channels of the images' quads, and for each tap 128 times the sum of what it will meet.
-  void pack_dy(const int8_t* dy, int64_t item, int64_t quad, int64_t count, bool first) const {
+  // R channels of the images' bundles, and for each tap 128 times the sum of what it will meet.
+  void pack_dy(const int8_t* dy, int64_t item, int64_t bundle, int64_t count, bool first) const {
     const int64_t tile = item % tiles_, g = item / tiles_;
     const int height = static_cast<int>(smaller(rows_, out_ - tile * rows_));
     const int64_t image = dests_ * c_.out_channels;
-    uint8_t* to = reinterpret_cast<uint8_t*>(quad_dy_) + item * dests_ * count * rows_ * 4;
-    const int8_t* packed = reinterpret_cast<const int8_t*>(to);
+    uint8_t* to = bundle_dy_ + item * dests_ * count * rows_ * 4;
+    const uint8_t* packed = to;
     for (int64_t p = 0; p < dests_; ++p)
       for (int64_t q = 0; q < count; ++q, to += 4 * rows_) {
-        const int64_t n = 4 * (quad + q);
+        const int64_t n = kTerms * (bundle + q);
         const int8_t* from = dy + n * image + p * c_.out_channels + g * out_ + tile * rows_;
-        side_by_side<false>(from, image, smaller(4, c_.batch - n), height, to);
+        side_by_side<false>(from, image, smaller(kTerms, c_.batch - n), height, to);
         if (height < rows_) memset(to + 4 * height, 0, static_cast<size_t>(4 * (rows_ - height)));
       }
+    if (!kShifted) return;
     const Sums ones = everywhere(0x01010101);
     int32_t* places = places_ + item * dests_ * kLanes;
     for (int64_t p = 0; p < dests_; ++p) {
@@ -225,8 +237,8 @@ class WeightGradient {
 
   void add_up(int64_t item, int64_t count, bool first) const {
     const int64_t tile = item % tiles_, block = item / tiles_ % blocks_, g = item / tiles_ / blocks_;
-    const int8_t* a = quad_dy_ + (g * tiles_ + tile) * dests_ * count * rows_ * 4;
-    const uint8_t* b = quad_x_ + (g * blocks_ + block) * sources_ * count * kPanel;
+    const uint8_t* a = bundle_dy_ + (g * tiles_ + tile) * dests_ * count * rows_ * 4;
+    const uint8_t* b = bundle_x_ + (g * blocks_ + block) * sources_ * count * kPanel;
     const Accumulate run = in_ - block * kWide > kLanes ? accumulate_of<2>(rows_, Heights())
                                                         : accumulate_of<1>(rows_, Heights());
     std::vector<int64_t> steps;
@@ -246,7 +258,7 @@ class WeightGradient {
     float(*rows)[kWide] = reinterpret_cast<float(*)[kWide]>(buffer);
     for (int64_t r = 0; r < smaller(rows_, out_ - tile * rows_); ++r) {
       for (int64_t t = 0; t < taps_; ++t) {
-        const Sums sign = everywhere(signs[t * kLanes + r]);
+        const Sums sign = everywhere(kShifted ? signs[t * kLanes + r] : 0);
         for (int v = 0; v < kVectors; ++v)
           store(rows[t] + v * kLanes,
                 scale(subtract(load(sums_of(item) + (t * rows_ + r) * kWide + v * kLanes), sign)));

@@ -91,7 +91,7 @@ def obstacle() -> str:
     if not cpu.available:
         return "swalp was installed without its C++ kernels"
     if not _kernels.has_fast_convolution():
-        return "this processor, or the chosen instruction set, has no AVX-512 VNNI"
+        return "this build, or the chosen instruction set, has no AVX2"
     return "" if _is_exact(_kernels.used()) else "this processor's 8-bit products are wrong"
 
 
