@@ -106,8 +106,10 @@ def empty(*shape: int, channels_last: bool = False, dtype: torch.dtype = torch.f
         channels_last: whether dimension 1 is the last in memory; else the tensor is contiguous.
         dtype: of the tensor.
     """
-    strides = _strides(shape, channels_last)
     size = dtype.itemsize * math.prod(shape)
+    if size < SMALLEST and not channels_last:
+        return torch.empty(shape, dtype=dtype)
+    strides = _strides(shape, channels_last)
     if size < SMALLEST:
         return torch.empty_strided(shape, strides, dtype=dtype)
     regions = _codes if dtype.itemsize == 1 else _regions

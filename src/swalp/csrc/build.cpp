@@ -67,6 +67,13 @@ void relu(int64_t n, const float* x, float* out, uint8_t* passed, int threads) {
       _mm512_storeu_ps(out + 8 * byte, _mm512_maskz_mov_ps(keep, v));
       memcpy(passed + byte, &keep, 2);
     }
+#elif defined(__AVX2__)
+    for (; byte < end && 8 * byte + 8 <= n; ++byte) {
+      const __m256 v = _mm256_loadu_ps(x + 8 * byte);
+      const __m256 keep = _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ);
+      _mm256_storeu_ps(out + 8 * byte, _mm256_and_ps(keep, v));
+      passed[byte] = static_cast<uint8_t>(_mm256_movemask_ps(keep));
+    }
 #endif
     for (; byte < end; ++byte) {
       const int64_t at = 8 * byte, count = n - at < 8 ? n - at : 8;
@@ -93,6 +100,13 @@ void relu_gradient(int64_t n, const float* gradient, const uint8_t* passed, floa
       __mmask16 keep;
       memcpy(&keep, passed + byte, 2);
       _mm512_storeu_ps(out + 8 * byte, _mm512_maskz_loadu_ps(keep, gradient + 8 * byte));
+    }
+#elif defined(__AVX2__)
+    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    for (; byte < end && 8 * byte + 8 <= n; ++byte) {
+      const __m256i mine = _mm256_and_si256(_mm256_set1_epi32(passed[byte]), bit);
+      const __m256 keep = _mm256_castsi256_ps(_mm256_cmpeq_epi32(mine, bit));
+      _mm256_storeu_ps(out + 8 * byte, _mm256_and_ps(keep, _mm256_loadu_ps(gradient + 8 * byte)));
     }
 #endif
     for (; byte < end; ++byte) {

@@ -218,22 +218,6 @@ def weight_gradient(
     return result
 
 
-def bias_gradient(dy: Operand) -> Tensor:
-    """The sum of each channel: float32, (out,).
-
-    Args:
-        dy: codes (batch, out, ...), with one exponent.
-    """
-    channels = dy.codes.shape[1]
-    sums = torch.empty(channels, dtype=torch.int64)
-    codes = _channels_last(dy.codes)
-    _kernels.convolution_channel_sums(
-        codes.data_ptr(), codes.numel() // max(channels, 1), channels, sums.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return torch.ldexp(sums.to(torch.float64), torch.tensor(exponent_of(dy))).float()
-
-
 def exponent_of(x: Operand) -> int:
     """What 2 is raised to.
 

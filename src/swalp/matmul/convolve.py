@@ -16,6 +16,7 @@ from swalp.matmul.convolution import Weight, Window
 from swalp.matmul.handed import Handed
 from swalp.matmul.linear import Quantization, apart, keep, kept, operand, weight_operand
 from swalp.matmul.operands import Operand, values
+from swalp.matmul.products import channel_sums
 from swalp.packed import PackedTensor
 
 
@@ -124,7 +125,7 @@ class _Convolve(torch.autograd.Function):
                 dw = _backward(errors, inputs, weight, window, 1)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             if isinstance(errors, Operand):
-                db = convolution.bias_gradient(errors)
+                db = channel_sums(errors)
             else:
                 db = errors.sum([0, *range(2, grad.dim())])
         return dx, dw, db, None, None, None, None, None

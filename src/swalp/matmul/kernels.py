@@ -108,7 +108,7 @@ def _seconds(multiply: Multiply) -> float:
     right = torch.ones(1, 256, 256, dtype=torch.int8)
     multiply(left, right)
     times = []
-    for _ in range(3):
+    for _ in range(10):  # one of them undisturbed, on a busy machine, too
         begin = time.perf_counter()
         multiply(left, right)
         times.append(time.perf_counter() - begin)
@@ -143,7 +143,7 @@ def run_codes(
     """``2**exponents * left @ right + bias`` in one pass.
 
     Args:
-        left: int8, (batch, m, k).
+        left: int8, (batch, m, k), or like the others without a batch.
         right: int8, (batch, k, n).
         out: (batch, m, n), contiguous: float32, or int32 for the sums alone.
         exponent: added to those of the operands.
@@ -152,15 +152,16 @@ def run_codes(
         bias: float32, (n,), or None.
     """
     left, right = _along_or_across(left), _along_or_across(right)
-    batch, m, k = left.shape
-    n = right.shape[2]
+    m, k = left.shape[-2:]
+    n = right.shape[-1]
     if k == 0:
         out.zero_() if bias is None else out.copy_(bias.expand_as(out))
         return
-    strides = right.stride()
+    alone = left.dim() == 2
     _kernels.matmul(
-        (batch, m, n, k),
-        left.data_ptr(), left.stride(), right.data_ptr(), (strides[0], strides[2], strides[1]),
+        (1 if alone else left.shape[0], m, n, k),
+        left.data_ptr(), (0 if alone else left.stride(0), *left.stride()[-2:]),
+        right.data_ptr(), (0 if alone else right.stride(0), right.stride(-1), right.stride(-2)),
         exponent,
         0 if left_exponents is None else left_exponents.data_ptr(),
         left_exponents is not None and left_exponents.numel() > 1,
@@ -169,6 +170,20 @@ def run_codes(
         0 if bias is None else bias.data_ptr(),
         out.data_ptr(), out.dtype == torch.int32, torch.get_num_threads(),
     )  # fmt: skip
+
+
+def channel_sums(codes: Tensor) -> Tensor:
+    """int64 sums of int8 codes (batch, channels, ...) over all dimensions but the second."""
+    codes = codes.movedim(1, -1).contiguous()
+    channels = codes.shape[-1]
+    if not cpu.available:
+        return codes.reshape(-1, channels).sum(0)
+    sums = torch.empty(channels, dtype=torch.int64)
+    _kernels.convolution_channel_sums(
+        codes.data_ptr(), codes.numel() // max(channels, 1), channels, sums.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return sums
 
 
 def multiply_int_mm(left: Tensor, right: Tensor) -> Tensor:
@@ -203,4 +218,4 @@ def _plain_strides(x: Tensor) -> Tensor:
 
 def _along_or_across(x: Tensor) -> Tensor:
     """`x` with one of its last two strides 1, as the kernel reads it."""
-    return x if 1 in x.stride()[1:] else x.contiguous()
+    return x if 1 in x.stride()[-2:] else x.contiguous()

@@ -14,7 +14,7 @@ from swalp.formats import Format
 from swalp.matmul.again import Again, carry
 from swalp.matmul.handed import Handed
 from swalp.matmul.operands import Operand, of_packed, quantized
-from swalp.matmul.products import product
+from swalp.matmul.products import channel_sums, product
 from swalp.packed import PackedTensor
 from swalp.quantize import quantize
 from swalp.quantize.dispatch import unpack
@@ -172,10 +172,7 @@ def transpose(x: Operand | Tensor) -> Operand | Tensor:
 
 def column_sums(x: Operand | Tensor) -> Tensor:
     """The sum of the rows of a matrix: float32."""
-    if not isinstance(x, Operand):
-        return x.sum(0)
-    ones = Operand(torch.ones(1, x.codes.shape[0], dtype=torch.int8), None, 0)
-    return product(ones, x).view(-1)
+    return channel_sums(x) if isinstance(x, Operand) else x.sum(0)
 
 
 def keep(ctx: Any, x: Operand | Tensor, *others: Tensor) -> None:

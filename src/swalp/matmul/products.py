@@ -48,6 +48,8 @@ def native(left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
         ValueError: shapes do not fit, or an exponent changes along the sum.
     """
     _check(left, right)
+    if left.codes.dim() == 2 and left.codes.shape[1] <= kernels.DEEPEST and _is_compiled():
+        return _native(left, right, bias)
     shape = (*left.codes.shape[:-1], right.codes.shape[-1])
     a, b = _stacked(left), _stacked(right)
     result = _native(*_part(a, b, 0), bias)
@@ -69,23 +71,38 @@ def simulated(left: Operand, right: Operand, bias: Tensor | None = None) -> Tens
     return product if bias is None else product + bias
 
 
+def channel_sums(x: Operand) -> Tensor:
+    """The sums over all dimensions but the second: exact, then rounded once to float32.
+
+    Args:
+        x: codes (batch, channels, ...), with one exponent.
+    """
+    sums = kernels.channel_sums(x.codes)
+    exponent = x.gap if x.exponents is None else int(x.exponents) + x.gap
+    return sums.to(torch.float64).mul_(math.ldexp(1.0, exponent)).float()
+
+
 def _native(left: Operand, right: Operand, bias: Tensor | None) -> Tensor:
-    found = kernels.kernel()
-    assert found.multiply is not None  # the caller asked
-    if found.multiply is kernels.multiply_codes:
-        out = buffers.empty(left.codes.shape[0], left.codes.shape[1], right.codes.shape[2])
+    if _is_compiled():
+        out = buffers.empty(*left.codes.shape[:-1], right.codes.shape[-1])
         gap = left.gap + right.gap
         kernels.run_codes(
             left.codes, right.codes, out, gap, left.exponents, right.exponents, bias
         )  # fmt: skip
         return out
+    multiply = kernels.kernel().multiply
+    assert multiply is not None  # the caller asked
     exponent = (left.exponent() + right.exponent()).reshape(-1, 1, 1).clamp(-252, 252)
-    out = found.multiply(left.codes, right.codes).float()
+    out = multiply(left.codes, right.codes).float()
     half = exponent.div(2, rounding_mode="trunc")
     ordinary = bool((exponent.abs() <= 126).all())  # one factor is a normal float32
     for power in (exponent,) if ordinary else (half, exponent - half):
         out.mul_(torch.ldexp(torch.ones(power.shape), power))
     return out if bias is None else out.add_(bias)
+
+
+def _is_compiled() -> bool:
+    return kernels.kernel().multiply is kernels.multiply_codes
 
 
 def _part(left: Operand, right: Operand, first: int) -> tuple[Operand, Operand]:
