@@ -74,34 +74,41 @@ def interleave(
     rounds: int,
     *,
     turn: float = 0.04,
+    patience: float = 10.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds a call of every contender that is not missing, one figure a round.
 
     Each turn repeats the call until about `turn` seconds have passed, at least once, the number
-    of repetitions being fixed beforehand, after a first call that warms up.
+    of repetitions being fixed beforehand, after a first call that warms up. Whose first call takes
+    longer than `patience` seconds has a turn in the first round only.
     """
     present = [entry for entry in contenders if entry.run is not None]
     names = [entry.name for entry in present]
     if len(set(names)) != len(names):
         raise ValueError(f"contenders must have different names, not {names}")
-    calls = {entry.name: _calls_in(entry, turn, clock) for entry in present}
+    first = {entry.name: _seconds(entry, 1, clock) for entry in present}
+    slow = {name for name, seconds in first.items() if seconds > patience}
+    calls = {
+        entry.name: 1 if entry.name in slow else _calls_in(entry, turn, clock) for entry in present
+    }
     times: dict[str, list[float]] = {name: [] for name in names}
     with _no_garbage_collection():
         for number in range(rounds):
             for entry in present if number % 2 == 0 else reversed(present):
+                if number and entry.name in slow:
+                    continue
                 times[entry.name].append(_seconds(entry, calls[entry.name], clock))
     return times
 
 
 def ratios(times: Times, numerator: str, denominator: str) -> list[float]:
-    """Time of one contender over that of another, round by round."""
-    pairs = zip(times[numerator], times[denominator], strict=True)
+    """Time of one contender over that of another, in each round that both took part in."""
+    pairs = zip(times[numerator], times[denominator], strict=False)
     return [above / below for above, below in pairs]
 
 
 def _calls_in(entry: Contender, turn: float, clock: Callable[[], float]) -> int:
-    _seconds(entry, 1, clock)
     # One call says little about a microsecond: grow until a tenth of the turn is filled.
     calls, spent = 1, _seconds(entry, 1, clock)
     while spent * calls < turn / 10:

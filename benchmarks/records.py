@@ -102,7 +102,7 @@ def compared(
         value=Spread.of(ratios(times, order[0].name, order[1].name)),
         subject_seconds=Spread.of(times[subject.name]),
         peer_seconds=Spread.of(times[peer.name]),
-        rounds=len(times[subject.name]),
+        rounds=min(len(times[subject.name]), len(times[peer.name])),
     )
 
 

@@ -52,6 +52,15 @@ def test_each_turn_repeats_a_short_call_until_the_turn_is_filled():
     assert machine.diary[-66:] == ["long"] + ["short"] * 64 + ["long"]
 
 
+def test_a_hopelessly_slow_contender_has_one_turn():
+    machine = Machine()
+    entries = [Contender("a", machine.work("a", 1.0)), Contender("b", machine.work("b", 80.0))]
+    times = interleave(entries, 3, turn=0.5, patience=10, clock=machine.clock)
+    assert times == {"a": [1.0, 1.0, 1.0], "b": [80.0]}
+    assert machine.diary.count("b") == 2  # to warm up, and its turn
+    assert ratios(times, "b", "a") == [80.0]
+
+
 def test_preparing_is_not_timed_and_precedes_every_turn():
     machine = Machine()
     entry = Contender("a", machine.work("run", 1.0), machine.work("prepare", 100.0))
