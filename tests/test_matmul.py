@@ -13,6 +13,10 @@ import swalp
 from swalp import BlockFloat, FixedPoint, Minifloat, Nearest, Stochastic
 from swalp.matmul import kernels, operands, products
 from swalp.matmul.operands import Operand
+from swalp.quantize import cpu
+
+if cpu.available:
+    from swalp import _kernels
 
 
 def codes(*shape: int, seed: int = 0, low: int = -127) -> torch.Tensor:
@@ -32,8 +36,20 @@ E4M3 = Minifloat(4, 3, specials="fn")
 KERNELS = [kernels.multiply_float]
 if kernels.exact(kernels.multiply_int_mm):
     KERNELS.append(kernels.multiply_int_mm)
+
+
+def with_avx2(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """`multiply_codes` as a processor without VNNI runs it."""
+    before = _kernels.used()
+    _kernels.use("avx2")
+    try:
+        return kernels.multiply_codes(left, right)
+    finally:
+        _kernels.use(before)
+
+
 if kernels.kernel().multiply is kernels.multiply_codes:
-    KERNELS.append(kernels.multiply_codes)
+    KERNELS += [kernels.multiply_codes, with_avx2]
 
 
 @pytest.mark.parametrize("multiply", KERNELS)
@@ -212,6 +228,18 @@ def test_mistakes_are_explained():
     each = Operand(a.codes, torch.zeros(3, 1, dtype=torch.int8), 0)
     with pytest.raises(ValueError, match="must have one exponent"):
         products.native(each, a.transpose())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (300, 70), (0, 3), (9, 260, 5, 7), (5, 3, 40)])
+def test_sums_of_channels_are_exact_and_rounded_once(shape):
+    x = codes(*shape, low=-128)
+    if len(shape) == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+    given = Operand(x, torch.tensor([-3], dtype=torch.int8), -6)
+    expected = x.double().sum([0, *range(2, x.dim())]) * 2.0**-9
+    assert torch.equal(products.channel_sums(given), expected.float())
+    rounded = Operand(torch.full((1 << 18, 1), 127, dtype=torch.int8), None, 0)
+    assert float(products.channel_sums(rounded)) == float(torch.tensor(127.0 * 2**18).float())
 
 
 def test_empty_products():

@@ -2,7 +2,7 @@
 // exponents, float32 or int32 out.
 //
 // Operands are packed into panels that a tile of the result reads from end to end: of the right one
-// always, of the left one unless its rows can be read where they lie.
+// always, kColumns at a time, of the left one unless its rows can be read where they lie.
 #pragma once
 #include <stdlib.h>
 #include <string.h>
@@ -17,6 +17,7 @@
 namespace {
 
 constexpr int64_t kSerial = int64_t{1} << 22;  // products below which a thread more costs more
+constexpr int64_t kColumns = 512;              // of the right operand, packed at a time
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -87,13 +88,15 @@ template <class Isa> struct Product {
   Operand left, right;
   void* out;
   bool pack_left;
-  int64_t left_panels, right_panels;
+  int64_t left_panels, right_panels;  // of all rows; of the columns of a stretch
 
   explicit Product(const swalp_matmul& task)
       : p(task), left{task.left, task.left_outer, task.left_inner},
         right{task.right, task.right_outer, task.right_inner}, out(task.out),
         pack_left(!Isa::in_place(task)), left_panels(ceil_div(task.m, Isa::kTall)),
-        right_panels(ceil_div(task.n, Isa::kWide)) {}
+        right_panels(ceil_div(smaller(task.n, kColumns), Isa::kWide)) {
+    static_assert(kColumns % Isa::kColumnBlock == 0 && Isa::kColumnBlock % Isa::kWide == 0);
+  }
 
   // The contraction in equal parts of at most kDepth.
   static int64_t depth_of(int64_t k) {
@@ -106,19 +109,27 @@ template <class Isa> struct Product {
     return static_cast<size_t>(sums_bytes() + right_panels * Isa::right_bytes(depth) + left);
   }
 
-  // Pieces of packing: each panel of the right operand, then each of the left.
-  int64_t packings() const { return right_panels + left_panels; }
+  // A part of the work: `depth` of the contraction from `k` on, `columns` of the result from `n` on.
+  struct Part {
+    int64_t k, depth, n, columns;
+  };
 
-  void pack_piece(int64_t piece, int64_t k, int64_t depth, uint8_t* memory) const {
-    if (piece < right_panels) {
-      const int64_t first = piece * Isa::kWide;
+  // Pieces of packing: each panel of the part's right operand, then, once, each of the left.
+  int64_t packings(const Part& part) const {
+    return ceil_div(part.columns, Isa::kWide) + (part.n == 0 ? left_panels : 0);
+  }
+
+  void pack_piece(int64_t piece, const Part& part, uint8_t* memory) const {
+    const int64_t k = part.k, depth = part.depth, panels = ceil_div(part.columns, Isa::kWide);
+    if (piece < panels) {
+      const int64_t first = part.n + piece * Isa::kWide;
       const Operand x{right.data + first * right.outer + k * right.inner, right.outer, right.inner};
       return Isa::pack_right(x, depth, smaller(Isa::kWide, p.n - first),
                              right_in(memory, piece, depth));
     }
-    const int64_t first = (piece - right_panels) * Isa::kTall;
+    const int64_t first = (piece - panels) * Isa::kTall;
     const Operand x{left.data + first * left.outer + k * left.inner, left.outer, left.inner};
-    uint8_t* panel = pack_left ? left_in(memory, piece - right_panels, depth) : nullptr;
+    uint8_t* panel = pack_left ? left_in(memory, piece - panels, depth) : nullptr;
     Isa::pack_left(x, depth, smaller(Isa::kTall, p.m - first), panel, sums_in(memory) + first);
   }
 
@@ -137,16 +148,20 @@ template <class Isa> struct Product {
   }
 
   int64_t row_blocks() const { return ceil_div(p.m, Isa::kRowBlock); }
-  int64_t pieces() const { return row_blocks() * ceil_div(p.n, Isa::kColumnBlock); }
+  int64_t pieces(const Part& part) const {
+    return row_blocks() * ceil_div(part.columns, Isa::kColumnBlock);
+  }
 
-  void piece(int64_t index, int64_t k, int64_t depth, Finish f, uint8_t* memory) const {
+  void piece(int64_t index, const Part& part, const Finish& f, uint8_t* memory) const {
+    const int64_t k = part.k, depth = part.depth;
     const int64_t m0 = index % row_blocks() * Isa::kRowBlock;
-    const int64_t n0 = index / row_blocks() * Isa::kColumnBlock;
-    const int64_t m1 = smaller(p.m, m0 + Isa::kRowBlock), n1 = smaller(p.n, n0 + Isa::kColumnBlock);
+    const int64_t n0 = part.n + index / row_blocks() * Isa::kColumnBlock;
+    const int64_t m1 = smaller(p.m, m0 + Isa::kRowBlock);
+    const int64_t n1 = smaller(part.n + part.columns, n0 + Isa::kColumnBlock);
     const int32_t* sums = sums_in(memory);
     for (int64_t n = n0; n < n1; n += Isa::kWide) {
       const int64_t width = smaller(Isa::kWide, n1 - n);
-      const uint8_t* panel = right_in(memory, n / Isa::kWide, depth);
+      const uint8_t* panel = right_in(memory, (n - part.n) / Isa::kWide, depth);
       Finish here = f;
       if (f.bias) here.bias = f.bias + n;
       for (int64_t m = m0; m < m1; m += Isa::kRows) {
@@ -161,32 +176,36 @@ template <class Isa> struct Product {
     }
   }
 
-  Finish finish(int64_t k, int64_t depth, int64_t exponent) const {
-    Finish f{k == 0, k + depth == p.k, p.integers != 0, 1, 1, p.bias};
+  Finish finish(const Part& part, int64_t exponent) const {
+    Finish f{part.k == 0, part.k + part.depth == p.k, p.integers != 0, 1, 1, p.bias};
     factors(exponent, f);
     return f;
   }
 
+  template <class Work> void each_part(const Work& work) const {
+    for (int64_t k = 0, step = depth_of(p.k); k < p.k; k += step)
+      for (int64_t n = 0; n < p.n; n += kColumns)
+        work(Part{k, smaller(step, p.k - k), n, smaller(kColumns, p.n - n)});
+  }
+
   void serial(int64_t exponent, uint8_t* memory) const {
-    for (int64_t k = 0, step = depth_of(p.k); k < p.k; k += step) {
-      const int64_t depth = smaller(step, p.k - k);
-      for (int64_t i = 0; i < packings(); ++i) pack_piece(i, k, depth, memory);
-      for (int64_t i = 0; i < pieces(); ++i)
-        piece(i, k, depth, finish(k, depth, exponent), memory);
-    }
+    each_part([&](const Part& part) {
+      const Finish f = finish(part, exponent);
+      for (int64_t i = 0; i < packings(part); ++i) pack_piece(i, part, memory);
+      for (int64_t i = 0; i < pieces(part); ++i) piece(i, part, f, memory);
+    });
   }
 
   void parallel(int64_t exponent, uint8_t* memory, int threads) const {
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
-    for (int64_t k = 0, step = depth_of(p.k); k < p.k; k += step) {
-      const int64_t depth = smaller(step, p.k - k);
+    each_part([&](const Part& part) {
+      const Finish f = finish(part, exponent);
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < packings(); ++i) pack_piece(i, k, depth, memory);
+      for (int64_t i = 0; i < packings(part); ++i) pack_piece(i, part, memory);
 #pragma omp for schedule(static)
-      for (int64_t i = 0; i < pieces(); ++i)
-        piece(i, k, depth, finish(k, depth, exponent), memory);
-    }
+      for (int64_t i = 0; i < pieces(part); ++i) piece(i, part, f, memory);
+    });
 #else
     (void)threads;
     serial(exponent, memory);
