@@ -124,7 +124,7 @@ def peers_plot(rows: Iterable[Row]) -> Figure | None:
         )  # fmt: skip
         text = f" {spread.median:.2g}" if spread.median < 100 else f" {spread.median:.0f}"
         axes.text(spread.high * 1.04, place, text, va="center", fontsize=8)
-    axes.set(xscale="log", xlabel="nanoseconds per element, stochastic BFP8 per tensor")
+    axes.set(xscale="log", xlabel="ns per element, stochastic BFP8 per tensor")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_yticks(range(len(names)), names)
     axes.margins(x=0.15)
