@@ -2,9 +2,9 @@
 //
 // No image is unfolded into columns. Each destination position sums, over the taps that reach a source
 // position, products of channels. A tile is up to kRows destination positions by kWide destination
-// channels, whose sums stay in registers. Its positions are neighbours in a row of a wide image, read from a copy
-// with a margin for the padding; or the same position in neighbouring images, so that no tap into the
-// padding is ever multiplied.
+// channels, whose sums stay in registers. Its positions are neighbours in a row of a wide image, read
+// from a copy with a margin for the padding; or the same position in neighbouring images, so that no
+// tap into the padding is ever multiplied.
 //
 // Where the instruction wants one operand unsigned, the source has 128 added; 128 times the sum of
 // the weights is taken off.
@@ -260,7 +260,8 @@ class Correlation {
       memset(to, kShifted ? 128 : 0, static_cast<size_t>(left * pixel_));
       copy(x_ + (image * height_.source + s) * width_.source * channels, width_.source,
            to + left * pixel_);
-      memset(to + (left + width_.source) * pixel_, kShifted ? 128 : 0, static_cast<size_t>(right * pixel_));
+      memset(to + (left + width_.source) * pixel_, kShifted ? 128 : 0,
+             static_cast<size_t>(right * pixel_));
     }
     const int64_t out = w_.dest * w_.groups;
     for (int64_t g = 0; g < w_.groups; ++g)
