@@ -168,7 +168,7 @@ def network(name: str) -> Callable[[Plan], list[Row]]:
             goal = at_most(0.35) if peer == FLOAT else None
             rows.append(_peak_row(name, what, peer, peaks, goal))
         peaks = {kind: peak_of_a_process(name, kind, plan, HUGE_PAGES) for kind in (NATIVE, FLOAT)}
-        (setting,) = (f"{key}={value}" for key, value in HUGE_PAGES.items())
+        setting = " ".join(f"{key}={value}" for key, value in HUGE_PAGES.items())
         return [*rows, _peak_row(name, f"{what}, {setting}", FLOAT, peaks, None)]
 
     return measure

@@ -15,6 +15,7 @@
 #include "average_rounded.h"
 #include "convex.h"
 #include "optim.h"
+#include "scratch.h"
 
 namespace {
 
@@ -118,22 +119,6 @@ void relu_gradient(int64_t n, const float* gradient, const uint8_t* passed, floa
     return false;
   });
 }
-
-// 2**gap as two normal factors.
-struct Factors {
-  float first, second;
-  explicit Factors(int32_t gap) {
-    const int32_t half = gap / 2;
-    first = power(half);
-    second = power(gap - half);
-  }
-  static float power(int32_t exponent) {
-    const uint32_t bits = static_cast<uint32_t>(exponent + 127) << 23;
-    float value;
-    __builtin_memcpy(&value, &bits, 4);
-    return value;
-  }
-};
 
 template <class Code>
 void decode(const swalp_format& f, const Code* codes, int64_t n, int32_t shared, const float* table,

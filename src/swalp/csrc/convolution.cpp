@@ -18,8 +18,7 @@ namespace {
 // The choice of `swalp_use` holds here too.
 const swalp_convolution_build& chosen() {
 #ifdef SWALP_HAS_AVX512
-  if (strcmp(swalp_used(), "avx512") == 0 && __builtin_cpu_supports("avx512vnni"))
-    return swalp_convolution_vnni;
+  if (swalp_uses_vnni()) return swalp_convolution_vnni;
 #endif
 #ifdef SWALP_HAS_AVX2
   if (strcmp(swalp_used(), "scalar") != 0) return swalp_convolution_avx2;

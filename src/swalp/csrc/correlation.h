@@ -197,7 +197,7 @@ class Correlation {
     const int64_t first = block * kWide, all = group * w_.blocks + block;
     const int32_t* sums = reinterpret_cast<const int32_t*>(packed_ + w_.sums_at());
     return {{}, {}, w_.steps, row, packed_ + all * w_.block_bytes(), sums + all * w_.taps * kWide,
-            static_cast<int>(smaller(kWide, w_.dest - first)), out_row, scale_of(exponent_),
+            static_cast<int>(smaller(kWide, w_.dest - first)), out_row, Scale(Factors(exponent_)),
             bias_ ? bias_ + group * w_.dest + first : nullptr};
   }
 

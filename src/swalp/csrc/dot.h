@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #endif
 
+#include "scratch.h"
+
 namespace {
 
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
@@ -34,11 +36,6 @@ using Sums = __m512i;  // sixteen int32, or sixteen times four bytes
 inline Sums zeros() { return _mm512_setzero_si512(); }
 inline Sums load(const void* at) { return _mm512_loadu_si512(at); }
 inline void store(void* at, Sums x) { _mm512_storeu_si512(at, x); }
-inline Sums lane_everywhere(const void* at) {
-  int32_t lane;
-  memcpy(&lane, at, 4);
-  return _mm512_set1_epi32(lane);
-}
 // sums + the products of a shifted and a plain operand.
 inline Sums dot(Sums sums, Sums u, Sums s) { return _mm512_dpbusd_epi32(sums, u, s); }
 inline Sums add(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
@@ -46,14 +43,10 @@ inline Sums subtract(Sums a, Sums b) { return _mm512_sub_epi32(a, b); }
 inline Sums everywhere(int32_t x) { return _mm512_set1_epi32(x); }
 inline Sums times128(Sums x) { return _mm512_slli_epi32(x, 7); }
 
-struct Scale {
-  __m512 first, second;
-  Scale(float a, float b) : first(_mm512_set1_ps(a)), second(_mm512_set1_ps(b)) {}
-  __m512 operator()(Sums x) const {
-    return _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(x), first), second);
-  }
-};
 using Floats = __m512;
+inline Floats to_floats(Sums x) { return _mm512_cvtepi32_ps(x); }
+inline Floats floats_everywhere(float x) { return _mm512_set1_ps(x); }
+inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats load_floats(const float* at, int count) {
   return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), at);
 }
@@ -69,11 +62,6 @@ using Sums = __m256i;  // eight int32, or eight times two of 16 bits
 inline Sums zeros() { return _mm256_setzero_si256(); }
 inline Sums load(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
 inline void store(void* at, Sums x) { _mm256_storeu_si256(static_cast<__m256i*>(at), x); }
-inline Sums lane_everywhere(const void* at) {
-  int32_t lane;
-  memcpy(&lane, at, 4);
-  return _mm256_set1_epi32(lane);
-}
 inline Sums dot(Sums sums, Sums a, Sums b) {
   // In the order that GCC 12 gives the intrinsics this takes a third longer on Zen 3.
   Sums products;
@@ -86,14 +74,10 @@ inline Sums subtract(Sums a, Sums b) { return _mm256_sub_epi32(a, b); }
 inline Sums everywhere(int32_t x) { return _mm256_set1_epi32(x); }
 inline Sums times128(Sums x) { return _mm256_slli_epi32(x, 7); }
 
-struct Scale {
-  __m256 first, second;
-  Scale(float a, float b) : first(_mm256_set1_ps(a)), second(_mm256_set1_ps(b)) {}
-  __m256 operator()(Sums x) const {
-    return _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(x), first), second);
-  }
-};
 using Floats = __m256;
+inline Floats to_floats(Sums x) { return _mm256_cvtepi32_ps(x); }
+inline Floats floats_everywhere(float x) { return _mm256_set1_ps(x); }
+inline Floats multiply(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats load_floats(const float* at, int count) {
   float some[kLanes] = {};
   memcpy(some, at, static_cast<size_t>(count) * 4);
@@ -119,11 +103,6 @@ inline Sums load(const void* at) {
   return x;
 }
 inline void store(void* at, const Sums& x) { memcpy(at, &x, sizeof x); }
-inline Sums lane_everywhere(const void* at) {
-  Sums x;
-  for (int32_t& lane : x.lane) memcpy(&lane, at, 4);
-  return x;
-}
 inline Sums dot(Sums sums, const Sums& u, const Sums& s) {
   uint8_t a[4 * kLanes];
   int8_t b[4 * kLanes];
@@ -157,15 +136,20 @@ inline Sums times128(const Sums& x) {
 struct Floats {
   float lane[kLanes];
 };
-struct Scale {
-  float first, second;
-  Scale(float a, float b) : first(a), second(b) {}
-  Floats operator()(const Sums& x) const {
-    Floats y;
-    for (int i = 0; i < kLanes; ++i) y.lane[i] = static_cast<float>(x.lane[i]) * first * second;
-    return y;
-  }
-};
+inline Floats to_floats(const Sums& x) {
+  Floats y;
+  for (int i = 0; i < kLanes; ++i) y.lane[i] = static_cast<float>(x.lane[i]);
+  return y;
+}
+inline Floats floats_everywhere(float x) {
+  Floats y;
+  for (float& lane : y.lane) lane = x;
+  return y;
+}
+inline Floats multiply(Floats a, const Floats& b) {
+  for (int i = 0; i < kLanes; ++i) a.lane[i] *= b.lane[i];
+  return a;
+}
 inline Floats load_floats(const float* at, int count) {
   Floats x = {};
   for (int i = 0; i < count; ++i) x.lane[i] = at[i];
@@ -180,5 +164,19 @@ inline void store(float* at, const Floats& x, int count) {
   for (int i = 0; i < count; ++i) at[i] = x.lane[i];
 }
 #endif
+
+inline Sums lane_everywhere(const void* at) {
+  int32_t lane;
+  memcpy(&lane, at, 4);
+  return everywhere(lane);
+}
+
+// Sums times a power of two.
+struct Scale {
+  Floats first, second;
+  explicit Scale(const Factors& f)
+      : first(floats_everywhere(f.first)), second(floats_everywhere(f.second)) {}
+  Floats operator()(const Sums& x) const { return multiply(multiply(to_floats(x), first), second); }
+};
 
 }  // namespace

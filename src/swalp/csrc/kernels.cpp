@@ -141,6 +141,14 @@ int swalp_use(const char* name) {
 
 const char* swalp_used(void) { return active->name; }
 
+int swalp_uses_vnni(void) {
+#ifdef SWALP_HAS_AVX512
+  return strcmp(active->name, "avx512") == 0 && __builtin_cpu_supports("avx512vnni");
+#else
+  return 0;
+#endif
+}
+
 int swalp_has_threads(void) {
 #ifdef _OPENMP
   return 1;

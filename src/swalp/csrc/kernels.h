@@ -194,6 +194,8 @@ int swalp_scalars(const swalp_descent*, float rate, int skewed, const swalp_roun
 // Choose the instruction set: 1 if this machine and build have it, else 0 and nothing changes.
 int swalp_use(const char* name);
 const char* swalp_used(void);
+// Whether that is AVX-512 on a processor with VNNI.
+int swalp_uses_vnni(void);
 int swalp_has_threads(void);
 
 #ifdef __cplusplus

@@ -22,8 +22,7 @@ struct Choice {
 // The choice of `swalp_use` holds here too.
 Choice chosen() {
 #ifdef SWALP_HAS_AVX512
-  if (strcmp(swalp_used(), "avx512") == 0 && __builtin_cpu_supports("avx512vnni"))
-    return {"AVX-512 VNNI", swalp_matmul_vnni};
+  if (swalp_uses_vnni()) return {"AVX-512 VNNI", swalp_matmul_vnni};
 #endif
 #ifdef SWALP_HAS_AVX2
   if (strcmp(swalp_used(), "scalar") != 0) return {"AVX2", swalp_matmul_avx2};

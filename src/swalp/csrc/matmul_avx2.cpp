@@ -6,6 +6,7 @@
 // of float32.
 #include <immintrin.h>
 
+#include "dot.h"
 #include "product.h"
 
 namespace {
@@ -83,16 +84,16 @@ void pack(const Operand& x, int64_t depth, int64_t count, int64_t step, uint8_t*
 constexpr int64_t kTall = 6, kWide = 16;
 
 // Masked stores are slow on AMD's processors: only where a register is cut.
-__m256i load(const int32_t* at, int64_t count) {
-  if (count >= 8) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-  int32_t some[8] = {};
+Sums load(const void* at, int64_t count) {
+  if (count >= kLanes) return load(at);
+  int32_t some[kLanes] = {};
   memcpy(some, at, static_cast<size_t>(count) * 4);
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(some));
+  return load(some);
 }
-void store(int32_t* at, int64_t count, __m256i x) {
-  if (count >= 8) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), x);
-  int32_t some[8];
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(some), x);
+void store(void* at, Sums x, int64_t count) {
+  if (count >= kLanes) return store(at, x);
+  int32_t some[kLanes];
+  store(some, x);
   memcpy(at, some, static_cast<size_t>(count) * 4);
 }
 
@@ -100,44 +101,33 @@ void store(int32_t* at, int64_t count, __m256i x) {
 template <int R, int Z>
 void tile(int64_t depth, const int8_t* const* rows, int64_t, const uint8_t* panel, const int32_t*,
           void* out, int64_t stride, int64_t columns, const Finish& f) {
-  __m256i sum[R][Z];
+  Sums sum[R][Z];
   unrolled<R>([&](auto r) SWALP_INLINE {
-    unrolled<Z>([&](auto z) SWALP_INLINE { sum[r][z] = _mm256_setzero_si256(); });
+    unrolled<Z>([&](auto z) SWALP_INLINE { sum[r][z] = zeros(); });
   });
   const int8_t* left = rows[0];
-  for (int64_t k = 0; k < depth; k += 2, panel += 4 * kWide, left += 4 * kTall) {
-    __m256i b[Z];
-    unrolled<Z>([&](auto z) SWALP_INLINE {
-      b[z] = _mm256_load_si256(reinterpret_cast<const __m256i*>(panel + 32 * z));
-    });
+  for (int64_t k = 0; k < depth; k += kTerms, panel += 4 * kWide, left += 4 * kTall) {
+    Sums b[Z];
+    unrolled<Z>([&](auto z) SWALP_INLINE { b[z] = load(panel + 4 * kLanes * z); });
     unrolled<R>([&](auto r) SWALP_INLINE {
-      int32_t pair;
-      memcpy(&pair, left + 4 * r, 4);
-      const __m256i a = _mm256_set1_epi32(pair);
-      unrolled<Z>([&](auto z) SWALP_INLINE {
-        // In the order that GCC 12 gives the intrinsics this takes a third longer on Zen 3.
-        __m256i products;
-        asm("vpmaddwd %2, %1, %0" : "=x"(products) : "x"(a), "x"(b[z]));
-        asm("vpaddd %1, %0, %0" : "+x"(sum[r][z]) : "x"(products));
-      });
+      const Sums a = lane_everywhere(left + 4 * r);
+      unrolled<Z>([&](auto z) SWALP_INLINE { sum[r][z] = dot(sum[r][z], a, b[z]); });
     });
   }
-  const __m256 scale = _mm256_set1_ps(f.scale), rest = _mm256_set1_ps(f.rest);
+  const Scale scale(f.scale);
   unrolled<Z>([&](auto z) SWALP_INLINE {
-    const int64_t count = columns - 8 * z;
-    __m256 bias = _mm256_setzero_ps();
-    if (f.bias)
-      bias = _mm256_castsi256_ps(load(reinterpret_cast<const int32_t*>(f.bias + 8 * z), count));
+    const int64_t count = columns - kLanes * z;
+    Floats bias = floats_everywhere(0);
+    if (f.bias) bias = _mm256_castsi256_ps(load(f.bias + kLanes * z, count));
     unrolled<R>([&](auto r) SWALP_INLINE {
-      int32_t* at = static_cast<int32_t*>(out) + r * stride + 8 * z;
-      __m256i s = sum[r][z];
-      if (!f.first) s = _mm256_add_epi32(s, load(at, count));
+      int32_t* at = static_cast<int32_t*>(out) + r * stride + kLanes * z;
+      Sums s = sum[r][z];
+      if (!f.first) s = add(s, load(at, count));
       if (f.last && !f.integers) {
-        __m256 v = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(s), scale), rest);
-        if (f.bias) v = _mm256_add_ps(v, bias);
-        s = _mm256_castps_si256(v);
+        const Floats v = scale(s);
+        s = _mm256_castps_si256(f.bias ? add(v, bias) : v);
       }
-      store(at, count, s);
+      store(at, s, count);
     });
   });
 }

@@ -158,7 +158,7 @@ void tile(int64_t depth, const int8_t* const* rows, int64_t step, const uint8_t*
     });
   }
   const __mmask16 last = static_cast<__mmask16>(0xffff >> (-columns & 15));
-  const __m512 scale = _mm512_set1_ps(f.scale), rest = _mm512_set1_ps(f.rest);
+  const __m512 scale = _mm512_set1_ps(f.scale.first), rest = _mm512_set1_ps(f.scale.second);
   unrolled<R>([&](auto r) SWALP_INLINE {
     unrolled<Z>([&](auto z) SWALP_INLINE {
       int32_t* at = static_cast<int32_t*>(out) + r * stride + 16 * z;

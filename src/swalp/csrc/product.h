@@ -4,23 +4,18 @@
 // Operands are packed into panels that a tile of the result reads from end to end: of the right one
 // always, kColumns at a time, of the left one unless its rows can be read where they lie.
 #pragma once
-#include <stdlib.h>
-#include <string.h>
-
 #include <utility>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 #include "matmul.h"
+#include "scratch.h"
 
 namespace {
 
 constexpr int64_t kSerial = int64_t{1} << 22;  // products below which a thread more costs more
 constexpr int64_t kColumns = 512;              // of the right operand, packed at a time
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A matrix, outer x contraction, of which one stride is 1.
 struct Operand {
@@ -31,7 +26,7 @@ struct Operand {
 // What becomes of the sums.
 struct Finish {
   bool first, last, integers;
-  float scale, rest;  // 2**exponent as two factors, each a normal number
+  Factors scale;      // 2**exponent
   const float* bias;  // of the tile's columns, or null
 };
 
@@ -52,34 +47,6 @@ template <int n, class Body> inline __attribute__((always_inline)) void unrolled
 using Tile = void (*)(int64_t, const int8_t* const*, int64_t, const uint8_t*, const int32_t*, void*,
                       int64_t, int64_t, const Finish&);
 
-// 2**exponent as two normal factors; beyond ±252 every product is 0 or infinite anyway.
-void factors(int64_t exponent, Finish& f) {
-  exponent = exponent < -252 ? -252 : exponent > 252 ? 252 : exponent;
-  const int64_t half = exponent / 2;
-  const auto power = [](int64_t e) {
-    const uint32_t bits = static_cast<uint32_t>(e + 127) << 23;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-  };
-  f.scale = power(half);
-  f.rest = power(exponent - half);
-}
-
-// Memory that a thread keeps from call to call, as a fresh page costs more than a panel.
-struct Workspace {
-  uint8_t* memory = nullptr;
-  size_t size = 0;
-  ~Workspace() { free(memory); }
-  uint8_t* at_least(size_t bytes) {
-    if (bytes <= size) return memory;
-    free(memory);
-    size = (bytes + 4095) / 4096 * 4096;
-    memory = static_cast<uint8_t*>(aligned_alloc(4096, size));
-    if (!memory) size = 0;
-    return memory;
-  }
-};
 thread_local Workspace workspace;
 
 // One matrix product, and where its packed operands lie.
@@ -103,10 +70,10 @@ template <class Isa> struct Product {
     return ceil_div(ceil_div(k, ceil_div(k, Isa::kDepth)), Isa::kAlign) * Isa::kAlign;
   }
 
-  size_t bytes() const {
+  int64_t bytes() const {
     const int64_t depth = smaller(p.k, depth_of(p.k));
     const int64_t left = pack_left ? left_panels * Isa::left_bytes(depth) : 0;
-    return static_cast<size_t>(sums_bytes() + right_panels * Isa::right_bytes(depth) + left);
+    return sums_bytes() + right_panels * Isa::right_bytes(depth) + left;
   }
 
   // A part of the work: `depth` of the contraction from `k` on, `columns` of the result from `n` on.
@@ -177,9 +144,7 @@ template <class Isa> struct Product {
   }
 
   Finish finish(const Part& part, int64_t exponent) const {
-    Finish f{part.k == 0, part.k + part.depth == p.k, p.integers != 0, 1, 1, p.bias};
-    factors(exponent, f);
-    return f;
+    return {part.k == 0, part.k + part.depth == p.k, p.integers != 0, Factors(exponent), p.bias};
   }
 
   template <class Work> void each_part(const Work& work) const {

@@ -81,7 +81,7 @@ void side_by_side(const int8_t* from, int64_t stride, int64_t images, int count,
   for (; c < count; ++c)
     for (int i = 0; i < kTerms; ++i) {
       const int8_t code = i < images ? from[i * stride + c] : int8_t{0};
-      codes[kTerms * c + i] = shift ? static_cast<Code>(shifted(code)) : static_cast<Code>(code);
+      codes[kTerms * c + i] = static_cast<Code>(shift ? shifted(code) : code);
     }
 #endif
 }
@@ -143,7 +143,7 @@ class WeightGradient {
         if (last && !buffer) return true;
         for (; begin < end; ++begin) {
           add_up(begin, count, first);
-          if (last) finish(begin, scale_of(exponent), channels_last, buffer, dw);
+          if (last) finish(begin, Scale(Factors(exponent)), channels_last, buffer, dw);
         }
         return false;
       });

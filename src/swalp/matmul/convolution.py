@@ -17,7 +17,7 @@ from torch import Tensor
 
 from swalp import buffers
 from swalp.matmul.kernels import DEEPEST
-from swalp.matmul.operands import Operand
+from swalp.matmul.operands import Operand, exponent_of
 from swalp.quantize import cpu
 
 if cpu.available:
@@ -216,21 +216,6 @@ def weight_gradient(
     for part in parts[1:]:
         result += part
     return result
-
-
-def exponent_of(x: Operand) -> int:
-    """What 2 is raised to.
-
-    Raises:
-        ValueError: there is more than one exponent, so that none can be taken out of the sums.
-    """
-    if x.exponents is None:
-        return x.gap
-    if x.exponents.numel() != 1:
-        raise ValueError(
-            f"convolution of codes with {x.exponents.numel()} exponents: an operand must have one"
-        )
-    return int(x.exponents) + x.gap
 
 
 def _sizes(

@@ -84,6 +84,21 @@ def of_packed(x: PackedTensor) -> Operand | None:
     return Operand(x.codes, x.exponents, gap)
 
 
+def exponent_of(x: Operand) -> int:
+    """What 2 is raised to, for all codes.
+
+    Raises:
+        ValueError: there is more than one exponent, so that none can be taken out of the sums.
+    """
+    if x.exponents is None:
+        return x.gap
+    if x.exponents.numel() != 1:
+        raise ValueError(
+            f"sum over codes with {x.exponents.numel()} exponents: an operand must have one"
+        )
+    return int(x.exponents) + x.gap
+
+
 def values(x: Operand) -> Tensor:
     """The numbers: float64, of the shape of the codes."""
     scale = torch.exp2(x.exponent().to(torch.float64))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from swalp import buffers
 from swalp.matmul import kernels
-from swalp.matmul.operands import Operand, values
+from swalp.matmul.operands import Operand, exponent_of, values
 
 
 def product(left: Operand | Tensor, right: Operand | Tensor, bias: Tensor | None = None) -> Tensor:
@@ -48,13 +49,17 @@ def native(left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
         ValueError: shapes do not fit, or an exponent changes along the sum.
     """
     _check(left, right)
-    if left.codes.dim() == 2 and left.codes.shape[1] <= kernels.DEEPEST and _is_compiled():
-        return _native(left, right, bias)
+    multiply = kernels.kernel().multiply
+    assert multiply is not None  # the caller asked
+    compiled = multiply is kernels.multiply_codes
+    if compiled and left.codes.dim() == 2 and left.codes.shape[1] <= kernels.DEEPEST:
+        return _compiled(left, right, bias)
+    run = _compiled if compiled else partial(_portable, multiply)
     shape = (*left.codes.shape[:-1], right.codes.shape[-1])
     a, b = _stacked(left), _stacked(right)
-    result = _native(*_part(a, b, 0), bias)
+    result = run(*_part(a, b, 0), bias)
     for first in range(kernels.DEEPEST, a.codes.shape[2], kernels.DEEPEST):
-        result += _native(*_part(a, b, first), None)
+        result += run(*_part(a, b, first), None)
     return result.view(shape)
 
 
@@ -77,21 +82,20 @@ def channel_sums(x: Operand) -> Tensor:
     Args:
         x: codes (batch, channels, ...), with one exponent.
     """
-    sums = kernels.channel_sums(x.codes)
-    exponent = x.gap if x.exponents is None else int(x.exponents) + x.gap
-    return sums.to(torch.float64).mul_(math.ldexp(1.0, exponent)).float()
+    scale = math.ldexp(1.0, exponent_of(x))
+    return kernels.channel_sums(x.codes).to(torch.float64).mul_(scale).float()
 
 
-def _native(left: Operand, right: Operand, bias: Tensor | None) -> Tensor:
-    if _is_compiled():
-        out = buffers.empty(*left.codes.shape[:-1], right.codes.shape[-1])
-        gap = left.gap + right.gap
-        kernels.run_codes(
-            left.codes, right.codes, out, gap, left.exponents, right.exponents, bias
-        )  # fmt: skip
-        return out
-    multiply = kernels.kernel().multiply
-    assert multiply is not None  # the caller asked
+def _compiled(left: Operand, right: Operand, bias: Tensor | None) -> Tensor:
+    out = buffers.empty(*left.codes.shape[:-1], right.codes.shape[-1])
+    gap = left.gap + right.gap
+    kernels.run_codes(left.codes, right.codes, out, gap, left.exponents, right.exponents, bias)
+    return out
+
+
+def _portable(
+    multiply: kernels.Multiply, left: Operand, right: Operand, bias: Tensor | None
+) -> Tensor:
     exponent = (left.exponent() + right.exponent()).reshape(-1, 1, 1).clamp(-252, 252)
     out = multiply(left.codes, right.codes).float()
     half = exponent.div(2, rounding_mode="trunc")
@@ -99,10 +103,6 @@ def _native(left: Operand, right: Operand, bias: Tensor | None) -> Tensor:
     for power in (exponent,) if ordinary else (half, exponent - half):
         out.mul_(torch.ldexp(torch.ones(power.shape), power))
     return out if bias is None else out.add_(bias)
-
-
-def _is_compiled() -> bool:
-    return kernels.kernel().multiply is kernels.multiply_codes
 
 
 def _part(left: Operand, right: Operand, first: int) -> tuple[Operand, Operand]:
