@@ -1,4 +1,4 @@
-// What the two computations of convolutions share: sizes of tiles, scratch memory, scales.
+// What the two computations of convolutions share: sizes of tiles, memory for operands.
 #pragma once
 #include <utility>
 #include <vector>
