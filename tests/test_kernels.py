@@ -322,6 +322,30 @@ def test_random_cases(values, exponent, fmt, rule):
     _kernels.use(before)
 
 
+def nearly_undecided(argument):
+    """64 to 127 gaps large, with a fraction that starts like the first 16 random bits of
+    its element, so that it takes the other bits to tell whether it is rounded up."""
+    bits, gap = argument
+    first = random_bits(4096, bits, SEED, 0, 0) >> (bits - 16)
+    make = torch.Generator().manual_seed(bits)
+    whole, rest, sign = (torch.randint(0, n, first.shape, generator=make) for n in (63, 2, 2))
+    size = 64 + whole.double() + (2 * first + rest) * 2.0**-17
+    return (torch.where(sign == 0, gap, -gap) * size).float()
+
+
+@pytest.mark.parametrize("bits", [17, 23, 31, 32])
+@pytest.mark.parametrize(
+    ("fmt", "gap"),
+    [(FixedPoint(8, 4), 2.0**-4), (FixedPoint(16, 8), 2.0**-8), (BlockFloat(8), 2.0**-5)],
+)
+def test_random_bits_beyond_the_first_16(fmt, gap, bits, build):
+    rule = Stochastic(SEED, random_bits=bits)
+    assert_equals_definition(nearly_undecided, (bits, gap), fmt, rule)
+    x, _, values, _, _ = definition(nearly_undecided, (bits, gap), fmt, rule)
+    up = values != reference.quantize(x, fmt, TowardZero())
+    assert 0.2 < up.float().mean() < 0.3  # half of those in the middle of an interval
+
+
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("start", [0, 5, 1000, 2**34 - 40, 2**35 - 24])
 def test_noise(build, bits, start):

@@ -41,14 +41,14 @@ template <class X> struct RoundedAverage {
       const int8_t* const kept = role.kept(p.average, b.base + at, n, room);
       const X* const x = x_codes(b.base + at, n, x_room);
       float* const next = to.of[0] + (at - begin);
-      vectors(n, [&, iterate, average](int64_t i, int64_t left, auto is_whole)
-                     __attribute__((always_inline)) {
+      most = vectors(n, most, [=](int64_t i, int64_t left, auto is_whole, I so_far)
+                                  __attribute__((always_inline)) {
         constexpr bool whole = decltype(is_whole)::value;
         const F before = average.template get<whole>(kept + i, left);
         const F difference = Lanes::sub(iterate.template get<whole>(x + i, left), before);
         const F moved = Lanes::add(before, Lanes::mul(difference, weight));
         store<whole>(next + i, moved, left);
-        most = Lanes::max_unsigned(most, order(moved));
+        return Lanes::max_unsigned(so_far, order(moved));
       });
     });
     raise(&b.most[0], Lanes::largest_unsigned(most));

@@ -34,6 +34,14 @@ struct Lanes {
                      _mm_unpacklo_epi32(_mm256_castsi256_si128(packed),
                                         _mm256_extracti128_si256(packed, 1)));
   }
+  static void store(int8_t* p, I a, I b, I c, I d) {
+    const __m256i low = set(0x00ff00ff);
+    const __m256i ab = _mm256_and_si256(_mm256_packs_epi32(a, b), low);
+    const __m256i cd = _mm256_and_si256(_mm256_packs_epi32(c, d), low);
+    const __m256i halves = _mm256_packus_epi16(ab, cd);  // the lower halves of a, b, c, d, then the upper
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(halves, order));
+  }
   static void store(int16_t* p, I v) {
     const __m256i order = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1));
@@ -99,6 +107,9 @@ struct Lanes {
   static M both(M a, M b) { return _mm256_and_si256(a, b); }
   static M either(M a, M b) { return _mm256_or_si256(a, b); }
   static M without(M a, M b) { return _mm256_andnot_si256(b, a); }
+  static bool any_low_ones(I v) {
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi16(v, all(true))) != 0;
+  }
   static bool any(M m) { return !_mm256_testz_si256(m, m); }
   static I select(M m, I a, I b) { return _mm256_blendv_epi8(b, a, m); }
   static F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, floats(m)); }

@@ -30,6 +30,9 @@ struct Lanes {
   static void store(int8_t* p, I v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
   }
+  static void store(int8_t* p, I a, I b, I c, I d) {
+    store(p, a), store(p + N, b), store(p + 2 * N, c), store(p + 3 * N, d);
+  }
   static void store(int16_t* p, I v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
   }
@@ -90,6 +93,7 @@ struct Lanes {
   static M both(M a, M b) { return static_cast<M>(a & b); }
   static M either(M a, M b) { return static_cast<M>(a | b); }
   static M without(M a, M b) { return static_cast<M>(a & ~b); }
+  static bool any_low_ones(I v) { return _mm512_cmpeq_epi16_mask(v, set(-1)) != 0; }
   static bool any(M m) { return m != 0; }
   static I select(M m, I a, I b) { return _mm512_mask_mov_epi32(b, m, a); }
   static F select(M m, F a, F b) { return _mm512_mask_mov_ps(b, m, a); }

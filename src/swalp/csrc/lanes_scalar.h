@@ -22,6 +22,10 @@ struct Lanes {
   static I load(const uint32_t* p) { return static_cast<I>(*p); }
   static void store(float* p, F v) { *p = v; }
   static void store(int8_t* p, I v) { *p = static_cast<int8_t>(v); }
+  // Four vectors of numbers of at most 16 bits.
+  static void store(int8_t* p, I a, I b, I c, I d) {
+    store(p, a), store(p + N, b), store(p + 2 * N, c), store(p + 3 * N, d);
+  }
   static void store(int16_t* p, I v) { *p = static_cast<int16_t>(v); }
   static F set(float v) { return v; }
   static I set(int32_t v) { return v; }
@@ -86,6 +90,8 @@ struct Lanes {
   static M both(M a, M b) { return a && b; }
   static M either(M a, M b) { return a || b; }
   static M without(M a, M b) { return a && !b; }
+  // Whether the lower 16 bits of a lane are all ones; the upper 16 never are.
+  static bool any_low_ones(I v) { return (v & 0xffff) == 0xffff; }
   static bool any(M m) { return m; }
   static I select(M m, I a, I b) { return b ^ ((a ^ b) & -static_cast<I>(m)); }
   static F select(M m, F a, F b) { return floats(select(m, bits(a), bits(b))); }

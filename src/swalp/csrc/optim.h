@@ -81,20 +81,26 @@ inline __attribute__((always_inline)) void store(float* to, F v, int64_t n) {
   for (int64_t k = 0; k < n; ++k) to[k] = copy[k];
 }
 
-// body(i, n, whole) for each vector of n elements.
-template <class Body> inline __attribute__((always_inline)) void vectors(int64_t n, const Body& body) {
+// state = body(i, n, whole, state) for each vector of n elements. What goes from one vector to the next
+// is a value, as what a body refers to would be written to memory each time.
+template <class State, class Body>
+inline __attribute__((always_inline)) State vectors(int64_t n, State state, const Body& body) {
   int64_t i = 0;
-  for (; i + Lanes::N <= n; i += Lanes::N) body(i, n - i, std::true_type());
-  if (i < n) body(i, n - i, std::false_type());
+  for (; i + Lanes::N <= n; i += Lanes::N) state = body(i, n - i, std::true_type(), state);
+  return i < n ? body(i, n - i, std::false_type(), state) : state;
 }
 
-// Numbers of a block as they are kept: floats on their grid, or codes.
+// Numbers of a block as they are kept: floats on their grid, or codes. `plain`: known to have neither
+// an extreme exponent nor a code for NaN.
 template <class Kept> struct Stored;
 
 template <> struct Stored<float> {
   static constexpr int output = SWALP_FLOAT32;
   Stored(const swalp_format&, int32_t) {}
-  template <bool whole> F get(const float* from, int64_t n) const { return load<whole>(from, n); }
+  bool is_plain() const { return true; }
+  template <bool whole, bool plain = false> F get(const float* from, int64_t n) const {
+    return load<whole>(from, n);
+  }
 };
 
 template <> struct Stored<int8_t> {
@@ -109,9 +115,11 @@ template <> struct Stored<int8_t> {
     first = power_of_two(Lanes::set(half));
     second = power_of_two(Lanes::set(gap - half));
   }
-  template <bool whole> F get(const int8_t* from, int64_t n) const {
+  bool is_plain() const { return !has_nan && !extreme; }
+  template <bool whole, bool plain = false> F get(const int8_t* from, int64_t n) const {
     const I code = load<whole>(from, n);
     F value = Lanes::mul(Lanes::convert(code), first);
+    if (plain) return value;
     if (extreme) value = Lanes::mul(value, second);
     if (!has_nan) return value;
     return Lanes::select(Lanes::equal(code, nan), Lanes::floats(Lanes::set(0x7fc00000)), value);
@@ -225,7 +233,7 @@ template <class Kept> struct SgdStep {
     if (!has_exponents()) return search(b, begin, count);
     Most most;
     chunks(begin, count, [&](int64_t at, int64_t n) {
-      walk<false>(b, at, n, p.gradient + b.base + at, nullptr, nullptr, most);
+      most = walk<false>(b, at, n, p.gradient + b.base + at, nullptr, nullptr, most);
     });
     raise(&b.gradient, Lanes::largest_unsigned(most.gradient));
     const I found[] = {most.velocity, most.moved, most.direction};
@@ -264,7 +272,7 @@ template <class Kept> struct SgdStep {
       alignas(64) float rounded[kChunk];
       const float* const g =
           gradient_of(h.has_gradient ? &gradient : nullptr, p.gradient, b, at, n, rounded, buffer);
-      walk<true>(b, at, n, g, to.of[kVelocity] + (at - begin), to.of[kMoved] + (at - begin), most);
+      most = walk<true>(b, at, n, g, to.of[kVelocity] + (at - begin), to.of[kMoved] + (at - begin), most);
     });
     raise(&b.most[kVelocity], Lanes::largest_unsigned(most.velocity));
     raise(&b.most[kMoved], Lanes::largest_unsigned(most.moved));
@@ -302,10 +310,18 @@ template <class Kept> struct SgdStep {
   // The step of a chunk with the gradient g. If it `stores`: velocity and moved weight, and their
   // largest magnitudes. If not: only the largest, of what `survey` wants, as bits without the sign.
   template <bool stores>
-  void walk(const Shared& b, int64_t at, int64_t n, const float* g, float* velocity, float* next,
-            Most& most) const {
+  Most walk(const Shared& b, int64_t at, int64_t n, const float* g, float* velocity, float* next,
+            Most most) const {
     const Stored<Kept> weights(weight.format, b.before[kMoved]);
     const Stored<Kept> velocities(momentum.format, b.before[kVelocity]);
+    return weights.is_plain() && velocities.is_plain()
+               ? walk<stores, true>(b, at, n, g, weights, velocities, velocity, next, most)
+               : walk<stores, false>(b, at, n, g, weights, velocities, velocity, next, most);
+  }
+
+  template <bool stores, bool plain>
+  Most walk(const Shared& b, int64_t at, int64_t n, const float* g, const Stored<Kept>& weights,
+            const Stored<Kept>& velocities, float* velocity, float* next, Most most) const {
     const F decay = Lanes::set(h.weight_decay), rho = Lanes::set(h.momentum), rate = Lanes::set(-h.lr);
     const bool decays = h.weight_decay != 0, has_momentum = h.has_momentum, nesterov = h.nesterov;
     alignas(64) Kept weight_room[kRoom<Kept>], momentum_room[kRoom<Kept>];
@@ -314,28 +330,25 @@ template <class Kept> struct SgdStep {
     const auto magnitude = [](F x) __attribute__((always_inline)) {
       return stores ? order(x) : Lanes::and_(Lanes::bits(x), Lanes::set(0x7fffffff));
     };
-    // Locals: what lies behind a pointer would be read again after every store.
-    I most_gradient = most.gradient, most_direction = most.direction;
-    I most_velocity = most.velocity, most_moved = most.moved;
-    vectors(n, [&, weights, velocities](int64_t i, int64_t left, auto is_whole)
-                   __attribute__((always_inline)) {
+    return vectors(n, most, [=](int64_t i, int64_t left, auto is_whole, Most so_far)
+                                __attribute__((always_inline)) {
       constexpr bool whole = decltype(is_whole)::value;
       F d = load<whole>(g + i, left);
-      if (!stores) most_gradient = Lanes::max_unsigned(most_gradient, order(d));
-      const F w = weights.template get<whole>(w0 + i, left);
+      if (!stores) so_far.gradient = Lanes::max_unsigned(so_far.gradient, order(d));
+      const F w = weights.template get<whole, plain>(w0 + i, left);
       if (decays) d = Lanes::fma(w, decay, d);
-      if (!stores) most_direction = Lanes::max_unsigned(most_direction, magnitude(d));
+      if (!stores) so_far.direction = Lanes::max_unsigned(so_far.direction, magnitude(d));
       if (has_momentum) {
-        const F v = Lanes::add(Lanes::mul(velocities.template get<whole>(m0 + i, left), rho), d);
+        const F v = Lanes::add(Lanes::mul(velocities.template get<whole, plain>(m0 + i, left), rho), d);
         if (stores) store<whole>(velocity + i, v, left);
-        most_velocity = Lanes::max_unsigned(most_velocity, magnitude(v));
+        so_far.velocity = Lanes::max_unsigned(so_far.velocity, magnitude(v));
         d = nesterov ? Lanes::fma(v, rho, d) : v;
       }
       const F moved = Lanes::fma(d, rate, w);
       if (stores) store<whole>(next + i, moved, left);
-      most_moved = Lanes::max_unsigned(most_moved, magnitude(moved));
+      so_far.moved = Lanes::max_unsigned(so_far.moved, magnitude(moved));
+      return so_far;
     });
-    most = {most_gradient, most_direction, most_velocity, most_moved};
   }
 };
 
@@ -378,7 +391,7 @@ template <class Kept> struct AdamStep {
     const F eps = Lanes::set(h.eps), rate = Lanes::set(-h.rate);
     const F far = Lanes::set(h.share1 - 1);
     const bool near = h.share1 < 0.5f, decoupled = h.decoupled, decays = h.weight_decay != 0;
-    I most_moment = Lanes::set(0), most_moved = Lanes::set(0);
+    Most most;
     chunks(begin, count, [&](int64_t at, int64_t n) {
       alignas(64) float rounded[kChunk], roots[kChunk];
       const float* g = gradient_of(h.has_gradient ? &gradient : nullptr, p.gradient, b, at, n, rounded, buffer);
@@ -392,8 +405,8 @@ template <class Kept> struct AdamStep {
       alignas(64) Kept weight_room[kRoom<Kept>], moment_room[kRoom<Kept>];
       const Kept* const w0 = weight.kept(p.weight, b.base + at, n, weight_room);
       const Kept* const m0 = moment.kept(p.moment, b.base + at, n, moment_room);
-      vectors(n, [&, weights, moments](int64_t i, int64_t left, auto is_whole)
-                     __attribute__((always_inline)) {
+      most = vectors(n, most, [=](int64_t i, int64_t left, auto is_whole, Most so_far)
+                                  __attribute__((always_inline)) {
         constexpr bool whole = decltype(is_whole)::value;
         F d = load<whole>(g + i, left);
         F w = weights.template get<whole>(w0 + i, left);
@@ -411,13 +424,14 @@ template <class Kept> struct AdamStep {
         store<whole>(moment_to + i, m, left);
         store<whole>(root_to + i, r, left);
         store<whole>(next + i, moved, left);
-        most_moment = Lanes::max_unsigned(most_moment, order(m));
+        so_far.moment = Lanes::max_unsigned(so_far.moment, order(m));
         // What pads the last vector divides by eps alone, and 0 / 0 does not count as a magnitude.
-        most_moved = Lanes::max_unsigned(most_moved, order(moved));
+        so_far.moved = Lanes::max_unsigned(so_far.moved, order(moved));
+        return so_far;
       });
     });
-    raise(&b.most[kMoment], Lanes::largest_unsigned(most_moment));
-    raise(&b.most[kMoved], Lanes::largest_unsigned(most_moved));
+    raise(&b.most[kMoment], Lanes::largest_unsigned(most.moment));
+    raise(&b.most[kMoved], Lanes::largest_unsigned(most.moved));
   }
 
   void keep(Shared& b, int64_t begin, int64_t count, const Scratch<values>& from, const uint32_t* most,
@@ -439,6 +453,11 @@ template <class Kept> struct AdamStep {
     keep_exponent(p.moment_exponents, block, moment.format, most[kMoment]);
     keep_exponent(p.weight_exponents, block, weight.format, most[kMoved]);
   }
+
+ private:
+  struct Most {
+    I moment = Lanes::set(0), moved = moment;
+  };
 };
 
 // A long block, or one thread's part of it; `wait` for the others. Returns the largest magnitudes.

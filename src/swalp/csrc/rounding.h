@@ -3,6 +3,8 @@
 // Stochastic rounding takes |x| / gap = s = w + f up if U + 1/2 < 2**n * f, for n random bits U.
 // With k = ceil(2**n * f - 1/2), an integer, that is k > U.
 #pragma once
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace {
@@ -11,20 +13,20 @@ using F = Lanes::F;
 using I = Lanes::I;
 using M = Lanes::M;
 
-// How to round. Fast: stochastic with a 16-bit word and s below Lanes::exact_limit, all in one shift.
-// Split16, Split32: stochastic in general, from a 16- or 32-bit word.
-enum Way { kNearest, kDirected, kFast, kSplit16, kSplit32 };
+// How to round. Fast16, Fast32: stochastic with s up to Lanes::exact_limit, in one shift. Split16,
+// Split32: stochastic in general. The number is that of a word's bits.
+enum Way { kNearest, kDirected, kFast16, kFast32, kSplit16, kSplit32 };
 
-template <int way> struct WordOf { using type = uint16_t; };
-template <> struct WordOf<kSplit32> { using type = uint32_t; };
+template <int way>
+using WordOf = std::conditional_t<way == kFast32 || way == kSplit32, uint32_t, uint16_t>;
 
 F power_of_two(I exponent) {
   return Lanes::floats(Lanes::left<23>(Lanes::add(exponent, Lanes::set(127))));
 }
 
-// The code of NaN where x is one; `lost` if the format has none.
-I or_nan(const swalp_format& f, M nan, I code, M& lost) {
-  if (!f.has_nan) lost = Lanes::either(lost, nan);
+// The code of NaN where x is one, which is one more `seen`.
+I or_nan(const swalp_format& f, M nan, I code, M& seen) {
+  seen = Lanes::either(seen, nan);
   return Lanes::select(nan, Lanes::set(f.nan_code), code);
 }
 
@@ -97,17 +99,18 @@ constexpr int32_t kOrdinaryGap = 100;  // magnitude of the largest gap exponent 
 // An ordinary gap is applied with one factor each way. An extreme one (below) first moves x to where
 // every factor is a normal float32: exactly, or where the bits lost are too small to matter.
 template <int way, bool extreme> struct Grid {
-  using Word = typename WordOf<way>::type;
-  static constexpr bool stochastic = way >= kFast;
+  using Word = WordOf<way>;
+  static constexpr bool stochastic = way >= kFast16, simple = true;
+  static constexpr bool fast = way == kFast16 || way == kFast32;
 
-  const swalp_format& format;
+  const swalp_format& f;
   const Rule rule;
   F before, after, low, high, scale, gap, half;
   I mask, flip;
   M vanishing;
 
   // `g`: the gap's exponent, of each lane; at least kLowestGap.
-  Grid(const swalp_format& f, const Rule& r, I g) : format(f), rule(r) {
+  Grid(const swalp_format& format, const Rule& r, I g) : f(format), rule(r) {
     I moved = g;
     if constexpr (extreme) {
       const M inside = Lanes::both(Lanes::less(g, Lanes::set(kOrdinaryGap + 1)),
@@ -126,7 +129,7 @@ template <int way, bool extreme> struct Grid {
     gap = power_of_two(moved);
     low = Lanes::mul(lowest, gap);
     high = Lanes::mul(Lanes::set(static_cast<float>(f.max_integer)), gap);
-    scale = power_of_two(Lanes::sub(Lanes::set(way == kFast ? 16 : 0), moved));
+    scale = power_of_two(Lanes::sub(Lanes::set(fast ? 16 : 0), moved));
     half = Lanes::set(rule.half);
     mask = Lanes::set(rule.mask);
     flip = Lanes::set(rule.flip);
@@ -139,12 +142,20 @@ template <int way, bool extreme> struct Grid {
     if constexpr (way == kNearest) return Lanes::nearest(Lanes::mul(clamped, scale));
     const F size = Lanes::abs(clamped);
     I steps;
-    if constexpr (way == kFast) {
+    if constexpr (way == kFast16) {
       // K = ceil(2**16 * s - half) = 2**16 * w + k and q = (K + 2**16 - 1 - U) >> 16 = w + [k > U],
       // as 0 <= k + 2**16 - 1 - U < 2**17. With fewer bits, U is the word with its low bits cleared:
       // a multiple of 2 * half, and k > U means the same.
       const I k = Lanes::ceil_minus(size, scale, half);
       steps = Lanes::right<16>(Lanes::add(k, Lanes::and_xor(word, mask, flip)));
+    } else if constexpr (way == kFast32) {
+      // The upper 16 bits of U decide, by the same sum, unless they are those of f: once in 2**16.
+      const F large = Lanes::mul(size, scale);
+      const I sum = Lanes::add(Lanes::truncate(large),
+                               Lanes::sub(Lanes::set(0xffff), Lanes::right_unsigned<16>(word)));
+      steps = Lanes::right<16>(sum);
+      if (__builtin_expect(Lanes::any_low_ones(sum), false))
+        steps = round_magnitude<kSplit32>(Lanes::mul(large, Lanes::set(0x1p-16f)), x, word, rule);
     } else {
       steps = round_magnitude<way>(Lanes::mul(size, scale), x, word, rule);
     }
@@ -157,18 +168,18 @@ template <int way, bool extreme> struct Grid {
     return Lanes::keep_nan(x, v);
   }
 
-  I code(F x, I word, M& lost) const {
+  I code(F x, I word, M& seen) const {
     I q = integers(x, word);
     // Only infinities are not 0 there, and their values vanish in float32.
     if constexpr (extreme) q = Lanes::select(vanishing, Lanes::set(0), q);
-    return or_nan(format, Lanes::is_nan(x), q, lost);
+    return or_nan(f, Lanes::is_nan(x), q, seen);
   }
 };
 
 // Values of a minifloat times 2**shared.
 template <int way> struct Mini {
-  using Word = typename WordOf<way>::type;
-  static constexpr bool stochastic = way >= kFast;
+  using Word = WordOf<way>;
+  static constexpr bool stochastic = way >= kFast16, simple = false;
 
   const swalp_format& f;
   const Rule rule;
@@ -246,7 +257,7 @@ template <int way> struct Mini {
     return Lanes::keep_nan(x, v);
   }
 
-  I code(F x, I word, M& lost) const {
+  I code(F x, I word, M& seen) const {
     const Rounded r = round(x, word);
     // Codes count the values. In the units of the lowest gap a normal value's code is its exponent
     // above that, and the steps, which bring the hidden bit as one more exponent.
@@ -273,7 +284,7 @@ template <int way> struct Mini {
     if (!f.is_signed) nan = Lanes::either(nan, Lanes::less(x, Lanes::set(0.0f)));
     if (f.fnuz) sign = Lanes::without(sign, Lanes::equal(code, Lanes::set(0)));
     code = Lanes::or_(code, Lanes::select(sign, Lanes::set(f.sign_code), Lanes::set(0)));
-    return or_nan(f, nan, code, lost);
+    return or_nan(f, nan, code, seen);
   }
 
   static F infinity() { return Lanes::floats(Lanes::set(0x7f800000)); }
@@ -288,8 +299,8 @@ template <int way> struct Mini {
 
 // The two values ±largest.
 template <int way> struct Sign {
-  using Word = typename WordOf<way>::type;
-  static constexpr bool stochastic = way >= kFast;
+  using Word = WordOf<way>;
+  static constexpr bool stochastic = way >= kFast16, simple = false;
 
   const swalp_format& f;
   const Rule rule;
@@ -333,9 +344,9 @@ template <int way> struct Sign {
     return Lanes::keep_nan(x, v);
   }
 
-  I code(F x, I word, M& lost) const {
+  I code(F x, I word, M& seen) const {
     const I code = Lanes::select(negative(x, word), Lanes::set(0), Lanes::set(1));
-    return or_nan(f, Lanes::is_nan(x), code, lost);
+    return or_nan(f, Lanes::is_nan(x), code, seen);
   }
 };
 

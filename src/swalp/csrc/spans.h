@@ -11,16 +11,27 @@ template <class Op, class Out>
 inline __attribute__((always_inline)) bool each(const Op& op, const float* x, Out* out, int64_t n,
                                                 const typename Op::Word* word) {
   constexpr int N = Lanes::N;
-  M lost = Lanes::all(false);
+  M nan = Lanes::all(false);
+  const auto random = [](const typename Op::Word* w) __attribute__((always_inline)) {
+    if constexpr (Op::stochastic) return Lanes::load(w);
+    else return Lanes::set(0);
+  };
   const auto one = [&](const float* from, Out* to, const typename Op::Word* w)
                        __attribute__((always_inline)) {
     const F v = Lanes::load(from);
-    I random = Lanes::set(0);
-    if constexpr (Op::stochastic) random = Lanes::load(w);
-    if constexpr (sizeof(Out) == 4) Lanes::store(to, op.value(v, random));
-    else Lanes::store(to, op.code(v, random, lost));
+    if constexpr (sizeof(Out) == 4) Lanes::store(to, op.value(v, random(w)));
+    else Lanes::store(to, op.code(v, random(w), nan));
   };
   int64_t i = 0;
+  if constexpr (sizeof(Out) == 1 && Op::simple) {
+    for (; i + 4 * N <= n; i += 4 * N) {
+      I code[4];
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k)
+        code[k] = op.code(Lanes::load(x + i + k * N), random(word + i + k * N), nan);
+      Lanes::store(out + i, code[0], code[1], code[2], code[3]);
+    }
+  }
   for (; i + N <= n; i += N) one(x + i, out + i, word + i);
   if (i < n) {
     float from[N] = {};
@@ -33,7 +44,7 @@ inline __attribute__((always_inline)) bool each(const Op& op, const float* x, Ou
     one(from, to, w);
     for (int k = 0; i + k < n; ++k) out[i + k] = to[k];
   }
-  return Lanes::any(lost);
+  return !op.f.has_nan && Lanes::any(nan);
 }
 
 int32_t gap_of(const swalp_format& f, int32_t shared) {
@@ -52,7 +63,7 @@ using Columns = bool (*)(const swalp_format&, const Rule&, const float* x, void*
 
 // Each of the ops with the shared exponent that it was made for.
 template <template <int> class Op, int way> struct Plain {
-  using Word = typename WordOf<way>::type;
+  using Word = WordOf<way>;
   template <class Out>
   static bool run(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
                   const Word* word, int32_t shared) {
@@ -62,7 +73,7 @@ template <template <int> class Op, int way> struct Plain {
 };
 
 template <int way> struct Gridded {
-  using Word = typename WordOf<way>::type;
+  using Word = WordOf<way>;
   template <class Out>
   static bool run(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
                   const Word* word, int32_t shared) {
@@ -135,7 +146,8 @@ template <template <int> class Family> Kernel choose(int way, int output) {
   switch (way) {
     case kNearest: return of(Family<kNearest>{});
     case kDirected: return of(Family<kDirected>{});
-    case kFast: return of(Family<kFast>{});
+    case kFast16: return of(Family<kFast16>{});
+    case kFast32: return of(Family<kFast32>{});
     case kSplit16: return of(Family<kSplit16>{});
     default: return of(Family<kSplit32>{});
   }
@@ -150,7 +162,8 @@ Kernel choose(const swalp_format& f, const swalp_rounding& r, int output) {
   else if (r.rule != SWALP_NEAREST) way = kDirected;
   if (f.kind == SWALP_MINIFLOAT) return choose<PlainMini>(way, output);
   if (f.kind == SWALP_BINARY) return choose<PlainSign>(way, output);
-  if (way == kSplit16 && static_cast<float>(-f.min_integer) <= Lanes::exact_limit) way = kFast;
+  if (r.rule == SWALP_STOCHASTIC && static_cast<float>(-f.min_integer) <= Lanes::exact_limit)
+    way = way == kSplit16 ? kFast16 : kFast32;
   return choose<Gridded>(way, output);
 }
 
