@@ -1,5 +1,9 @@
 """Memory that is used again when the last tensor on it is gone, and not before."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -102,3 +106,42 @@ def test_gradients_on_a_block_are_not_overwritten():
     other = buffers.empty(LARGE).fill_(-1.0)
     assert torch.equal(x.grad, torch.full((LARGE,), 3.0))
     assert other[0] == -1
+
+
+SAVING = """
+from pathlib import Path
+import torch
+from swalp import buffers
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+for name, empty in (("ours", buffers.empty), ("torch", torch.empty)):
+    empty(8 << 20).fill_(1)  # now the C library has seen that such a size comes and goes
+    if name == "ours":
+        kept = buffers.empty(1 << 20).fill_(3)
+        buffers.save_memory(keep=1 << 22)
+        assert buffers.free_bytes() == 0
+        print(bool((kept == 3).all()))
+    before = resident()
+    for _ in range(2):
+        x = empty(8 << 20).fill_(2)
+        print(resident() - before > 30 << 20, bool((x == 2).all()))
+        del x
+        print(resident() - before < 8 << 20)
+del kept
+print(buffers.free_bytes() == 1 << 22)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux for what is resident")
+def test_save_memory_gives_it_back_at_once():
+    run = subprocess.run(
+        [sys.executable, "-c", SAVING], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert set(run.stdout.split()) == {"True"}, run.stdout
+
+
+def test_save_memory_keeps_no_negative_number_of_bytes():
+    with pytest.raises(ValueError, match="keep=-1 must be a number of bytes, at least 0"):
+        buffers.save_memory(-1)

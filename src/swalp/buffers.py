@@ -4,11 +4,13 @@ A fresh block of 32 MB costs several times what filling it does, as the system h
 page. Results from here lie side by side in regions of address space: what the last tensor on a
 place leaves free, whatever its size, joins its free neighbours, and the next result takes the
 lowest place that it fits in. So the pages in use are those of the most that ever was alive at once,
-not those of each size.
+not those of each size. `save_memory` gives them back sooner.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 import mmap
 import threading
@@ -32,6 +34,7 @@ class _Region:
 
     Attributes:
         size: bytes.
+        address: of the first.
         taken: start and end of what is in use, by start.
         touched: end of what may be memory.
         recent: the highest end in use since the window began.
@@ -40,6 +43,9 @@ class _Region:
     def __init__(self, size: int) -> None:
         self.size = size
         self.memory = mmap.mmap(-1, size, **_PRIVATE)
+        self.address = torch.frombuffer(self.memory, dtype=torch.uint8, count=1).data_ptr()
+        if _kept is not None:
+            self.in_large_pages()
         self.taken: list[tuple[int, int]] = []
         self.alive: dict[int, weakref.ref[memoryview]] = {}
         self.left: deque[int] = deque()
@@ -60,8 +66,20 @@ class _Region:
         self.touched = max(self.touched, self.recent)
         view = memoryview(self.memory)[start : start + size]
         # No lock here: a view can go in the midst of anything, in any thread.
-        self.alive[start] = weakref.ref(view, partial(_note, self.left, start))
+        self.alive[start] = weakref.ref(view, partial(self.leave, start, start + size))
         return view
+
+    def leave(self, start: int, end: int, _: object) -> None:
+        """Note that a stretch is free. Until `sweep`, nobody else takes it."""
+        if _kept is not None and end > _kept and _CAN_GIVE_BACK:
+            low = max(start, _kept)
+            self.memory.madvise(mmap.MADV_DONTNEED, low, end - low)
+        self.left.append(start)
+
+    def in_large_pages(self) -> None:
+        """Ask for pages of 2 MB: memory comes back from the system in a fraction of the time."""
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            self.memory.madvise(mmap.MADV_HUGEPAGE)
 
     def sweep(self) -> None:
         """Take note of what has become free."""
@@ -85,7 +103,8 @@ class _Region:
     def free(self) -> int:
         """Bytes of memory that nothing uses."""
         self.sweep()
-        return self.touched - sum(end - start for start, end in self.taken)
+        last = self.touched if _kept is None else min(self.touched, _kept)
+        return last - sum(max(min(end, last) - start, 0) for start, end in self.taken)
 
 
 # What a child of `os.fork` writes is its own.
@@ -96,6 +115,8 @@ _lock = threading.Lock()
 _regions: list[_Region] = []
 _codes: list[_Region] = []  # apart: they outlive floats, and would lie between them
 _results = 0
+_kept: int | None = None  # bytes at the start of each region that stay; None: all
+_M_MMAP_THRESHOLD = -3  # of mallopt
 
 
 def empty(*shape: int, channels_last: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -118,6 +139,13 @@ def empty(*shape: int, channels_last: bool = False, dtype: torch.dtype = torch.f
     return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, shape, strides)
 
 
+def holds(x: Tensor) -> bool:
+    """Whether a tensor's memory is from here."""
+    with _lock:
+        regions = [*_regions, *_codes]
+    return any(0 <= x.data_ptr() - region.address < region.size for region in regions)
+
+
 def free_bytes() -> int:
     """Bytes of memory that no tensor uses now."""
     with _lock:
@@ -132,6 +160,33 @@ def release() -> None:
                 region.sweep()
                 region.give_back(0)
             regions[:] = [region for region in regions if region.taken]
+
+
+def save_memory(keep: int = 1 << 24) -> None:
+    """Give memory back to the system as soon as nothing uses it, from now on, in this process.
+
+    The peak of a step falls, by half where layers leave large results of PyTorch's between them.
+    The step may take longer, as memory has to be asked for again: `docs/native.md` says how much.
+    Large tensors of PyTorch's on the CPU go back, too, where the C library has `mallopt` (glibc):
+    from 1 MB on it gets each from the system. That cannot be undone.
+
+    Args:
+        keep: bytes of free memory, of floats and of codes each, that are used again as before.
+
+    Raises:
+        ValueError: `keep` is negative.
+    """
+    global _kept
+    if keep < 0:
+        raise ValueError(f"save_memory: keep={keep} must be a number of bytes, at least 0")
+    with _lock:
+        _kept = -(-keep // _PAGE) * _PAGE
+        for region in [*_regions, *_codes]:
+            region.in_large_pages()
+            region.sweep()
+            region.give_back(_kept)
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _take(size: int, regions: list[_Region]) -> memoryview:
@@ -157,10 +212,6 @@ def _region(size: int) -> _Region:
         return _Region(max(size, REGION))
     except OSError:  # address space is limited, or counted as memory
         return _Region(size)
-
-
-def _note(left: deque[int], start: int, _: object) -> None:
-    left.append(start)
 
 
 def _strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:

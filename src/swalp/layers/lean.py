@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from swalp import buffers
+from swalp.layers.owned import alone, references
 from swalp.layers.single import QuantizedLayer
 from swalp.matmul.again import Again, again_of
 from swalp.packed import PackedTensor
@@ -21,6 +22,8 @@ from swalp.quantize import cpu
 
 if cpu.available:
     from swalp import _kernels
+
+_PART = 1 << 23  # bytes of an input that are computed again at a time
 
 
 class LeanReLU(QuantizedLayer):
@@ -43,7 +46,7 @@ class LeanGELU(QuantizedLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The parent's forward."""
         again = again_of(x)
-        if again is None or not (_plain(x) and _keeps(x) and x.is_contiguous()):
+        if again is None or not (_plain(x) and _keeps(x) and x.is_contiguous() and x.dim() > 1):
             return super().forward(x, *args, **kwargs)
         return _GELU.apply(x, self.approximate, again)  # type: ignore[no-untyped-call]  # PyTorch ships no type
 
@@ -175,14 +178,17 @@ class _ReLU(torch.autograd.Function):
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(passed)
-        ctx.last = last
+        ctx.last, ctx.alone = last, alone()
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        mine = references(grad) == ctx.alone
         (passed,) = ctx.saved_tensors
         gradient = (grad.movedim(1, -1) if ctx.last else grad).contiguous()
-        result = buffers.empty(*grad.shape, channels_last=ctx.last)
+        in_place = mine and buffers.holds(grad) and gradient.data_ptr() == grad.data_ptr()
+        result = grad if in_place else buffers.empty(*grad.shape, channels_last=ctx.last)
         _kernels.relu_gradient(
             grad.numel(), gradient.data_ptr(), passed.data_ptr(), result.data_ptr(),
             torch.get_num_threads(),
@@ -193,7 +199,7 @@ class _ReLU(torch.autograd.Function):
 class _GELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, approximate: str, again: Again) -> Tensor:
-        ctx.compute, ctx.approximate = again.compute, approximate
+        ctx.compute, ctx.approximate, ctx.alone = again.compute, approximate, alone()
         ctx.save_for_backward(*again.tensors)
         y = buffers.empty(*x.shape)
         return torch.ops.aten.gelu.out(x, approximate=approximate, out=y)  # type: ignore[no-any-return]  # PyTorch ships no type
@@ -201,9 +207,16 @@ class _GELU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x = ctx.compute(*ctx.saved_tensors)  # ours alone: the result goes there
-        torch.ops.aten.gelu_backward.grad_input(grad, x, approximate=ctx.approximate, grad_input=x)
-        return x, None, None
+        mine = references(grad) == ctx.alone
+        in_place = mine and buffers.holds(grad) and grad.is_contiguous()
+        result, kept = grad if in_place else buffers.empty(*grad.shape), ctx.saved_tensors
+        many = max(1, _PART // grad[0].nbytes)
+        for part in (slice(i, i + many) for i in range(0, len(grad), many)):
+            torch.ops.aten.gelu_backward.grad_input(
+                grad[part], ctx.compute(*kept, part=part), approximate=ctx.approximate,
+                grad_input=result[part],
+            )  # fmt: skip
+        return result, None, None
 
 
 class _LayerNorm(torch.autograd.Function):

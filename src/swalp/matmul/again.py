@@ -13,7 +13,8 @@ class Again(NamedTuple):
 
     Attributes:
         tensors: which the layer keeps anyway.
-        compute: makes the output of them.
+        compute: makes the output of them, or that part of its first dimension which the argument
+            `part`, a slice, names.
     """
 
     tensors: tuple[Tensor | None, ...]

@@ -65,9 +65,10 @@ def _again(
     exponents: Tensor | None,
     packed: Tensor,
     bias: Tensor | None,
+    part: slice = slice(None),
 ) -> Tensor:
     weight = Weight.of_packed(packed, shape, exponent, window.groups)
-    return convolution.forward(Operand(codes, exponents, gap), weight, bias, window)
+    return convolution.forward(Operand(codes[part], exponents, gap), weight, bias, window)
 
 
 class _Convolve(torch.autograd.Function):

@@ -79,7 +79,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         compute, ctx.handed._compute = ctx.handed._compute, None
-        return compute(), None
+        return compute().detach(), None  # no view: nothing else refers to its memory
 
 
 def _stand_in(shape: Sequence[int]) -> Tensor:

@@ -100,10 +100,12 @@ def _again(
     exponents: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
+    part: slice = slice(None),
 ) -> Tensor:
     weights = weight_operand(weight, weight_format)
-    inputs = Operand(codes, exponents, gap)
-    return product(inputs, weights if transposed else transpose(weights), bias).view(shape)
+    inputs = rows(Operand(codes.view(*shape[:-1], -1)[part], exponents, gap))
+    y = product(inputs, weights if transposed else transpose(weights), bias)
+    return y.view(-1, *shape[1:])
 
 
 class _Linear(torch.autograd.Function):

@@ -1,0 +1,80 @@
+"""Whether a gradient that comes in belongs to nobody else, so that a result may take its place.
+
+A gradient on its way through autograd is held by the function that it goes to. Others may hold it
+too: a hook that kept it, another function that it also goes to, a view. Each is one more reference:
+to the tensor, to its storage, or to the Python object of either. How many there are with nobody
+else depends on PyTorch and Python alone, and is found by trial.
+
+    def forward(ctx, x):
+        ctx.alone = alone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        mine = references(grad) == ctx.alone
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class References(NamedTuple):
+    """References to a tensor, to its storage, and to the Python objects of both."""
+
+    tensor: int
+    storage: int
+    tensor_object: int
+    storage_object: int
+
+
+def references(gradient: Tensor) -> References:
+    """Those of an argument of a backward function, `once_differentiable`, which calls this."""
+    storage: Any = gradient.untyped_storage()
+    return References(
+        gradient._use_count(),  # type: ignore[attr-defined]  # not in PyTorch's stub
+        torch._C._storage_Use_Count(storage._cdata),
+        sys.getrefcount(gradient),
+        sys.getrefcount(storage),
+    )
+
+
+@cache
+def alone() -> References:
+    """What `references` finds for a gradient that only its function holds."""
+    found: list[References] = []
+    for _ in range(3):  # a debugger may hold more for a while, but never less
+        x = torch.zeros(2, requires_grad=True)
+        with torch.enable_grad():
+            y: Tensor = _Makes.apply(_Counts.apply(x, found))  # type: ignore[no-untyped-call]  # PyTorch ships no type
+        torch.autograd.grad(y, x, torch.ones(2))
+    return References(*map(min, *found))
+
+
+class _Makes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clone()
+
+
+class _Counts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, found: list[References]) -> Tensor:
+        ctx.found = found
+        return x.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.found.append(references(grad))
+        return grad.clone(), None
