@@ -50,10 +50,17 @@ TRIAL = environment.ROOT / "runs" / "benchmarks"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     folder = options.out or (TRIAL if options.quick else OFFICIAL)
     path = folder / "rows.jsonl"
+    if not options.report:
+        try:  # before the minutes of measuring
+            folder.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+        except OSError as error:
+            parser.error(f"cannot write {path}: {error.strerror}; choose another folder with --out")
     rows = records.load(path)
     if options.report:
         report.write(rows, folder)

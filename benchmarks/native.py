@@ -6,8 +6,10 @@ import ctypes
 import gc
 import itertools
 import os
+import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,15 +28,17 @@ from benchmarks.training import _vgg16
 
 RECIPE = swalp.recipes.get("native-8")
 LR = 1e-3
-STEPS = 3  # of which the peak is taken
+STEPS = 3  # of which the peak is taken; of these or more, in a process of its own, the median time
+TURNS = 5  # of such processes
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # PyTorch's large tensors go back to the system
 Step = Callable[[], object]
 
-FLOAT, LAST, BFLOAT, NATIVE = (
+FLOAT, LAST, BFLOAT, NATIVE, SAVING = (
     "float32",
     "float32 channels-last",
     "bfloat16 autocast",
     "swalp native",
+    "swalp native, save_memory()",
 )
 
 
@@ -163,23 +167,39 @@ def network(name: str) -> Callable[[Plan], list[Row]]:
         what = f"peak memory of {what}"
         # Whose time was not worth a second turn would take minutes for this, too.
         patient = [kind for kind in kinds if kind == FLOAT or len(times[kind]) == plan.rounds]
-        peaks = {kind: peak_of_a_process(name, kind, plan, {}) for kind in patient}
+        peaks = {kind: of_a_process("peak", name, kind, plan, {}) for kind in [*patient, SAVING]}
         for peer in patient[1:]:
             goal = at_most(0.35) if peer == FLOAT else None
-            rows.append(_peak_row(name, what, peer, peaks, goal))
-        peaks = {kind: peak_of_a_process(name, kind, plan, HUGE_PAGES) for kind in (NATIVE, FLOAT)}
+            rows.append(_peak_row(name, what, NATIVE, peer, peaks, goal))
+        rows.append(_peak_row(name, what, SAVING, FLOAT, peaks, at_most(0.35)))
+        rows.append(_saving_row(name, f"step, {work.what}", plan))
+        peaks = {
+            kind: of_a_process("peak", name, kind, plan, HUGE_PAGES) for kind in (NATIVE, FLOAT)
+        }
         setting = " ".join(f"{key}={value}" for key, value in HUGE_PAGES.items())
-        return [*rows, _peak_row(name, f"{what}, {setting}", FLOAT, peaks, None)]
+        return [*rows, _peak_row(name, f"{what}, {setting}", NATIVE, FLOAT, peaks, None)]
 
     return measure
 
 
-def _peak_row(name: str, what: str, peer: str, peaks: dict[str, int], goal: Goal | None) -> Row:
+def _peak_row(
+    name: str, what: str, subject: str, peer: str, peaks: dict[str, float], goal: Goal | None
+) -> Row:
     return Row(
-        benchmark=name, what=what, subject=NATIVE, peer=peer, measure="bytes ratio", goal=goal,
-        rounds=1, value=Spread.of([peaks[NATIVE] / peaks[peer]]),
-        details={"bytes": peaks[NATIVE], "peer_bytes": peaks[peer]},
+        benchmark=name, what=what, subject=subject, peer=peer, measure="bytes ratio", goal=goal,
+        rounds=1, value=Spread.of([peaks[subject] / peaks[peer]]),
+        details={"bytes": int(peaks[subject]), "peer_bytes": int(peaks[peer])},
     )  # fmt: skip
+
+
+def _saving_row(name: str, what: str, plan: Plan) -> Row:
+    """The time of giving memory back, which is for good in a process: in processes by turns."""
+    times: dict[str, list[float]] = {NATIVE: [], SAVING: []}
+    for turn in range(min(plan.rounds, TURNS)):
+        for kind in times if turn % 2 else reversed(times):
+            times[kind].append(of_a_process("seconds", name, kind, plan, {}))
+    ours, theirs = (Contender(kind, lambda: None) for kind in (SAVING, NATIVE))
+    return compared(name, what, times, ours, theirs, "time ratio")
 
 
 def linear(plan: Plan) -> list[Row]:
@@ -235,9 +255,10 @@ def _torchao_step(work: Work) -> Step:
     return step
 
 
-def peak(name: str, kind: str, plan: Plan) -> int:
+def peak(name: str, kind: str, plan: Plan) -> float:
     """Bytes by which this process grows at most, in steps after the first, beyond the batch."""
     torch.set_num_threads(plan.threads)
+    kind = _saving(kind)
     warm = Work("", lambda: _mlp(8, 8, 8), (4, 8), {}, None)
     for _ in range(2):
         warm.step(kind)()  # what is loaded or allocated only once
@@ -256,17 +277,39 @@ def peak(name: str, kind: str, plan: Plan) -> int:
     return int(mark.split()[1]) * 1024 - before
 
 
-def peak_of_a_process(name: str, kind: str, plan: Plan, environment: dict[str, str]) -> int:
-    """`peak` in a fresh process, with these variables in its environment."""
+def seconds(name: str, kind: str, plan: Plan) -> float:
+    """The median time of a step in this process."""
+    torch.set_num_threads(plan.threads)
+    step = works(plan)[name].step(_saving(kind))
+    step()
+    times: list[float] = []
+    while len(times) < STEPS or sum(times) < 1:
+        began = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def _saving(kind: str) -> str:
+    if kind != SAVING:
+        return kind
+    swalp.buffers.save_memory()
+    return NATIVE
+
+
+def of_a_process(
+    measure: str, name: str, kind: str, plan: Plan, environment: dict[str, str]
+) -> float:
+    """`peak` or `seconds` in a fresh process, with these variables in its environment."""
     program = (
-        "from benchmarks.native import peak; from benchmarks.plan import Plan; "
-        f"print(peak({name!r}, {kind!r}, {plan!r}))"
+        f"from benchmarks.native import {measure}; from benchmarks.plan import Plan; "
+        f"print({measure}({name!r}, {kind!r}, {plan!r}))"
     )
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT,
         env=os.environ | environment,
     )  # fmt: skip
-    return int(run.stdout)
+    return float(run.stdout)
 
 
 def _resident() -> int:

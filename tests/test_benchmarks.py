@@ -11,6 +11,7 @@ from torch import nn
 
 import swalp
 from benchmarks import environment, memory, optimizer, peers, report, training
+from benchmarks.__main__ import main
 from benchmarks.harness import Contender, MissingError, Spread, contender, interleave, ratios
 from benchmarks.records import Row, at_least, at_most, compared, load, merged, save, timed
 
@@ -210,3 +211,12 @@ def test_vgg16_is_vgg16():
     linear = sum(isinstance(module, nn.Linear) for module in model.modules())
     assert (convolutions, linear) == (13, 3)
     assert sum(parameter.numel() for parameter in model.parameters()) == 15_245_130
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_measuring(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        main(["--only", "import", "--quick", "--out", str(tmp_path / "file" / "folder")])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert "Not a directory; choose another folder with --out" in said
