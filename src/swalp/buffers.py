@@ -162,7 +162,7 @@ def release() -> None:
             regions[:] = [region for region in regions if region.taken]
 
 
-def save_memory(keep: int = 1 << 24) -> None:
+def save_memory(keep: int = 1 << 22) -> None:
     """Give memory back to the system as soon as nothing uses it, from now on, in this process.
 
     The peak of a step falls, by half where layers leave large results of PyTorch's between them.
