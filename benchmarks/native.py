@@ -167,7 +167,7 @@ def network(name: str) -> Callable[[Plan], list[Row]]:
         what = f"peak memory of {what}"
         # Whose time was not worth a second turn would take minutes for this, too.
         patient = [kind for kind in kinds if kind == FLOAT or len(times[kind]) == plan.rounds]
-        peaks = {kind: of_a_process("peak", name, kind, plan, {}) for kind in [*patient, SAVING]}
+        peaks = _peaks(name, [*patient, SAVING], plan, {})
         for peer in patient[1:]:
             goal = at_most(0.35) if peer == FLOAT else None
             rows.append(_peak_row(name, what, NATIVE, peer, peaks, goal))

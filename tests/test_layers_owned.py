@@ -6,7 +6,7 @@ from torch import nn
 
 import swalp
 from swalp import buffers
-from swalp.layers import lean
+from swalp.layers import lean, owned
 from swalp.layers.owned import References
 from swalp.quantize import cpu
 
@@ -132,6 +132,15 @@ def test_gelu_of_a_vector():
     model(x).sum().backward()
     assert x.grad is not None
     assert x.grad.shape == (WIDTH,)
+
+
+def test_without_a_way_to_count_nothing_is_reused(monkeypatch):
+    monkeypatch.setattr(owned, "_COUNTS", False)
+    owned.alone.cache_clear()
+    try:
+        assert owned.references(torch.zeros(2)) != owned.alone()
+    finally:
+        owned.alone.cache_clear()
 
 
 def test_holds():

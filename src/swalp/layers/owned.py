@@ -34,8 +34,14 @@ class References(NamedTuple):
     storage_object: int
 
 
+_COUNTS = hasattr(Tensor, "_use_count") and hasattr(torch._C, "_storage_Use_Count")
+_UNKNOWN = References(-1, -1, -1, -1)
+
+
 def references(gradient: Tensor) -> References:
     """Those of an argument of a backward function, `once_differentiable`, which calls this."""
+    if not _COUNTS:
+        return _UNKNOWN
     storage: Any = gradient.untyped_storage()
     return References(
         gradient._use_count(),  # type: ignore[attr-defined]  # not in PyTorch's stub
@@ -47,7 +53,9 @@ def references(gradient: Tensor) -> References:
 
 @cache
 def alone() -> References:
-    """What `references` finds for a gradient that only its function holds."""
+    """What `references` finds for a gradient that only its function holds; never, if it cannot."""
+    if not _COUNTS:
+        return References(0, 0, 0, 0)
     found: list[References] = []
     for _ in range(3):  # a debugger may hold more for a while, but never less
         x = torch.zeros(2, requires_grad=True)
