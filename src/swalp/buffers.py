@@ -71,9 +71,10 @@ class _Region:
 
     def leave(self, start: int, end: int, _: object) -> None:
         """Note that a stretch is free. Until `sweep`, nobody else takes it."""
-        if _kept is not None and end > _kept and _CAN_GIVE_BACK:
-            low = max(start, _kept)
-            self.memory.madvise(mmap.MADV_DONTNEED, low, end - low)
+        if _kept is not None and _CAN_GIVE_BACK:
+            low = max(start, _kept) if end - start <= _kept else start
+            if end > low:
+                self.memory.madvise(mmap.MADV_DONTNEED, low, end - low)
         self.left.append(start)
 
     def in_large_pages(self) -> None:
@@ -147,7 +148,7 @@ def holds(x: Tensor) -> bool:
 
 
 def free_bytes() -> int:
-    """Bytes of memory that no tensor uses now."""
+    """Bytes of memory that no tensor uses now; after `save_memory` it may be less."""
     with _lock:
         return sum(region.free() for region in [*_regions, *_codes])
 
@@ -171,7 +172,8 @@ def save_memory(keep: int = 1 << 22) -> None:
     from 1 MB on it gets each from the system. That cannot be undone.
 
     Args:
-        keep: bytes of free memory, of floats and of codes each, that are used again as before.
+        keep: bytes; results of up to that size go on to use that much memory again, of floats and
+            of codes each.
 
     Raises:
         ValueError: `keep` is negative.
