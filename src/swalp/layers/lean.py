@@ -162,6 +162,14 @@ def _pair(x: int | tuple[int, int]) -> tuple[int, int]:
     return (x, x) if isinstance(x, int) else (x[0], x[1])
 
 
+def _place(grad: Tensor, mine: bool, channels_last: bool = False) -> Tensor:
+    """Where a gradient of the shape of `grad` goes: there, if it is in order and nobody else's."""
+    laid = grad.movedim(1, -1) if channels_last else grad
+    if mine and buffers.holds(grad) and laid.is_contiguous():
+        return grad
+    return buffers.empty(*grad.shape, channels_last=channels_last)
+
+
 def _float(x: Tensor | None) -> Tensor | None:
     return x.dequantize() if isinstance(x, PackedTensor) else x
 
@@ -187,8 +195,7 @@ class _ReLU(torch.autograd.Function):
         mine = references(grad) == ctx.alone
         (passed,) = ctx.saved_tensors
         gradient = (grad.movedim(1, -1) if ctx.last else grad).contiguous()
-        in_place = mine and buffers.holds(grad) and gradient.data_ptr() == grad.data_ptr()
-        result = grad if in_place else buffers.empty(*grad.shape, channels_last=ctx.last)
+        result = _place(grad, mine, channels_last=ctx.last)
         _kernels.relu_gradient(
             grad.numel(), gradient.data_ptr(), passed.data_ptr(), result.data_ptr(),
             torch.get_num_threads(),
@@ -208,8 +215,7 @@ class _GELU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         mine = references(grad) == ctx.alone
-        in_place = mine and buffers.holds(grad) and grad.is_contiguous()
-        result, kept = grad if in_place else buffers.empty(*grad.shape), ctx.saved_tensors
+        result, kept = _place(grad, mine), ctx.saved_tensors
         many = max(1, _PART // grad[0].nbytes)
         for part in (slice(i, i + many) for i in range(0, len(grad), many)):
             torch.ops.aten.gelu_backward.grad_input(
