@@ -261,15 +261,13 @@ def uniform(rounding, index: int) -> int:
         return 0
     bits = rounding.random_bits
     seed = [rounding.seed % 2**32, rounding.seed // 2**32]
-    if bits > 16:
-        block, place = divmod(index, 4)
-        return philox([block % 2**32, block // 2**32, rounding.step, rounding.call], seed)[
-            place
-        ] // 2 ** (32 - bits)
     block, place = divmod(index, 8)
-    word = philox([block % 2**32, block // 2**32, rounding.step, rounding.call], seed)[place // 2]
-    half = word // 2**16 if place % 2 else word % 2**16
-    return half // 2 ** (16 - bits)
+    whole = 0
+    for added in (0, 2**31):
+        counter = [block % 2**32, block // 2**32 + added, rounding.step, rounding.call]
+        word = philox(counter, seed)[place // 2]
+        whole = 2**16 * whole + (word // 2**16 if place % 2 else word % 2**16)
+    return whole // 2 ** (32 - bits)
 
 
 def philox(counter: list[int], key: list[int]) -> list[int]:

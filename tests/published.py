@@ -33,12 +33,14 @@ def uniform(shape, bits: int, seed: int, step: int, call: int = 0) -> Tensor:
     """(U + 1/2) / 2**bits for each element, float64; `bits` is 16 or 32."""
     count, at_once = int(np.prod(shape)), 1 << 16
     parts = []
-    for start in range(0, -(-count // (128 // bits)), at_once):  # so that it stays in the cache
-        stop = min(start + at_once, -(-count // (128 // bits)))
-        words = philox(np.arange(start, stop, dtype=np.uint64), seed, step, call)
-        if bits == 16:
-            words = [half for word in words for half in (word & np.uint64(0xFFFF), word >> 16)]
-        parts.append(np.stack(words, axis=1).reshape(-1))
+    for start in range(0, -(-count // 8), at_once):  # so that it stays in the cache
+        blocks = np.arange(start, min(start + at_once, -(-count // 8)), dtype=np.uint64)
+        numbers = np.uint64(0)
+        for added in (0, 1 << 63)[: bits // 16]:
+            words = philox(blocks | np.uint64(added), seed, step, call)
+            halves = [half for word in words for half in (word & np.uint64(0xFFFF), word >> 16)]
+            numbers = numbers << np.uint64(16) | np.stack(halves, axis=1).reshape(-1)
+        parts.append(numbers)
     numbers = np.concatenate(parts)[:count] if parts else np.zeros(0)
     return torch.from_numpy((numbers + 0.5) * 2.0**-bits).reshape(shape)
 

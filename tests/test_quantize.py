@@ -349,8 +349,17 @@ def test_the_same_rule_rounds_alike_and_another_step_does_not():
     rule = Stochastic(5, random_bits=16)
     first = quantize(x, BlockFloat(4), rule)
     assert same(quantize(x, BlockFloat(4), rule), first)
-    for other in (rule.at(1), rule.at(0, 1), Stochastic(6, random_bits=16), Stochastic(5)):
+    for other in (rule.at(1), rule.at(0, 1), Stochastic(6, random_bits=16)):
         assert (quantize(x, BlockFloat(4), other) != first).float().mean() > 0.1
+
+
+def test_more_random_bits_round_alike_but_where_the_first_ones_are_close():
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    fine = quantize(x, BlockFloat(4), Stochastic(5))
+    for bits, most in ((16, 0.001), (8, 0.02), (2, 0.3)):
+        differing = quantize(x, BlockFloat(4), Stochastic(5, random_bits=bits)) != fine
+        assert differing.float().mean() <= most
+    assert differing.any()
 
 
 @pytest.mark.parametrize("recorded", [False, True])

@@ -4,10 +4,13 @@ Layout, which every kernel reproduces. The bits of element i (its row-major inde
 whatever the memory layout) come from the Philox block with
 
 * key     = the 64-bit stream seed, (low word, high word);
-* counter = (block low word, block high word, step, call);
-* more than 16 random bits: block = i // 4, and the element's word is word i % 4 of the block;
-  up to 16: block = i // 8, word (i // 2) % 4, of which even i take the low half, odd i the high;
-* with n random bits, U is the top n bits of that word or half.
+* counter = (block low word, block high word, step, call), block = i // 8;
+* of the block's word (i // 2) % 4, even i take the low half, odd i the high: the element's upper 16
+  bits. Its lower 16 bits are those of the block with 2**31 added to the high word;
+* with n random bits, U is the top n bits of those 32.
+
+The upper bits nearly always decide how an element is rounded, and kernels make the lower ones only
+where they do not.
 
 A stream seed is 8 bytes of BLAKE2b over run seed, role and name, so that two tensors of a run share
 noise with probability 2**-64 only.
@@ -27,6 +30,7 @@ _MULTIPLIER_1 = 0xCD9E8D57
 _WEYL_0 = 0x9E3779B9
 _WEYL_1 = 0xBB67AE85
 _WORD = 0xFFFFFFFF
+_LOWER = 1 << 31  # in the counter, of the lower 16 bits
 
 
 def stream_seed(run_seed: int, role: str, name: str) -> int:
@@ -72,22 +76,17 @@ def random_bits(
     count: int, bits: int, seed: int, step: int, call: int, device: torch.device | str = "cpu"
 ) -> Tensor:
     """U of the elements 0 .. `count` - 1: int64, shape (count,), each in [0, 2**bits)."""
-    per_word = 1 if bits > 16 else 2
-    blocks = torch.arange(-(-count // (4 * per_word)), dtype=torch.int64, device=device)
-    words = philox(
-        (
-            blocks & _WORD,
-            blocks >> 32,
-            torch.full_like(blocks, step),
-            torch.full_like(blocks, call),
-        ),
-        seed,
-    )
-    width = 32 // per_word
-    parts = [
-        word >> (width * part) & ((1 << width) - 1) for word in words for part in range(per_word)
-    ]
-    return torch.stack(parts, dim=1).reshape(-1)[:count] >> (width - bits)
+    blocks = torch.arange(-(-count // 8), dtype=torch.int64, device=device)
+
+    def halves(added: int) -> Tensor:
+        counter = (blocks & _WORD, blocks >> 32 | added)
+        words = philox((*counter, blocks.new_tensor(step), blocks.new_tensor(call)), seed)
+        parts = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+        return torch.stack(parts, dim=1).reshape(-1)[:count]
+
+    if bits <= 16:
+        return halves(0) >> (16 - bits)
+    return (halves(0) << 16 | halves(_LOWER)) >> (32 - bits)
 
 
 def _multiply(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,7 @@ class Stochastic:
             generator, so that `torch.manual_seed` governs it.
         random_bits: 1..32. 16 do for activations, errors and gradients; weights need 22 or more,
             or small updates are lost: an update below 2**-(random_bits + 1) of a gap never happens.
+            Fewer are the first ones of more.
         step, call: further counters, each 0..2**32 - 1: the training step, and the how-manieth use
             of this stream within it.
     """

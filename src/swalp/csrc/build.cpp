@@ -41,7 +41,7 @@ int quantize_part(const swalp_format* f, const swalp_rounding* r, int64_t start,
   const Role role(both, SWALP_CODE8);
   uint32_t most = 0;
   const bool lost = parallel((n + kChunk - 1) / kChunk, threads, [&](int64_t begin, int64_t end) {
-    alignas(64) uint32_t buffer[kChunk + kPadding];
+    alignas(64) uint32_t buffer[kNoise];
     uint32_t mine = 0;
     bool any = false;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -272,13 +272,13 @@ void average(const swalp_average_arguments* a, const swalp_format* f, const swal
 
 void noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out) {
   const Noise stream(*r);
-  alignas(64) uint32_t buffer[kChunk + kPadding];
+  alignas(64) uint32_t buffer[kNoise], more[kNoise];
   for (int64_t done = 0; done < count; done += kChunk) {
     const int64_t n = count - done < kChunk ? count - done : kChunk;
-    const void* words = fill(stream, start + done, n, buffer);
+    const uint16_t* const upper = fill(stream, start + done, n, buffer).upper;
+    const uint16_t* const lower = fill(stream, start + done, n, more, kLower).upper;
     for (int64_t i = 0; i < n; ++i)
-      out[done + i] = stream.width == 16 ? static_cast<const uint16_t*>(words)[i]
-                                         : static_cast<const uint32_t*>(words)[i];
+      out[done + i] = r->bits > 16 ? uint32_t{upper[i]} << 16 | lower[i] : upper[i];
   }
 }
 

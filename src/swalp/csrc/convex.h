@@ -26,10 +26,10 @@ class Descent {
       noise.step = static_cast<uint32_t>(t);
       const int32_t shared =
           role.format.blocked ? shared_exponent(role.format, largest(moved, n)) : 0;
-      alignas(64) uint32_t buffer[kChunk + kPadding];
+      alignas(64) uint32_t buffer[kNoise];
       for (int64_t at = 0; at < n; at += kChunk) {
         const int64_t count = n - at < kChunk ? n - at : kChunk;
-        const void* words = noise.used ? fill(noise, at, count, buffer) : nullptr;
+        const Words words = fill(noise, at, count, buffer);
         role.kernel.span(role.format, role.rule, moved + at, w + at, count, words, shared);
       }
     } else {
@@ -177,7 +177,7 @@ int scalars(const swalp_descent* given, float rate, int skewed, const swalp_roun
   Noise noise(*draws);
   for (int64_t i = 0; i < steps; ++i) {
     noise.step = descent.next();
-    const uint16_t* const drawn = static_cast<const uint16_t*>(fill(noise, 0, n, buffer));
+    const uint16_t* const drawn = fill(noise, 0, n, buffer).upper;
     const float* const w = descent.weight();
     for (int64_t k = 0; k < n; ++k) moved[k] = table[drawn[k]];
     if (skewed)

@@ -26,6 +26,7 @@ struct Lanes {
   }
   static I load(const uint32_t* p) { return raw(p); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static void store(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   static void store(int8_t* p, I v) {
     const __m256i order = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1));
@@ -72,9 +73,6 @@ struct Lanes {
     return _mm256_cvtps_epi32(_mm256_ceil_ps(_mm256_fmsub_ps(a, c, d)));
   }
 
-  static constexpr bool has_unsigned = false;
-  static I ceil_minus_half(F, F);
-
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
   static I and_(I a, I b) { return _mm256_and_si256(a, b); }
@@ -100,9 +98,6 @@ struct Lanes {
   static M is_nan(F v) { return bits(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)); }
   static M less(I a, I b) { return _mm256_cmpgt_epi32(b, a); }
   static M equal(I a, I b) { return _mm256_cmpeq_epi32(a, b); }
-  static M less_unsigned(I a, I b) {
-    return _mm256_xor_si256(equal(max_unsigned(a, b), a), all(true));  // not a >= b
-  }
   static M sign(F v) { return right<31>(bits(v)); }
   static M both(M a, M b) { return _mm256_and_si256(a, b); }
   static M either(M a, M b) { return _mm256_or_si256(a, b); }

@@ -27,6 +27,7 @@ struct Lanes {
   }
   static I load(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static void store(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
   static void store(int8_t* p, I v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
   }
@@ -61,13 +62,6 @@ struct Lanes {
     return _mm512_cvt_roundps_epi32(_mm512_fmsub_round_ps(a, c, d, up), up);
   }
 
-  // ceil(a * c - 1/2) as an unsigned integer, for a * c < 2**32 an exact float32. From 2**23 on a * c
-  // is an integer and the next float32 above a * c - 1/2; below, the difference is exact or in (-1, 0).
-  static constexpr bool has_unsigned = true;
-  static I ceil_minus_half(F a, F c) {
-    return _mm512_cvt_roundps_epu32(_mm512_fmsub_round_ps(a, c, set(0.5f), up), up);
-  }
-
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I and_(I a, I b) { return _mm512_and_si512(a, b); }
@@ -88,7 +82,6 @@ struct Lanes {
   static M is_nan(F v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q); }
   static M less(I a, I b) { return _mm512_cmplt_epi32_mask(a, b); }
   static M equal(I a, I b) { return _mm512_cmpeq_epi32_mask(a, b); }
-  static M less_unsigned(I a, I b) { return _mm512_cmplt_epu32_mask(a, b); }
   static M sign(F v) { return _mm512_movepi32_mask(bits(v)); }
   static M both(M a, M b) { return static_cast<M>(a & b); }
   static M either(M a, M b) { return static_cast<M>(a | b); }

@@ -21,6 +21,7 @@ struct Lanes {
   static I load(const uint16_t* p) { return *p; }
   static I load(const uint32_t* p) { return static_cast<I>(*p); }
   static void store(float* p, F v) { *p = v; }
+  static void store(int32_t* p, I v) { *p = v; }
   static void store(int8_t* p, I v) { *p = static_cast<int8_t>(v); }
   // Four vectors of numbers of at most 16 bits.
   static void store(int8_t* p, I a, I b, I c, I d) {
@@ -62,9 +63,6 @@ struct Lanes {
     return whole + (static_cast<float>(whole) < y);
   }
 
-  static constexpr bool has_unsigned = false;
-  static I ceil_minus_half(F, F);
-
   static I add(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
   static I sub(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b)); }
   static I and_(I a, I b) { return a & b; }
@@ -85,7 +83,6 @@ struct Lanes {
   static M is_nan(F v) { return v != v; }
   static M less(I a, I b) { return a < b; }
   static M equal(I a, I b) { return a == b; }
-  static M less_unsigned(I a, I b) { return static_cast<uint32_t>(a) < static_cast<uint32_t>(b); }
   static M sign(F v) { return bits(v) < 0; }
   static M both(M a, M b) { return a && b; }
   static M either(M a, M b) { return a || b; }

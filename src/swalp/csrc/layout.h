@@ -12,9 +12,10 @@ namespace {
 // parallel region can stall for milliseconds.
 constexpr int64_t kSerial = 1 << 16;
 constexpr int64_t kChunk = 1024;      // elements whose noise is made at a time: it stays in L1
+constexpr int64_t kNoise = kChunk / 2 + kPadding;  // words of that
 constexpr int64_t kStretch = 512;     // pieces that are worked on in order of memory: 2 MB or more
 constexpr int64_t kTile = 16384;      // the same of a transposed tile, at most: it stays in L2
-constexpr int64_t kBuffer = 2 * kTile + kPadding;  // with its rows' ends and beginnings
+constexpr int64_t kBuffer = kTile + kPadding;  // with its rows' ends and beginnings
 constexpr int64_t kRows = 256;        // positions of a transposed tile, at most
 
 struct Task {
@@ -37,7 +38,7 @@ struct Task {
         item(output == SWALP_FLOAT32 ? 4 : output == SWALP_CODE8 ? 1 : 2), threads(wanted),
         transposed(noise.used && l.channels > 0), rows(0), columns(0) {
     if (!transposed) return;
-    if (l.positions % noise.per_block == 0) {
+    if (l.positions % kPerBlock == 0) {
       columns = l.channels < 512 ? l.channels : 512;
       rows = 2 * kChunk / columns / 8 * 8;
       rows = rows < 8 ? 8 : rows > kRows ? kRows : rows;
@@ -48,8 +49,8 @@ struct Task {
     }
   }
 
-  bool span(int64_t at, int64_t n, const void* word, int32_t shared) const {
-    return kernel.span(format, rule, x + at, out + at * item, n, word, shared);
+  bool span(int64_t at, int64_t n, const Words& words, int32_t shared) const {
+    return kernel.span(format, rule, x + at, out + at * item, n, words, shared);
   }
 
   // The range [base, base + length) of memory, in pieces of the noise. Transposed: it holds whole
@@ -81,7 +82,7 @@ struct Task {
       }
       const int64_t at = base + piece * kChunk;
       const int64_t left = base + length - at, n = left < kChunk ? left : kChunk;
-      lost |= span(at, n, noise.used ? fill(noise, at, n, buffer) : nullptr, shared);
+      lost |= span(at, n, fill(noise, at, n, buffer), shared);
     }
     return lost;
   }
@@ -96,22 +97,18 @@ struct Task {
     for (int64_t c0 = 0; c0 < channels; c0 += columns) {
       const int64_t width = channels - c0 < columns ? channels - c0 : columns;
       const int64_t first = plane + c0 * positions + p0;  // row-major index
-      const bool lanes = height % noise.per_block == 0 && width >= Lanes::N / 2;
+      const bool lanes = height % kPerBlock == 0 && width >= Lanes::N / 2;
       const int64_t row = lanes ? (width + Lanes::N - 1) / Lanes::N * Lanes::N : width;
       alignas(64) uint32_t scratch[kBuffer];
-      if (noise.width == 16)
-        fill_transposed(noise, first, positions, height, width, row,
-                        reinterpret_cast<uint16_t*>(buffer), scratch);
-      else
-        fill_transposed(noise, first, positions, height, width, row, buffer, scratch);
-      const char* words = reinterpret_cast<const char*>(buffer);
+      const Words words = fill_transposed(noise, first, positions, height, width, row,
+                                          reinterpret_cast<uint16_t*>(buffer), scratch);
       const int64_t at = plane + p0 * channels + c0;
       if (width == channels && row == width) {
         lost |= span(at, height * width, words, shared);
         continue;
       }
       for (int64_t p = 0; p < height; ++p)
-        lost |= span(at + p * channels, width, words + p * row * (noise.width / 8), shared);
+        lost |= span(at + p * channels, width, words.from(p * row), shared);
     }
     return lost;
   }
@@ -158,13 +155,13 @@ struct Task {
         return lost;
       });
     return parallel(blocks, threads, [&](int64_t begin, int64_t end) {
-      alignas(64) uint32_t buffer[kChunk + kPadding];
+      alignas(64) uint32_t buffer[kNoise];
       bool lost = false;
       const int64_t group = kChunk / length;
       for (int64_t b = begin; b < end; b += group) {
         const int64_t count = end - b < group ? end - b : group, at = b * length;
-        const void* word = noise.used ? fill(noise, at, count * length, buffer) : nullptr;
-        lost |= kernel.rows(format, rule, x + at, out + at * item, count, length, word,
+        const Words words = fill(noise, at, count * length, buffer);
+        lost |= kernel.rows(format, rule, x + at, out + at * item, count, length, words,
                             exponents ? exponents + b : nullptr);
       }
       return lost;
@@ -249,7 +246,7 @@ bool run_strips(const Task& task, int32_t* exponents) {
   const int64_t shares = (strips.grid[strips.owner] + strips.step - 1) / strips.step;
   const bool each = task.layout.extent[task.layout.dims - 1] == 1;
   return parallel(shares, task.threads, [&](int64_t first, int64_t last) {
-    alignas(64) uint32_t buffer[kChunk + kPadding];
+    alignas(64) uint32_t buffer[kNoise];
     bool lost = false;
     for (int64_t share = first; share < last; ++share) {
       const int64_t begin = share * strips.step, all = strips.grid[strips.owner];
@@ -268,12 +265,12 @@ bool run_strips(const Task& task, int32_t* exponents) {
       strips.walk(begin, end, !each, [&](int64_t at, int64_t n, int64_t block) {
         for (int64_t done = 0; done < n; done += kChunk) {
           const int64_t here = at + done, count = n - done < kChunk ? n - done : kChunk;
-          const void* word = task.noise.used ? fill(task.noise, here, count, buffer) : nullptr;
+          const Words words = fill(task.noise, here, count, buffer);
           if (each)
             lost |= task.kernel.columns(task.format, task.rule, task.x + here,
-                                        task.out + here * task.item, count, word,
+                                        task.out + here * task.item, count, words,
                                         exponents + block + done);
-          else lost |= task.span(here, count, word, exponents[block]);
+          else lost |= task.span(here, count, words, exponents[block]);
         }
       });
     }

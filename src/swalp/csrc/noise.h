@@ -1,5 +1,5 @@
-// Philox4x32-10 as a stream of bytes: element i's random bits lie at byte 2 * i (up to 16 bits) or
-// 4 * i. `swalp/noise.py` has the definition.
+// Philox4x32-10 as a stream of bytes: the upper 16 random bits of element i lie at byte 2 * i. The
+// lower 16, which are rarely wanted, come one by one. `swalp/noise.py` has the definition.
 #pragma once
 #include "kernels.h"
 
@@ -8,19 +8,18 @@ namespace {
 // Words that `fill` may write beyond those asked for: a vector of blocks, and one cut off in front.
 constexpr int64_t kPadding = 4 * (Lanes::counters + 1);
 
+constexpr int kPerBlock = 8;  // elements of a Philox block
+constexpr uint64_t kLower = uint64_t{1} << 63;  // in the number of a block, of its elements' lower bits
+
 constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
 
 struct Noise {
   bool used = false;
-  int width = 0;      // bits of an element's word: 16 or 32
-  int per_block = 0;  // elements of a Philox block
   uint32_t step = 0, call = 0;
   uint64_t key0[10], key1[10];  // of each round, as 64-bit words to broadcast
 
   explicit Noise(const swalp_rounding& r) {
     used = r.rule == SWALP_STOCHASTIC;
-    width = r.bits > 16 ? 32 : 16;
-    per_block = 128 / width;
     step = r.step;
     call = r.call;
     uint32_t k0 = static_cast<uint32_t>(r.seed), k1 = static_cast<uint32_t>(r.seed >> 32);
@@ -120,51 +119,80 @@ template <class V> void fill_blocks(const Noise& noise, uint64_t first, int64_t 
   }
 }
 
-// The noise of the elements start .. start + count - 1, somewhere in `buffer`.
-//
-// `buffer` holds count * width / 32 words, and kPadding more.
-const void* fill(const Noise& noise, int64_t start, int64_t count, uint32_t* buffer) {
-  const int64_t first = start / noise.per_block, skip = start % noise.per_block;
-  const int64_t blocks = (skip + count + noise.per_block - 1) / noise.per_block;
-  fill_blocks<Lanes>(noise, static_cast<uint64_t>(first), blocks, buffer);
-  return reinterpret_cast<const char*>(buffer) + skip * (noise.width / 8);
+// The lower 16 random bits of an element: what `fill_blocks` would write for its block.
+inline __attribute__((always_inline)) uint32_t lower_half(const Noise& noise, int64_t element) {
+  const uint64_t block = static_cast<uint64_t>(element / kPerBlock) | kLower;
+  uint64_t c[4] = {static_cast<uint32_t>(block), block >> 32, noise.step, noise.call};
+#pragma GCC unroll 1
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = kMultiplier0 * c[0], p1 = kMultiplier1 * c[2];
+    c[0] = (p1 >> 32) ^ c[1] ^ noise.key0[round];
+    c[1] = static_cast<uint32_t>(p1);
+    c[2] = (p0 >> 32) ^ c[3] ^ noise.key1[round];
+    c[3] = static_cast<uint32_t>(p0);
+  }
+  const int place = static_cast<int>(element % kPerBlock);
+  return static_cast<uint32_t>(c[place / 2] >> 16 * (place % 2)) & 0xffff;
+}
+
+// The random bits of elements that are neighbours in memory.
+struct Words {
+  const uint16_t* upper = nullptr;  // the upper bits
+  const Noise* noise = nullptr;
+  int64_t first = 0;                // row-major index of the element of upper[0]
+  // If not 0, upper[p * row + c] is of the element first + c * stride + p.
+  int64_t row = 0, stride = 0;
+  int64_t at = 0;                   // where the elements of interest begin
+
+  int64_t element(int64_t i) const {
+    return row ? first + i % row * stride + i / row : first + i;
+  }
+  Words from(int64_t i) const {
+    Words moved = *this;
+    moved.at += i;
+    return moved;
+  }
+};
+
+// The noise of the elements start .. start + count - 1, somewhere in `buffer`, which holds count / 2
+// words, and kPadding more. Nothing if none is used.
+Words fill(const Noise& noise, int64_t start, int64_t count, uint32_t* buffer, uint64_t part = 0) {
+  if (!noise.used) return {};
+  const int64_t first = start / kPerBlock, skip = start % kPerBlock;
+  const int64_t blocks = (skip + count + kPerBlock - 1) / kPerBlock;
+  fill_blocks<Lanes>(noise, static_cast<uint64_t>(first) | part, blocks, buffer);
+  return {reinterpret_cast<const uint16_t*>(buffer) + skip, &noise, start};
 }
 
 // The same transposed, for memory whose fastest axis is not the fastest of the row-major index:
 // out[p * row + c] is the noise of element start + c * stride + p, p < positions, c < channels.
 //
-// Fast: start, stride and positions are multiples of per_block, so that a lane can run the Philox
+// Fast: start, stride and positions are multiples of kPerBlock, so that a lane can run the Philox
 // blocks of a channel and nothing need be shuffled. Writes up to the next multiple of N channels.
-template <class V, class Word>
+template <class V>
 void fill_lanes(const Noise& noise, int64_t start, int64_t stride, int64_t positions,
-                int64_t channels, int64_t row, Word* out) {
+                int64_t channels, int64_t row, uint16_t* out) {
   using W = typename V::W;
-  const int per_block = 16 / sizeof(Word);
-  const uint64_t first = start / per_block, step = stride / per_block;
-  for (int64_t p = 0; p < positions; p += per_block)
+  const uint64_t first = start / kPerBlock, step = stride / kPerBlock;
+  for (int64_t p = 0; p < positions; p += kPerBlock)
     for (int64_t c = 0; c < channels; c += V::N) {
-      const uint64_t block = first + p / per_block + c * step;
+      const uint64_t block = first + p / kPerBlock + c * step;
       const W low[2] = {V::wide_even(block, step), V::wide_even(block + step, step)};
       W words[2][4];
       philox<V, 2>(noise, low, static_cast<uint32_t>(block >> 32), words);
       for (int w = 0; w < 4; ++w) {
         const typename V::I both = V::zip(words[0][w], words[1][w]);
-        if constexpr (sizeof(Word) == 4) {
-          V::store(reinterpret_cast<float*>(out) + (p + w) * row + c, V::floats(both));
-        } else {
-          int16_t* at = reinterpret_cast<int16_t*>(out) + (p + 2 * w) * row + c;
-          V::store(at, both);
-          V::store(at + row, V::template right_unsigned<16>(both));
-        }
+        int16_t* at = reinterpret_cast<int16_t*>(out) + (p + 2 * w) * row + c;
+        V::store(at, both);
+        V::store(at + row, V::template right_unsigned<16>(both));
       }
     }
 }
 
 // out[p * row + c] = in[c * stride + p], eight positions at a time so that the rows written to stay
 // in the nearest cache.
-template <class Word>
-void transpose(const Word* in, int64_t stride, int64_t positions, int64_t channels, int64_t row,
-               Word* out) {
+void transpose(const uint16_t* in, int64_t stride, int64_t positions, int64_t channels, int64_t row,
+               uint16_t* out) {
   int64_t p = 0;
   for (; p + 8 <= positions; p += 8)
     for (int64_t c = 0; c < channels; ++c)
@@ -173,32 +201,31 @@ void transpose(const Word* in, int64_t stride, int64_t positions, int64_t channe
     for (int64_t c = 0; c < channels; ++c) out[p * row + c] = in[c * stride + p];
 }
 
-// General: contiguous noise, copied to its places. `scratch`: channels * (positions + 2 * per_block)
+// General: contiguous noise, copied to its places. `scratch`: channels * (positions + 2 * kPerBlock)
 // elements, and kPadding words.
-template <class Word>
 void fill_scattered(const Noise& noise, int64_t start, int64_t stride, int64_t positions,
-                    int64_t channels, int64_t row, Word* out, uint32_t* scratch) {
+                    int64_t channels, int64_t row, uint16_t* out, uint32_t* scratch) {
   if (positions == stride) {  // whole channels: one stretch
-    const Word* in = static_cast<const Word*>(fill(noise, start, channels * positions, scratch));
-    return transpose(in, positions, positions, channels, row, out);
+    const Words in = fill(noise, start, channels * positions, scratch);
+    return transpose(in.upper, positions, positions, channels, row, out);
   }
-  for (int64_t c = 0; c < channels; ++c) {
-    const Word* in = static_cast<const Word*>(fill(noise, start + c * stride, positions, scratch));
-    transpose(in, 0, positions, 1, row, out + c);
-  }
+  for (int64_t c = 0; c < channels; ++c)
+    transpose(fill(noise, start + c * stride, positions, scratch).upper, 0, positions, 1, row, out + c);
 }
 
-template <class Word>
-void fill_transposed(const Noise& noise, int64_t start, int64_t stride, int64_t positions,
-                     int64_t channels, int64_t row, Word* out, uint32_t* scratch) {
+Words fill_transposed(const Noise& noise, int64_t start, int64_t stride, int64_t positions,
+                      int64_t channels, int64_t row, uint16_t* out, uint32_t* scratch) {
+  const Words words = {out, &noise, start, row, stride};
   if constexpr (Lanes::N > 1) {
-    const int per_block = noise.per_block;
-    const uint64_t last = static_cast<uint64_t>(start + (channels + Lanes::N) * stride) / per_block;
-    const bool aligned = start % per_block == 0 && stride % per_block == 0 && positions % per_block == 0;
-    if (aligned && channels >= Lanes::N / 2 && last >> 32 == 0)
-      return fill_lanes<Lanes>(noise, start, stride, positions, channels, row, out);
+    const uint64_t last = static_cast<uint64_t>(start + (channels + Lanes::N) * stride) / kPerBlock;
+    const bool aligned = start % kPerBlock == 0 && stride % kPerBlock == 0 && positions % kPerBlock == 0;
+    if (aligned && channels >= Lanes::N / 2 && last >> 32 == 0) {
+      fill_lanes<Lanes>(noise, start, stride, positions, channels, row, out);
+      return words;
+    }
   }
   fill_scattered(noise, start, stride, positions, channels, row, out, scratch);
+  return words;
 }
 
 }  // namespace

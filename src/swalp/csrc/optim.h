@@ -30,8 +30,7 @@ struct Role {
         kernel(choose(role.format, role.rounding, output)), halved(role.halved) {}
 
   bool span(const float* x, void* out, int64_t at, int64_t n, int32_t shared, uint32_t* buffer) const {
-    return kernel.span(format, rule, x, out, n, noise.used ? fill(noise, at, n, buffer) : nullptr,
-                       shared);
+    return kernel.span(format, rule, x, out, n, fill(noise, at, n, buffer), shared);
   }
 
   // The numbers from element `at` of what is kept on: there, or split into `room`.
@@ -511,7 +510,7 @@ int optimize(const Hyper& hyper, const Parameter* parameters, int64_t count, int
 #pragma omp barrier
 #endif
     };
-    alignas(64) uint32_t buffer[kChunk + kPadding];
+    alignas(64) uint32_t buffer[kNoise];
     const Scratch<Step::values> scratch(floats + Step::values * own * me, own);
     // Up to this length a block is short: whoever is done first waits for a sixteenth of the time at most.
     const int64_t part = elements / (16 * team);

@@ -1,11 +1,10 @@
 // One vector of elements onto the values of a format: the heart of every kernel.
 //
 // Stochastic rounding takes |x| / gap = s = w + f up if U + 1/2 < 2**n * f, for n random bits U.
-// With k = ceil(2**n * f - 1/2), an integer, that is k > U.
+// If n = 16 + m, the upper 16 bits H of U decide unless H <= 2**16 * f < H + 1: once in 2**16. Then
+// r = 2**16 * f - H is rounded up if L + 1/2 < 2**m * r, for the lower bits L of U.
 #pragma once
-#include <type_traits>
-
-#include "kernels.h"
+#include "noise.h"
 
 namespace {
 
@@ -14,11 +13,27 @@ using I = Lanes::I;
 using M = Lanes::M;
 
 // How to round. Fast16, Fast32: stochastic with s up to Lanes::exact_limit, in one shift. Split16,
-// Split32: stochastic in general. The number is that of a word's bits.
+// Split32: stochastic in general. The number is that of the most random bits.
 enum Way { kNearest, kDirected, kFast16, kFast32, kSplit16, kSplit32 };
 
-template <int way>
-using WordOf = std::conditional_t<way == kFast32 || way == kSplit32, uint32_t, uint16_t>;
+// The random bits of a vector of elements.
+struct Random {
+  I upper;  // the upper 16
+  const Words& words;
+  int64_t at;
+
+  // The lower 16, of the lanes where it is true.
+  inline __attribute__((always_inline)) I lower(M wanted) const {
+    int32_t bits[Lanes::N];
+    Lanes::store(bits, Lanes::select(wanted, Lanes::set(1), Lanes::set(0)));
+    for (int k = 0; k < Lanes::N; ++k)
+      if (bits[k])
+        bits[k] = static_cast<int32_t>(lower_half(*words.noise, words.element(words.at + at + k)));
+    return Lanes::load(bits);
+  }
+};
+
+I twice_plus_one(I v) { return Lanes::or_(Lanes::left<1>(v), Lanes::set(1)); }
 
 F power_of_two(I exponent) {
   return Lanes::floats(Lanes::left<23>(Lanes::add(exponent, Lanes::set(127))));
@@ -33,10 +48,10 @@ I or_nan(const swalp_format& f, M nan, I code, M& seen) {
 // The rounding rule, ready to use.
 struct Rule {
   bool truncates, up_if_positive, up_if_negative;
-  int bits, shift;     // of Split: U = word >> shift
-  float fraction;      // of Split: 2**(bits - 1)
-  float half;          // of Fast: 2**(15 - bits), half a step of the random number
-  int32_t mask, flip;  // of Fast
+  int bits, shift;     // U, or L where there is one, is a half word >> shift
+  float twice;         // 2 << the bits of that
+  float half;          // of Fast16: 2**(15 - bits), half a step of the random number
+  int32_t mask, flip;  // of Fast16
 
   explicit Rule(const swalp_rounding& r) {
     truncates = r.rule == SWALP_ZERO;
@@ -44,17 +59,24 @@ struct Rule {
     up_if_negative = r.rule == SWALP_NEGATIVE;
     bits = r.bits;
     shift = (bits > 16 ? 32 : 16) - bits;
-    fraction = static_cast<float>(uint32_t{1} << (bits > 0 ? bits - 1 : 0));
+    twice = static_cast<float>(2 << (16 - shift));
     half = bits <= 15 ? static_cast<float>(1 << (15 - bits)) : 0.5f;
     mask = 0xffff & ~((1 << (bits <= 16 ? 16 - bits : 0)) - 1);
     flip = 0xffff;
   }
 };
 
+// Whether the lower bits take r, in [0, 1), up, where `undecided`.
+inline __attribute__((always_inline)) M lower_takes_up(F r, M undecided, const Random& random,
+                                                       const Rule& rule) {
+  const I odd = twice_plus_one(Lanes::right_unsigned_by(random.lower(undecided), rule.shift));  // 2 L + 1
+  return Lanes::both(undecided, Lanes::less(Lanes::convert(odd), Lanes::mul(r, Lanes::set(rule.twice))));
+}
+
 // s >= 0 to an integer, for s <= 2**24. `x`: the number itself, for its sign and because s may have
-// become 0 for an x that is not; `word`: its random bits.
+// become 0 for an x that is not.
 template <int way>
-inline I round_magnitude(F s, F x, I word, const Rule& rule) {
+inline I round_magnitude(F s, F x, const Random& random, const Rule& rule) {
   if constexpr (way == kNearest) {
     return Lanes::nearest(s);
   } else if constexpr (way == kDirected) {
@@ -67,25 +89,22 @@ inline I round_magnitude(F s, F x, I word, const Rule& rule) {
                                Lanes::without(Lanes::all(rule.up_if_positive), sign));
     return Lanes::increment(Lanes::both(inexact, up), whole);
   } else {
-    if constexpr (Lanes::has_unsigned) {
-      // s - w is exact, and so is 2**n * f, which has 24 significant bits and is at most 2**n - 2**8.
-      const I whole = Lanes::truncate(s);
-      const F f = Lanes::sub(s, Lanes::convert(whole));
-      const I k = Lanes::ceil_minus_half(f, Lanes::set(2 * rule.fraction));
-      const I u = Lanes::right_unsigned_by(word, rule.shift);
-      return Lanes::increment(Lanes::less_unsigned(u, k), whole);
-    }
-    // s - w is exact; y = 2**(n - 1) * f < 2**31 and its fraction r are, too. Then 2**n * f is
-    // 2 * floor(y) + 2 * r with 2 * r < 2, and k = 2 * floor(y) + [2 r > 1/2] + [2 r > 3/2]. As f
-    // has 24 significant bits, f <= 1 - 2**-24 and k < 2**n.
+    // f = s - w is exact, and every product with a power of two.
     const I whole = Lanes::truncate(s);
-    const F y = Lanes::mul(Lanes::sub(s, Lanes::convert(whole)), Lanes::set(rule.fraction));
-    const I floor = Lanes::truncate(y);
-    const F r = Lanes::sub(y, Lanes::convert(floor));
-    I k = Lanes::increment(Lanes::less(Lanes::set(0.25f), r), Lanes::add(floor, floor));
-    k = Lanes::increment(Lanes::less(Lanes::set(0.75f), r), k);
-    const I u = Lanes::right_unsigned_by(word, rule.shift);
-    return Lanes::increment(Lanes::less_unsigned(u, k), whole);
+    const F f = Lanes::sub(s, Lanes::convert(whole));
+    if constexpr (way == kSplit16) {
+      const I odd = twice_plus_one(Lanes::right_unsigned_by(random.upper, rule.shift));  // 2 U + 1
+      const M up = Lanes::less(Lanes::convert(odd), Lanes::mul(f, Lanes::set(rule.twice)));
+      return Lanes::increment(up, whole);
+    }
+    // r is exact where it is in [0, 1), and elsewhere on the right side of that.
+    const F r = Lanes::sub(Lanes::mul(f, Lanes::set(0x1p16f)), Lanes::convert(random.upper));
+    const M below = Lanes::less(r, Lanes::set(1.0f));
+    M up = Lanes::without(Lanes::all(true), below);
+    const M undecided = Lanes::without(below, Lanes::less(r, Lanes::set(0.0f)));
+    if (__builtin_expect(Lanes::any(undecided), false))
+      up = Lanes::either(up, lower_takes_up(r, undecided, random, rule));
+    return Lanes::increment(up, whole);
   }
 }
 
@@ -99,7 +118,6 @@ constexpr int32_t kOrdinaryGap = 100;  // magnitude of the largest gap exponent 
 // An ordinary gap is applied with one factor each way. An extreme one (below) first moves x to where
 // every factor is a normal float32: exactly, or where the bits lost are too small to matter.
 template <int way, bool extreme> struct Grid {
-  using Word = WordOf<way>;
   static constexpr bool stochastic = way >= kFast16, simple = true;
   static constexpr bool fast = way == kFast16 || way == kFast32;
 
@@ -135,7 +153,7 @@ template <int way, bool extreme> struct Grid {
     flip = Lanes::set(rule.flip);
   }
 
-  I integers(F x, I word) const {
+  I integers(F x, const Random& random) const {
     F moved = x;
     if constexpr (extreme) moved = Lanes::mul(x, before);
     const F clamped = Lanes::min(Lanes::max(moved, low), high);
@@ -147,29 +165,33 @@ template <int way, bool extreme> struct Grid {
       // as 0 <= k + 2**16 - 1 - U < 2**17. With fewer bits, U is the word with its low bits cleared:
       // a multiple of 2 * half, and k > U means the same.
       const I k = Lanes::ceil_minus(size, scale, half);
-      steps = Lanes::right<16>(Lanes::add(k, Lanes::and_xor(word, mask, flip)));
+      steps = Lanes::right<16>(Lanes::add(k, Lanes::and_xor(random.upper, mask, flip)));
     } else if constexpr (way == kFast32) {
-      // The upper 16 bits of U decide, by the same sum, unless they are those of f: once in 2**16.
+      // The same sum for H, with the integer K = floor(2**16 * s), as H < k or not. It is undecided
+      // where H = k: where the sum ends in ones.
       const F large = Lanes::mul(size, scale);
-      const I sum = Lanes::add(Lanes::truncate(large),
-                               Lanes::sub(Lanes::set(0xffff), Lanes::right_unsigned<16>(word)));
+      const I k = Lanes::truncate(large);
+      const I sum = Lanes::add(k, Lanes::sub(Lanes::set(0xffff), random.upper));
       steps = Lanes::right<16>(sum);
-      if (__builtin_expect(Lanes::any_low_ones(sum), false))
-        steps = round_magnitude<kSplit32>(Lanes::mul(large, Lanes::set(0x1p-16f)), x, word, rule);
+      if (__builtin_expect(Lanes::any_low_ones(sum), false)) {
+        const M undecided = Lanes::equal(Lanes::and_(sum, Lanes::set(0xffff)), Lanes::set(0xffff));
+        const F r = Lanes::sub(large, Lanes::convert(k));
+        steps = Lanes::increment(lower_takes_up(r, undecided, random, rule), steps);
+      }
     } else {
-      steps = round_magnitude<way>(Lanes::mul(size, scale), x, word, rule);
+      steps = round_magnitude<way>(Lanes::mul(size, scale), x, random, rule);
     }
     return Lanes::negate(Lanes::sign(x), steps);
   }
 
-  F value(F x, I word) const {
-    F v = Lanes::mul(Lanes::convert(integers(x, word)), gap);
+  F value(F x, const Random& random) const {
+    F v = Lanes::mul(Lanes::convert(integers(x, random)), gap);
     if constexpr (extreme) v = Lanes::mul(v, after);
     return Lanes::keep_nan(x, v);
   }
 
-  I code(F x, I word, M& seen) const {
-    I q = integers(x, word);
+  I code(F x, const Random& random, M& seen) const {
+    I q = integers(x, random);
     // Only infinities are not 0 there, and their values vanish in float32.
     if constexpr (extreme) q = Lanes::select(vanishing, Lanes::set(0), q);
     return or_nan(f, Lanes::is_nan(x), q, seen);
@@ -178,7 +200,6 @@ template <int way, bool extreme> struct Grid {
 
 // Values of a minifloat times 2**shared.
 template <int way> struct Mini {
-  using Word = WordOf<way>;
   static constexpr bool stochastic = way >= kFast16, simple = false;
 
   const swalp_format& f;
@@ -191,7 +212,7 @@ template <int way> struct Mini {
     I steps, gap;  // |x| = steps * 2**(gap - 127) before overflow, relative to 2**shared
   };
 
-  Rounded round(F x, I word) const {
+  Rounded round(F x, const Random& random) const {
     const I size = Lanes::and_(Lanes::bits(x), Lanes::set(0x7fffffff));
     const M subnormal = Lanes::less(size, Lanes::set(0x00800000));
     // The bits of a float32 with an exponent field wide enough that none is subnormal: the number
@@ -210,7 +231,7 @@ template <int way> struct Mini {
     F s = Lanes::floats(Lanes::or_(Lanes::and_(relative, Lanes::set(0x007fffff)),
                                    Lanes::left<23>(Lanes::add(exponent, Lanes::set(127)))));
     s = Lanes::select(Lanes::equal(size, Lanes::set(0)), Lanes::set(0.0f), s);
-    I steps = round_magnitude<way>(s, x, word, rule);
+    I steps = round_magnitude<way>(s, x, random, rule);
     if constexpr (way == kNearest) {
       if (f.mantissa_bits == 0) {
         // Neighbours are exponent fields: of 2**e and 2**(e+1) the even one is nearer to 1.5 * 2**e.
@@ -230,8 +251,8 @@ template <int way> struct Mini {
     return Lanes::either(Lanes::all(way == kDirected && rule.truncates), directed);
   }
 
-  F value(F x, I word) const {
-    const Rounded r = round(x, word);
+  F value(F x, const Random& random) const {
+    const Rounded r = round(x, random);
     // In two factors, as 2**gap may be no normal float32. The product is exact, or infinite.
     const I exponent = Lanes::sub(r.gap, Lanes::set(127));
     const I half = Lanes::right<1>(exponent);
@@ -257,8 +278,8 @@ template <int way> struct Mini {
     return Lanes::keep_nan(x, v);
   }
 
-  I code(F x, I word, M& seen) const {
-    const Rounded r = round(x, word);
+  I code(F x, const Random& random, M& seen) const {
+    const Rounded r = round(x, random);
     // Codes count the values. In the units of the lowest gap a normal value's code is its exponent
     // above that, and the steps, which bring the hidden bit as one more exponent.
     const I field = Lanes::sub(r.gap, Lanes::set(f.min_normal - f.mantissa_bits + 127));
@@ -299,7 +320,6 @@ template <int way> struct Mini {
 
 // The two values ±largest.
 template <int way> struct Sign {
-  using Word = WordOf<way>;
   static constexpr bool stochastic = way >= kFast16, simple = false;
 
   const swalp_format& f;
@@ -313,7 +333,7 @@ template <int way> struct Sign {
     scale = power_of_two(Lanes::set(exponent / 2 - exponent));
   }
 
-  M negative(F x, I word) const {
+  M negative(F x, const Random& random) const {
     const M sign = Lanes::less(x, Lanes::set(0.0f));
     if constexpr (way == kNearest) return sign;
     const M beyond = Lanes::without(Lanes::all(true), Lanes::less(Lanes::abs(x), Lanes::set(f.largest)));
@@ -322,30 +342,42 @@ template <int way> struct Sign {
       const M below = Lanes::either(sign, Lanes::without(Lanes::all(true), beyond));
       return rule.up_if_positive ? above : below;
     } else {
-      // The sign flips if U + 1/2 < 2**n * (1 - s) / 2, that is if s < (2 V + 1) * 2**-n with the
-      // integer V = 2**(n - 1) - 1 - U, or floor(2**(n - 1) * s + 1/2) <= V. As s <= 1 - 2**-24,
-      // the left side is below 2**31.
+      // The sign flips if U + 1/2 < 2**n * (1 - s) / 2: if 2**(n + 1) * s < 2 * (2**n - 1 - 2 U).
       F s = Lanes::mul(Lanes::mul(Lanes::abs(x), before), scale);
       s = Lanes::select(beyond, Lanes::set(0.0f), s);
-      const F y = Lanes::mul(s, Lanes::set(rule.fraction));
-      const I floor = Lanes::truncate(y);
-      const F r = Lanes::sub(y, Lanes::convert(floor));
-      const M below_half = Lanes::less(r, Lanes::set(0.5f));
-      const I left = Lanes::increment(Lanes::without(Lanes::all(true), below_half), floor);
-      const I u = Lanes::right_unsigned_by(word, rule.shift);
-      const I v = Lanes::sub(Lanes::set(static_cast<int32_t>((uint32_t{1} << (rule.bits - 1)) - 1)), u);
-      const M flip = Lanes::without(Lanes::without(Lanes::all(true), Lanes::less(v, left)), beyond);
+      const auto less_than = [this](F y, int32_t from, I u) {  // twice * y < 2 * (from - 2 u)
+        const I limit = Lanes::sub(Lanes::set(2 * from), Lanes::left<2>(u));
+        return Lanes::less(Lanes::mul(y, Lanes::set(rule.twice)), Lanes::convert(limit));
+      };
+      const int32_t all = 1 << (16 - rule.shift);
+      M flip;
+      if constexpr (way == kSplit16) {
+        flip = less_than(s, all - 1, Lanes::right_unsigned_by(random.upper, rule.shift));
+      } else {
+        // With a = 2**16 - 2 - 2 H and y = 2**16 * s - a, that is 2**m * y < 2**(m + 1) - 1 - 2 L, whose
+        // right side lies between 0 and 2 * 2**m. y is exact where it does.
+        const I a = Lanes::sub(Lanes::set(0xfffe), Lanes::left<1>(random.upper));
+        const F y = Lanes::sub(Lanes::mul(s, Lanes::set(0x1p16f)), Lanes::convert(a));
+        const M below = Lanes::less(y, Lanes::set(2.0f));
+        const M undecided = Lanes::both(below, Lanes::less(Lanes::set(0.0f), y));
+        flip = Lanes::without(below, undecided);
+        if (__builtin_expect(Lanes::any(undecided), false)) {
+          const I l = Lanes::right_unsigned_by(random.lower(undecided), rule.shift);
+          flip = Lanes::either(flip, Lanes::both(undecided, less_than(y, 2 * all - 1, l)));
+        }
+      }
+      flip = Lanes::without(flip, beyond);
       return Lanes::either(Lanes::without(sign, flip), Lanes::without(flip, sign));
     }
   }
 
-  F value(F x, I word) const {
-    const F v = Lanes::select(negative(x, word), Lanes::set(-f.largest), Lanes::set(f.largest));
+  F value(F x, const Random& random) const {
+    const F v = Lanes::select(negative(x, random), Lanes::set(-f.largest), Lanes::set(f.largest));
     return Lanes::keep_nan(x, v);
   }
 
-  I code(F x, I word, M& seen) const {
-    const I code = Lanes::select(negative(x, word), Lanes::set(0), Lanes::set(1));
+  I code(F x, const Random& random, M& seen) const {
+    const I code = Lanes::select(negative(x, random), Lanes::set(0), Lanes::set(1));
     return or_nan(f, Lanes::is_nan(x), code, seen);
   }
 };

@@ -9,39 +9,38 @@ namespace {
 // Quantizes n elements. Returns whether a NaN was lost.
 template <class Op, class Out>
 inline __attribute__((always_inline)) bool each(const Op& op, const float* x, Out* out, int64_t n,
-                                                const typename Op::Word* word) {
+                                                const Words& words) {
   constexpr int N = Lanes::N;
+  const uint16_t* const upper = words.upper + words.at;
   M nan = Lanes::all(false);
-  const auto random = [](const typename Op::Word* w) __attribute__((always_inline)) {
-    if constexpr (Op::stochastic) return Lanes::load(w);
-    else return Lanes::set(0);
+  const auto random = [&](int64_t i) __attribute__((always_inline)) {
+    if constexpr (Op::stochastic) return Random{Lanes::load(upper + i), words, i};
+    else return Random{Lanes::set(0), words, i};
   };
-  const auto one = [&](const float* from, Out* to, const typename Op::Word* w)
-                       __attribute__((always_inline)) {
+  const auto one = [&](const float* from, Out* to, const Random& bits) __attribute__((always_inline)) {
     const F v = Lanes::load(from);
-    if constexpr (sizeof(Out) == 4) Lanes::store(to, op.value(v, random(w)));
-    else Lanes::store(to, op.code(v, random(w), nan));
+    if constexpr (sizeof(Out) == 4) Lanes::store(to, op.value(v, bits));
+    else Lanes::store(to, op.code(v, bits, nan));
   };
   int64_t i = 0;
   if constexpr (sizeof(Out) == 1 && Op::simple) {
     for (; i + 4 * N <= n; i += 4 * N) {
       I code[4];
 #pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k)
-        code[k] = op.code(Lanes::load(x + i + k * N), random(word + i + k * N), nan);
+      for (int k = 0; k < 4; ++k) code[k] = op.code(Lanes::load(x + i + k * N), random(i + k * N), nan);
       Lanes::store(out + i, code[0], code[1], code[2], code[3]);
     }
   }
-  for (; i + N <= n; i += N) one(x + i, out + i, word + i);
+  for (; i + N <= n; i += N) one(x + i, out + i, random(i));
   if (i < n) {
     float from[N] = {};
     Out to[N];
-    typename Op::Word w[N] = {};
+    uint16_t bits[N] = {};
     for (int k = 0; i + k < n; ++k) {
       from[k] = x[i + k];
-      if constexpr (Op::stochastic) w[k] = word[i + k];
+      if constexpr (Op::stochastic) bits[k] = upper[i + k];
     }
-    one(from, to, w);
+    one(from, to, Random{Lanes::load(bits), words, i});
     for (int k = 0; i + k < n; ++k) out[i + k] = to[k];
   }
   return !op.f.has_nan && Lanes::any(nan);
@@ -55,31 +54,29 @@ int32_t gap_of(const swalp_format& f, int32_t shared) {
 bool is_extreme(int32_t gap) { return gap > kOrdinaryGap || gap < -kOrdinaryGap; }
 
 using Span = bool (*)(const swalp_format&, const Rule&, const float* x, void* out, int64_t n,
-                      const void* word, int32_t shared);
+                      const Words& words, int32_t shared);
 using Rows = bool (*)(const swalp_format&, const Rule&, const float* x, void* out, int64_t rows,
-                      int64_t length, const void* word, int32_t* shared);
+                      int64_t length, const Words& words, int32_t* shared);
 using Columns = bool (*)(const swalp_format&, const Rule&, const float* x, void* out, int64_t n,
-                         const void* word, const int32_t* shared);
+                         const Words& words, const int32_t* shared);
 
 // Each of the ops with the shared exponent that it was made for.
 template <template <int> class Op, int way> struct Plain {
-  using Word = WordOf<way>;
   template <class Out>
   static bool run(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
-                  const Word* word, int32_t shared) {
-    return each(Op<way>(f, rule, Lanes::set(shared)), x, out, n, word);
+                  const Words& words, int32_t shared) {
+    return each(Op<way>(f, rule, Lanes::set(shared)), x, out, n, words);
   }
   static Op<way> lanes(const swalp_format& f, const Rule& rule, I shared) { return {f, rule, shared}; }
 };
 
 template <int way> struct Gridded {
-  using Word = WordOf<way>;
   template <class Out>
   static bool run(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
-                  const Word* word, int32_t shared) {
+                  const Words& words, int32_t shared) {
     const int32_t gap = gap_of(f, shared);
-    if (is_extreme(gap)) return each(Grid<way, true>(f, rule, Lanes::set(gap)), x, out, n, word);
-    return each(Grid<way, false>(f, rule, Lanes::set(gap)), x, out, n, word);
+    if (is_extreme(gap)) return each(Grid<way, true>(f, rule, Lanes::set(gap)), x, out, n, words);
+    return each(Grid<way, false>(f, rule, Lanes::set(gap)), x, out, n, words);
   }
   static Grid<way, true> lanes(const swalp_format& f, const Rule& rule, I shared) {
     return {f, rule, Lanes::max(Lanes::add(shared, Lanes::set(f.gap_offset)), Lanes::set(kLowestGap))};
@@ -88,23 +85,20 @@ template <int way> struct Gridded {
 
 template <class Family, class Out>
 bool span(const swalp_format& f, const Rule& rule, const float* x, void* out, int64_t n,
-          const void* word, int32_t shared) {
-  using Word = typename Family::Word;
-  return Family::run(f, rule, x, static_cast<Out*>(out), n, static_cast<const Word*>(word), shared);
+          const Words& words, int32_t shared) {
+  return Family::run(f, rule, x, static_cast<Out*>(out), n, words, shared);
 }
 
 // Blocks that follow each other in memory.
 template <class Family, class Out>
 bool rows(const swalp_format& f, const Rule& rule, const float* x, void* out, int64_t count,
-          int64_t length, const void* word, int32_t* shared) {
-  using Word = typename Family::Word;
+          int64_t length, const Words& words, int32_t* shared) {
   bool lost = false;
   for (int64_t row = 0; row < count; ++row) {
     const int64_t at = row * length;
     const int32_t exponent = shared_exponent(f, largest(x + at, length));
     if (shared) shared[row] = exponent;
-    lost |= Family::run(f, rule, x + at, static_cast<Out*>(out) + at, length,
-                        static_cast<const Word*>(word) + at, exponent);
+    lost |= Family::run(f, rule, x + at, static_cast<Out*>(out) + at, length, words.from(at), exponent);
   }
   return lost;
 }
@@ -112,8 +106,7 @@ bool rows(const swalp_format& f, const Rule& rule, const float* x, void* out, in
 // A shared exponent for each element.
 template <class Family, class Out>
 bool columns(const swalp_format& f, const Rule& rule, const float* x, void* out, int64_t n,
-             const void* word, const int32_t* shared) {
-  using Word = typename Family::Word;
+             const Words& words, const int32_t* shared) {
   constexpr int N = Lanes::N;
   bool lost = false;
   for (int64_t i = 0; i < n; i += N) {
@@ -121,7 +114,7 @@ bool columns(const swalp_format& f, const Rule& rule, const float* x, void* out,
     int32_t padded[N] = {};
     for (int64_t k = 0; k < count; ++k) padded[k] = shared[i + k];
     lost |= each(Family::lanes(f, rule, Lanes::load(padded)), x + i, static_cast<Out*>(out) + i,
-                 count, static_cast<const Word*>(word) + i);
+                 count, words.from(i));
   }
   return lost;
 }
