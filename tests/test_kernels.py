@@ -325,25 +325,70 @@ def test_random_cases(values, exponent, fmt, rule):
 def nearly_undecided(argument):
     """64 to 127 gaps large, with a fraction that starts like the first 16 random bits of
     its element, so that it takes the other bits to tell whether it is rounded up."""
-    bits, gap = argument
-    first = random_bits(4096, bits, SEED, 0, 0) >> (bits - 16)
+    bits, gap, shape = argument
+    first = random_bits(4096, 16, SEED, 0, 0)
     make = torch.Generator().manual_seed(bits)
     whole, rest, sign = (torch.randint(0, n, first.shape, generator=make) for n in (63, 2, 2))
     size = 64 + whole.double() + (2 * first + rest) * 2.0**-17
-    return (torch.where(sign == 0, gap, -gap) * size).float()
+    return laid_out((torch.where(sign == 0, gap, -gap) * size).float(), shape)
 
 
+def nearly_undecided_signs(argument):
+    """Fractions of 1 of which the first 16 random bits do not tell the sign."""
+    bits, _, shape = argument
+    first = random_bits(4096, 16, SEED, 0, 0)
+    make = torch.Generator().manual_seed(bits)
+    rest, sign = (torch.randint(0, 2, first.shape, generator=make) for _ in range(2))
+    size = (2.0**16 - 2 - 2 * first.double() + 0.5 + rest) * 2.0**-16
+    return laid_out((torch.where(sign == 0, 1, -1) * size.clamp(min=0)).float(), shape)
+
+
+def laid_out(values, shape):
+    x = values.reshape(shape)
+    return x if x.dim() < 4 else x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(4096,), (4, 16, 8, 8), (4, 4, 256, 1), (32, 128)])
 @pytest.mark.parametrize("bits", [17, 23, 31, 32])
 @pytest.mark.parametrize(
     ("fmt", "gap"),
-    [(FixedPoint(8, 4), 2.0**-4), (FixedPoint(16, 8), 2.0**-8), (BlockFloat(8), 2.0**-5)],
+    [
+        (FixedPoint(8, 4), 2.0**-4),
+        (FixedPoint(16, 8), 2.0**-8),
+        (BlockFloat(8), 2.0**-5),
+        (BlockFloat(8, axes=(0,)), 2.0**-5),
+        (BlockFloat(8, axes=(1,)), 2.0**-5),
+        (BlockFloat(8, symmetric=False), 2.0**-5),
+        (Minifloat(5, 6), 1.0),
+    ],
 )
-def test_random_bits_beyond_the_first_16(fmt, gap, bits, build):
+def test_random_bits_beyond_the_first_16(fmt, gap, bits, shape, build):
+    if len(shape) == 1 and isinstance(fmt, BlockFloat) and fmt.axes == (1,):
+        return  # no such axis
     rule = Stochastic(SEED, random_bits=bits)
-    assert_equals_definition(nearly_undecided, (bits, gap), fmt, rule)
-    x, _, values, _, _ = definition(nearly_undecided, (bits, gap), fmt, rule)
+    argument = bits, gap, shape
+    assert_equals_definition(nearly_undecided, argument, fmt, rule)
+    x, _, values, _, _ = definition(nearly_undecided, argument, fmt, rule)
     up = values != reference.quantize(x, fmt, TowardZero())
     assert 0.2 < up.float().mean() < 0.3  # half of those in the middle of an interval
+
+
+@pytest.mark.parametrize("shape", [(4096,), (4, 16, 8, 8)])
+@pytest.mark.parametrize("bits", [17, 23, 31, 32])
+def test_random_bits_beyond_the_first_16_of_signs(bits, shape, build):
+    assert_equals_definition(
+        nearly_undecided_signs, (bits, None, shape), Binary(), Stochastic(SEED, random_bits=bits)
+    )
+
+
+@pytest.mark.parametrize("strange", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [0, 100_000, 199_999])
+def test_one_strange_element_among_many(place, strange, build, threads):
+    x = tame(200_000)
+    x[place] = strange
+    for fmt in (BlockFloat(8), BlockFloat(8, symmetric=False), BlockFloat(8, tile=1000)):
+        for rule in FEW_RULES:
+            assert same_bits(cpu.quantize(x, fmt, rule), reference.quantize(x, fmt, rule))
 
 
 @pytest.mark.parametrize("bits", [16, 32])

@@ -48,21 +48,21 @@ template <class X> struct RoundedAverage {
         const F difference = Lanes::sub(iterate.template get<whole>(x + i, left), before);
         const F moved = Lanes::add(before, Lanes::mul(difference, weight));
         store<whole>(next + i, moved, left);
-        return Lanes::max_unsigned(so_far, order(moved));
+        return Lanes::max_unsigned(so_far, twice_bits(moved));
       });
     });
-    raise(&b.most[0], Lanes::largest_unsigned(most));
+    b.most[0].raise(largest_of(most, to.of[0], count));
   }
 
-  void keep(Shared& b, int64_t begin, int64_t count, const Scratch<values>& from, const uint32_t* most,
+  void keep(Shared& b, int64_t begin, int64_t count, const Scratch<values>& from, const Raised* most,
             uint32_t* buffer) const {
-    const int32_t shared = shared_exponent(role.format, most[0]);
+    const Scale scale = scale_of(role.format, most[0].value());
     chunks(begin, count, [&](int64_t at, int64_t n) {
-      role.template keep<int8_t>(from.of[0] + (at - begin), p.average, b.base + at, n, shared, buffer);
+      role.template keep<int8_t>(from.of[0] + (at - begin), p.average, b.base + at, n, scale, buffer);
     });
   }
 
-  void finish(const Shared& b, const uint32_t* most) const {
+  void finish(const Shared& b, const Raised* most) const {
     keep_exponent(p.exponents, b.base / b.length, role.format, most[0]);
   }
 

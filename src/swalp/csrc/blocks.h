@@ -13,7 +13,13 @@ Lanes::I order(Lanes::F x) {
   return Lanes::add(Lanes::add(bits, bits), Lanes::set(static_cast<int32_t>(kZero)));
 }
 
-uint32_t largest(const float* x, int64_t n) {
+// Twice the bits: these order like the numbers, infinities and NaN above all others.
+Lanes::I twice_bits(Lanes::F x) { return Lanes::add(Lanes::bits(x), Lanes::bits(x)); }
+
+constexpr uint32_t kStrange = 0xff000000;  // twice the bits of the first that is not finite
+
+template <class Order>
+inline __attribute__((always_inline)) uint32_t largest_by(const Order& order, const float* x, int64_t n) {
   constexpr int N = Lanes::N;
   Lanes::I most[4] = {Lanes::set(0), Lanes::set(0), Lanes::set(0), Lanes::set(0)};
   int64_t i = 0;
@@ -31,6 +37,36 @@ uint32_t largest(const float* x, int64_t n) {
   return Lanes::largest_unsigned(Lanes::max_unsigned(a, b));
 }
 
+// The largest finite magnitude, and whether there is no other.
+struct Largest {
+  uint32_t magnitude = 0;
+  bool finite = true;
+};
+
+// The same, found by several threads.
+class Raised {
+ public:
+  void raise(const Largest& mine) {
+    uint32_t seen = __atomic_load_n(&magnitude_, __ATOMIC_RELAXED);
+    while (mine.magnitude > seen &&
+           !__atomic_compare_exchange_n(&magnitude_, &seen, mine.magnitude, true, __ATOMIC_RELAXED,
+                                        __ATOMIC_RELAXED)) {
+    }
+    if (!mine.finite) __atomic_store_n(&finite_, false, __ATOMIC_RELAXED);
+  }
+  Largest value() const { return {magnitude_, finite_}; }
+
+ private:
+  uint32_t magnitude_ = 0;
+  bool finite_ = true;
+};
+
+Largest largest(const float* x, int64_t n) {
+  const uint32_t most = largest_by(twice_bits, x, n);
+  if (most < kStrange) return {most + kZero, true};
+  return {largest_by(order, x, n), false};
+}
+
 // most[i] = the larger of most[i] and element i.
 void largest_each(const float* x, int64_t n, uint32_t* most) {
   int64_t i = 0;
@@ -39,7 +75,7 @@ void largest_each(const float* x, int64_t n, uint32_t* most) {
     Lanes::store(reinterpret_cast<float*>(most + i), Lanes::floats(m));
   }
   for (; i < n; ++i) {
-    const uint32_t one = largest(x + i, 1);
+    const uint32_t one = largest(x + i, 1).magnitude;
     if (one > most[i]) most[i] = one;
   }
 }
@@ -52,6 +88,20 @@ int32_t shared_exponent(const swalp_format& f, uint32_t largest_magnitude) {
   const int32_t exponent = floor_log2 - f.element_exponent;
   return exponent < f.min_exponent ? f.min_exponent
                                    : exponent > f.max_exponent ? f.max_exponent : exponent;
+}
+
+// What a block's elements share. `bounded`: all are finite, and in gaps none is above the power of two
+// that the lowest integer of a format in two's complement reaches.
+struct Scale {
+  int32_t exponent;
+  bool bounded;
+};
+
+Scale scale_of(const swalp_format& f, const Largest& most) {
+  const int32_t exponent = shared_exponent(f, most.magnitude);
+  const int32_t reach = f.element_exponent + 1 - f.gap_offset;
+  const bool reached = reach >= 0 && reach < 31 && -f.min_integer >= (1 << reach) - 1;
+  return {exponent, f.blocked && most.finite && exponent < f.max_exponent && reached};
 }
 
 }  // namespace

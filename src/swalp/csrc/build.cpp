@@ -39,21 +39,18 @@ int quantize_part(const swalp_format* f, const swalp_rounding* r, int64_t start,
   if (n < kSerial) threads = 1;
   const swalp_role both = {*f, *r};
   const Role role(both, SWALP_CODE8);
-  uint32_t most = 0;
+  Raised most;
   const bool lost = parallel((n + kChunk - 1) / kChunk, threads, [&](int64_t begin, int64_t end) {
     alignas(64) uint32_t buffer[kNoise];
-    uint32_t mine = 0;
     bool any = false;
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       const int64_t at = chunk * kChunk, left = n - at, count = left < kChunk ? left : kChunk;
-      const uint32_t here = largest(x + at, count);
-      mine = here > mine ? here : mine;
-      any |= role.span(x + at, out + at, start + at, count, *exponent, buffer);
+      most.raise(largest(x + at, count));
+      any |= role.span(x + at, out + at, start + at, count, {*exponent, false}, buffer);
     }
-    raise(&most, mine);
     return any;
   });
-  if (f->blocked) *exponent = shared_exponent(*f, most);
+  if (f->blocked) *exponent = shared_exponent(*f, most.value().magnitude);
   return lost;
 }
 

@@ -24,13 +24,12 @@ class Descent {
     float* const w = d.weight;
     if (d.role) {
       noise.step = static_cast<uint32_t>(t);
-      const int32_t shared =
-          role.format.blocked ? shared_exponent(role.format, largest(moved, n)) : 0;
+      const Scale scale = role.format.blocked ? scale_of(role.format, largest(moved, n)) : Scale{};
       alignas(64) uint32_t buffer[kNoise];
       for (int64_t at = 0; at < n; at += kChunk) {
         const int64_t count = n - at < kChunk ? n - at : kChunk;
         const Words words = fill(noise, at, count, buffer);
-        role.kernel.span(role.format, role.rule, moved + at, w + at, count, words, shared);
+        role.kernel.span(role.format, role.rule, moved + at, w + at, count, words, scale);
       }
     } else {
       for (int64_t k = 0; k < n; ++k) w[k] = moved[k];

@@ -36,10 +36,8 @@ struct Lanes {
                                         _mm256_extracti128_si256(packed, 1)));
   }
   static void store(int8_t* p, I a, I b, I c, I d) {
-    const __m256i low = set(0x00ff00ff);
-    const __m256i ab = _mm256_and_si256(_mm256_packs_epi32(a, b), low);
-    const __m256i cd = _mm256_and_si256(_mm256_packs_epi32(c, d), low);
-    const __m256i halves = _mm256_packus_epi16(ab, cd);  // the lower halves of a, b, c, d, then the upper
+    // The lower halves of a, b, c, d, then the upper.
+    const __m256i halves = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(halves, order));
   }
@@ -69,15 +67,14 @@ struct Lanes {
   static F convert(I v) { return _mm256_cvtepi32_ps(v); }
   static I truncate(F v) { return _mm256_cvttps_epi32(v); }
   static I nearest(F v) { return _mm256_cvtps_epi32(v); }
-  static I ceil_minus(F a, F c, F d) {
-    return _mm256_cvtps_epi32(_mm256_ceil_ps(_mm256_fmsub_ps(a, c, d)));
+  static I ceil_minus_half(F a, F c) {
+    return _mm256_cvtps_epi32(_mm256_ceil_ps(_mm256_fmsub_ps(a, c, set(0.5f))));
   }
 
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
   static I and_(I a, I b) { return _mm256_and_si256(a, b); }
   static I or_(I a, I b) { return _mm256_or_si256(a, b); }
-  static I and_xor(I a, I b, I c) { return _mm256_xor_si256(_mm256_and_si256(a, b), c); }
   static I max(I a, I b) { return _mm256_max_epi32(a, b); }
   static I min(I a, I b) { return _mm256_min_epi32(a, b); }
   static I max_unsigned(I a, I b) { return _mm256_max_epu32(a, b); }
@@ -109,7 +106,7 @@ struct Lanes {
   static I select(M m, I a, I b) { return _mm256_blendv_epi8(b, a, m); }
   static F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, floats(m)); }
   static I increment(M m, I v) { return sub(v, m); }
-  static I negate(M m, I v) { return sub(_mm256_xor_si256(v, m), m); }
+  static I with_sign(F x, I v) { return _mm256_sign_epi32(v, bits(x)); }
   static F keep_nan(F x, F v) { return select(is_nan(x), _mm256_add_ps(x, x), v); }
 
   static W wide(uint64_t v) { return _mm256_set1_epi64x(static_cast<long long>(v)); }

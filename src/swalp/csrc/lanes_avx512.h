@@ -8,7 +8,7 @@ namespace {
 struct Lanes {
   static constexpr int N = 16;
   static constexpr int counters = 8;
-  // Rounding toward +infinity makes ceil_minus exact as long as its result fits an int32.
+  // Rounding toward +infinity makes ceil_minus_half exact as long as its result fits an int32.
   static constexpr float exact_limit = 16384;
   static constexpr int up = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
 
@@ -55,18 +55,16 @@ struct Lanes {
   static F convert(I v) { return _mm512_cvtepi32_ps(v); }
   static I truncate(F v) { return _mm512_cvttps_epi32(v); }
   static I nearest(F v) { return _mm512_cvtps_epi32(v); }
-  // y = a * c - d rounded up to a float32 is >= y and <= ceil(y): an integer is a float32 below 2**24,
-  // and above it a * c is an integer already, that d <= 1/2 does not reach down to the next float32
-  // (d > 1/2 only shifts where "no random number is below that" begins, as in lanes_scalar.h).
-  static I ceil_minus(F a, F c, F d) {
-    return _mm512_cvt_roundps_epi32(_mm512_fmsub_round_ps(a, c, d, up), up);
+  // y = a * c - 1/2 rounded up to a float32 is >= y and <= ceil(y): an integer is a float32 below 2**24,
+  // and above it a * c is an integer already, from which 1/2 does not reach down to the next float32.
+  static I ceil_minus_half(F a, F c) {
+    return _mm512_cvt_roundps_epi32(_mm512_fmsub_round_ps(a, c, set(0.5f), up), up);
   }
 
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
   static I and_(I a, I b) { return _mm512_and_si512(a, b); }
   static I or_(I a, I b) { return _mm512_or_si512(a, b); }
-  static I and_xor(I a, I b, I c) { return _mm512_ternarylogic_epi32(a, b, c, 0x6a); }
   static I max(I a, I b) { return _mm512_max_epi32(a, b); }
   static I min(I a, I b) { return _mm512_min_epi32(a, b); }
   static I max_unsigned(I a, I b) { return _mm512_max_epu32(a, b); }
@@ -91,7 +89,9 @@ struct Lanes {
   static I select(M m, I a, I b) { return _mm512_mask_mov_epi32(b, m, a); }
   static F select(M m, F a, F b) { return _mm512_mask_mov_ps(b, m, a); }
   static I increment(M m, I v) { return _mm512_mask_sub_epi32(v, m, v, set(-1)); }
-  static I negate(M m, I v) { return _mm512_mask_sub_epi32(v, m, _mm512_setzero_si512(), v); }
+  static I with_sign(F x, I v) {
+    return _mm512_mask_sub_epi32(v, sign(x), _mm512_setzero_si512(), v);
+  }
   static F keep_nan(F x, F v) { return _mm512_mask_add_ps(v, is_nan(x), x, x); }
 
   static W wide(uint64_t v) { return _mm512_set1_epi64(static_cast<long long>(v)); }

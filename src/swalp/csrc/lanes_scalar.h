@@ -8,7 +8,7 @@ namespace {
 struct Lanes {
   static constexpr int N = 1;         // elements of a vector
   static constexpr int counters = 1;  // Philox counters of a vector
-  static constexpr float exact_limit = 128;  // see ceil_minus
+  static constexpr float exact_limit = 128;  // see ceil_minus_half
 
   using F = float;
   using I = int32_t;
@@ -23,7 +23,7 @@ struct Lanes {
   static void store(float* p, F v) { *p = v; }
   static void store(int32_t* p, I v) { *p = v; }
   static void store(int8_t* p, I v) { *p = static_cast<int8_t>(v); }
-  // Four vectors of numbers of at most 16 bits.
+  // Four vectors of numbers that fit.
   static void store(int8_t* p, I a, I b, I c, I d) {
     store(p, a), store(p + N, b), store(p + 2 * N, c), store(p + 3 * N, d);
   }
@@ -54,11 +54,10 @@ struct Lanes {
   static F convert(I v) { return static_cast<float>(v); }
   static I truncate(F v) { return static_cast<I>(v); }
   static I nearest(F v) { return static_cast<I>(__builtin_lrintf(v)); }  // in the default mode
-  // ceil(a * c - d) for a * c in [0, exact_limit * 2**16], c a power of two, d = 2**-1 .. 2**14.
-  // Up to that limit a * c - d is exact in float32 unless it lies in (-d, 0), where a result rounded
-  // to -d makes no difference: both are "no random number is below that".
-  static I ceil_minus(F a, F c, F d) {
-    const F y = a * c - d;
+  // ceil(a * c - 1/2) for a * c in [0, exact_limit * 2**16], c a power of two. Up to that limit
+  // a * c - 1/2 is exact in float32 unless it lies in (-1/2, 0), where -1/2 gives 0, too.
+  static I ceil_minus_half(F a, F c) {
+    const F y = a * c - 0.5f;
     const I whole = static_cast<I>(y);
     return whole + (static_cast<float>(whole) < y);
   }
@@ -67,7 +66,6 @@ struct Lanes {
   static I sub(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b)); }
   static I and_(I a, I b) { return a & b; }
   static I or_(I a, I b) { return a | b; }
-  static I and_xor(I a, I b, I c) { return (a & b) ^ c; }
   static I max(I a, I b) { return a > b ? a : b; }
   static I min(I a, I b) { return a < b ? a : b; }
   static I max_unsigned(I a, I b) { return static_cast<uint32_t>(a) > static_cast<uint32_t>(b) ? a : b; }
@@ -93,7 +91,11 @@ struct Lanes {
   static I select(M m, I a, I b) { return b ^ ((a ^ b) & -static_cast<I>(m)); }
   static F select(M m, F a, F b) { return floats(select(m, bits(a), bits(b))); }
   static I increment(M m, I v) { return v + m; }
-  static I negate(M m, I v) { return (v ^ -static_cast<I>(m)) + m; }  // signs mispredict
+  // v, or -v if x has a minus sign; v is 0 where x is +0.
+  static I with_sign(F x, I v) {  // signs mispredict
+    const I negative = -static_cast<I>(sign(x));
+    return (v ^ negative) - negative;
+  }
   static F keep_nan(F x, F v) { return x != x ? x + x : v; }  // x + x makes the NaN a quiet one
 
   static W wide(uint64_t v) { return v; }

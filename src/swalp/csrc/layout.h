@@ -49,8 +49,8 @@ struct Task {
     }
   }
 
-  bool span(int64_t at, int64_t n, const Words& words, int32_t shared) const {
-    return kernel.span(format, rule, x + at, out + at * item, n, words, shared);
+  bool span(int64_t at, int64_t n, const Words& words, Scale scale) const {
+    return kernel.span(format, rule, x + at, out + at * item, n, words, scale);
   }
 
   // The range [base, base + length) of memory, in pieces of the noise. Transposed: it holds whole
@@ -61,33 +61,33 @@ struct Task {
     return length / plane * ((layout.positions + rows - 1) / rows);
   }
 
-  bool run_pieces(int64_t base, int64_t length, int64_t begin, int64_t end, int32_t shared) const {
+  bool run_pieces(int64_t base, int64_t length, int64_t begin, int64_t end, Scale scale) const {
     bool lost = false;
     // The end of a range that was just searched for its largest is still in the cache: it comes
     // first. Within a stretch the order is that of memory, which the processor expects.
     for (; end > begin; end -= kStretch) {
       const int64_t low = end - kStretch < begin ? begin : end - kStretch;
-      lost |= run_stretch(base, length, low, end, shared);
+      lost |= run_stretch(base, length, low, end, scale);
     }
     return lost;
   }
 
-  bool run_stretch(int64_t base, int64_t length, int64_t begin, int64_t end, int32_t shared) const {
+  bool run_stretch(int64_t base, int64_t length, int64_t begin, int64_t end, Scale scale) const {
     alignas(64) uint32_t buffer[kBuffer];
     bool lost = false;
     for (int64_t piece = begin; piece < end; ++piece) {
       if (transposed) {
-        lost |= run_tile(base, piece, shared, buffer);
+        lost |= run_tile(base, piece, scale, buffer);
         continue;
       }
       const int64_t at = base + piece * kChunk;
       const int64_t left = base + length - at, n = left < kChunk ? left : kChunk;
-      lost |= span(at, n, fill(noise, at, n, buffer), shared);
+      lost |= span(at, n, fill(noise, at, n, buffer), scale);
     }
     return lost;
   }
 
-  bool run_tile(int64_t base, int64_t piece, int32_t shared, uint32_t* buffer) const {
+  bool run_tile(int64_t base, int64_t piece, Scale scale, uint32_t* buffer) const {
     const int64_t positions = layout.positions, channels = layout.channels;
     const int64_t bands = (positions + rows - 1) / rows;
     const int64_t plane = base + piece / bands * positions * channels;
@@ -104,34 +104,30 @@ struct Task {
                                           reinterpret_cast<uint16_t*>(buffer), scratch);
       const int64_t at = plane + p0 * channels + c0;
       if (width == channels && row == width) {
-        lost |= span(at, height * width, words, shared);
+        lost |= span(at, height * width, words, scale);
         continue;
       }
       for (int64_t p = 0; p < height; ++p)
-        lost |= span(at + p * channels, width, words.from(p * row), shared);
+        lost |= span(at + p * channels, width, words.from(p * row), scale);
     }
     return lost;
   }
 
   // One exponent, or none, for [base, base + length): all threads work on it.
   bool run_block(int64_t base, int64_t length, int32_t* exponent) const {
-    int32_t shared = 0;
+    Scale scale = {};
     if (format.blocked) {
-      uint32_t most = 0;
+      Raised most;
       parallel((length + kChunk - 1) / kChunk, threads, [&](int64_t begin, int64_t end) {
         const int64_t at = begin * kChunk, left = length - at, n = (end - begin) * kChunk;
-        const uint32_t mine = largest(x + base + at, left < n ? left : n);
-        uint32_t seen = __atomic_load_n(&most, __ATOMIC_RELAXED);
-        while (mine > seen && !__atomic_compare_exchange_n(&most, &seen, mine, true,
-                                                           __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-        }
+        most.raise(largest(x + base + at, left < n ? left : n));
         return false;
       });
-      shared = shared_exponent(format, most);
-      if (exponent) *exponent = shared;
+      scale = scale_of(format, most.value());
+      if (exponent) *exponent = scale.exponent;
     }
     return parallel(pieces(length), threads, [&](int64_t begin, int64_t end) {
-      return run_pieces(base, length, begin, end, shared);
+      return run_pieces(base, length, begin, end, scale);
     });
   }
 
@@ -148,9 +144,9 @@ struct Task {
       return parallel(blocks, threads, [&](int64_t begin, int64_t end) {
         bool lost = false;
         for (int64_t b = begin; b < end; ++b) {
-          const int32_t shared = shared_exponent(format, largest(x + b * length, length));
-          if (exponents) exponents[b] = shared;
-          lost |= run_pieces(b * length, length, 0, pieces(length), shared);
+          const Scale scale = scale_of(format, largest(x + b * length, length));
+          if (exponents) exponents[b] = scale.exponent;
+          lost |= run_pieces(b * length, length, 0, pieces(length), scale);
         }
         return lost;
       });
@@ -256,7 +252,7 @@ bool run_strips(const Task& task, int32_t* exponents) {
       strips.walk_blocks(begin, end, [&](int64_t block) { most[block] = 0; });
       strips.walk(begin, end, !each, [&](int64_t at, int64_t n, int64_t block) {
         if (each) return largest_each(task.x + at, n, most + block);
-        const uint32_t here = largest(task.x + at, n);
+        const uint32_t here = largest(task.x + at, n).magnitude;
         if (here > most[block]) most[block] = here;
       });
       strips.walk_blocks(begin, end, [&](int64_t block) {
@@ -270,7 +266,7 @@ bool run_strips(const Task& task, int32_t* exponents) {
             lost |= task.kernel.columns(task.format, task.rule, task.x + here,
                                         task.out + here * task.item, count, words,
                                         exponents + block + done);
-          else lost |= task.span(here, count, words, exponents[block]);
+          else lost |= task.span(here, count, words, {exponents[block], false});
         }
       });
     }

@@ -29,8 +29,8 @@ struct Role {
       : format(role.format), rule(role.rounding), noise(role.rounding),
         kernel(choose(role.format, role.rounding, output)), halved(role.halved) {}
 
-  bool span(const float* x, void* out, int64_t at, int64_t n, int32_t shared, uint32_t* buffer) const {
-    return kernel.span(format, rule, x, out, n, fill(noise, at, n, buffer), shared);
+  bool span(const float* x, void* out, int64_t at, int64_t n, Scale scale, uint32_t* buffer) const {
+    return kernel.span(format, rule, x, out, n, fill(noise, at, n, buffer), scale);
   }
 
   // The numbers from element `at` of what is kept on: there, or split into `room`.
@@ -46,16 +46,16 @@ struct Role {
 
   // Rounds n numbers to their places from element `at` of what is kept on.
   template <class Kept>
-  bool keep(const float* x, void* all, int64_t at, int64_t n, int32_t shared, uint32_t* buffer) const {
+  bool keep(const float* x, void* all, int64_t at, int64_t n, Scale scale, uint32_t* buffer) const {
     if constexpr (sizeof(Kept) == 1) {
       if (halved) {
         alignas(64) int8_t codes[kChunk];
-        const bool lost = span(x, codes, at, n, shared, buffer);
+        const bool lost = span(x, codes, at, n, scale, buffer);
         join_halves(codes, n, static_cast<uint8_t*>(all) + at / 2);
         return lost;
       }
     }
-    return span(x, static_cast<Kept*>(all) + at, at, n, shared, buffer);
+    return span(x, static_cast<Kept*>(all) + at, at, n, scale, buffer);
   }
 };
 
@@ -127,25 +127,17 @@ template <> struct Stored<int8_t> {
 
 int32_t exponent_of(const int8_t* exponents, int64_t block) { return exponents ? exponents[block] : 0; }
 
-void keep_exponent(int8_t* exponents, int64_t block, const swalp_format& f, uint32_t most) {
-  if (exponents) exponents[block] = static_cast<int8_t>(shared_exponent(f, most));
-}
-
-void raise(uint32_t* most, uint32_t mine) {
-  uint32_t seen = __atomic_load_n(most, __ATOMIC_RELAXED);
-  while (mine > seen && !__atomic_compare_exchange_n(most, &seen, mine, true, __ATOMIC_RELAXED,
-                                                     __ATOMIC_RELAXED)) {
-  }
+void keep_exponent(int8_t* exponents, int64_t block, const swalp_format& f, const Raised& most) {
+  if (exponents) exponents[block] = static_cast<int8_t>(shared_exponent(f, most.value().magnitude));
 }
 
 // The numbers that all threads share at a block. Magnitudes are those of `order`.
 template <int values> struct Block {
   int64_t base, length;
   int32_t before[values] = {};  // exponents of what is kept, until this step
-  uint32_t gradient = 0;        // the largest magnitudes: of the gradient,
-  uint32_t most[values] = {};   // of what will be rounded,
-  uint32_t surveyed[values + 1] = {};  // and of that and one number more, before any noise
-  int strange = 0;              // something surveyed is not finite
+  Raised gradient;              // the largest magnitudes: of the gradient,
+  Raised most[values];          // of what will be rounded,
+  Raised surveyed[values + 1];  // and of that and one number more, before any noise
   int lost = 0;
 };
 
@@ -160,13 +152,21 @@ template <int values> struct Scratch {
   }
 };
 
+// The largest of a block's gradient. What comes next is on its way to the cache then: from block to
+// block the processor does not expect it.
+Largest search_gradient(const float* gradient, int64_t n) {
+  const Largest found = largest(gradient, n);
+  for (int64_t i = n; i < 2 * n && i < n + kChunk; i += 16) __builtin_prefetch(gradient + i);
+  return found;
+}
+
 // The gradient of a chunk, rounded into `rounded` if it has a role.
 template <class B>
 const float* gradient_of(const Role* role, const float* gradient, const B& b, int64_t at, int64_t n,
                          float* rounded, uint32_t* buffer) {
   const float* g = gradient + b.base + at;
   if (!role) return g;
-  role->span(g, rounded, b.base + at, n, shared_exponent(role->format, b.gradient), buffer);
+  role->span(g, rounded, b.base + at, n, scale_of(role->format, b.gradient.value()), buffer);
   return rounded;
 }
 
@@ -177,8 +177,20 @@ inline __attribute__((always_inline)) void chunks(int64_t begin, int64_t count, 
     body(begin + done, count - done < kChunk ? count - done : kChunk);
 }
 
+// From twice the bits of vectors of numbers; those numbers are looked at again if one is not finite.
+Largest largest_of(I most, const float* numbers, int64_t n) {
+  const uint32_t bits = Lanes::largest_unsigned(most);
+  return bits < kStrange ? Largest{bits + kZero, true} : largest(numbers, n);
+}
+
+Largest largest_of(I most) {  // nobody asks for the magnitude beside what is not finite
+  const uint32_t bits = Lanes::largest_unsigned(most);
+  return bits < kStrange ? Largest{bits + kZero, true} : Largest{0, false};
+}
+
 // The number that has a magnitude, and the other way round.
-double value_of(uint32_t magnitude) {
+double value_of(const Raised& most) {
+  const uint32_t magnitude = most.value().magnitude;
   const uint32_t bits = magnitude > kZero ? (magnitude - kZero) >> 1 : 0;
   float x;
   memcpy(&x, &bits, sizeof x);
@@ -193,7 +205,7 @@ uint32_t magnitude_of(double value) {
 }
 
 // Whether any magnitude within `error` of the largest one leads to the same exponent.
-bool settles(const swalp_format& f, uint32_t most, double error) {
+bool settles(const swalp_format& f, const Raised& most, double error) {
   const double x = value_of(most);
   // Some more: for the rounding here, and of the smallest numbers.
   const double low = (x - error) * (1 - 1e-6) - 1e-44, high = (x + error) * (1 + 1e-6) + 1e-44;
@@ -223,7 +235,7 @@ template <class Kept> struct SgdStep {
   }
 
   void search(Shared& b, int64_t at, int64_t n) const {
-    if (h.has_gradient) raise(&b.gradient, largest(p.gradient + b.base + at, n));
+    if (h.has_gradient) b.gradient.raise(search_gradient(p.gradient + b.base + at, n));
   }
 
   // The same, and what the step would be with the gradient as it is: close enough to the step, most
@@ -234,24 +246,22 @@ template <class Kept> struct SgdStep {
     chunks(begin, count, [&](int64_t at, int64_t n) {
       most = walk<false>(b, at, n, p.gradient + b.base + at, nullptr, nullptr, most);
     });
-    raise(&b.gradient, Lanes::largest_unsigned(most.gradient));
-    const I found[] = {most.velocity, most.moved, most.direction};
-    for (int k = 0; k <= values; ++k) {
-      const uint32_t bits = Lanes::largest_unsigned(found[k]);
-      if (bits >= 0x7f800000) __atomic_store_n(&b.strange, 1, __ATOMIC_RELAXED);
-      else raise(&b.surveyed[k], 2 * bits + kZero);
-    }
+    b.gradient.raise(largest_of(most.gradient, p.gradient + b.base + begin, count));
+    b.surveyed[kVelocity].raise(largest_of(most.velocity));
+    b.surveyed[kMoved].raise(largest_of(most.moved));
+    b.surveyed[kDirection].raise(largest_of(most.direction));
   }
 
   // Whether the exponents follow from what was surveyed. The gradient moves by at most a gap when it
   // is rounded; u is more than the rounding of an operation adds, relative to its result.
   bool settled(const Shared& b) const {
     if (!has_exponents()) return true;
-    if (b.strange) return false;
+    for (const Raised& most : b.surveyed)
+      if (!most.value().finite) return false;
     if (!h.has_gradient) return true;
     const swalp_format& f = gradient.format;
     if (f.kind != SWALP_GRID || f.min_integer > -f.max_integer) return false;
-    const double gap = ldexp(1, gap_of(f, shared_exponent(f, b.gradient))), u = ldexp(1, -22);
+    const double gap = ldexp(1, gap_of(f, shared_exponent(f, b.gradient.value().magnitude))), u = ldexp(1, -22);
     if (value_of(b.gradient) > (f.max_integer + 1.0) * gap) return false;  // it is clamped
     const double d = value_of(b.surveyed[kDirection]), v = value_of(b.surveyed[kVelocity]);
     const double w = value_of(b.surveyed[kMoved]), rho = h.momentum, rate = fabs(h.lr);
@@ -273,14 +283,14 @@ template <class Kept> struct SgdStep {
           gradient_of(h.has_gradient ? &gradient : nullptr, p.gradient, b, at, n, rounded, buffer);
       most = walk<true>(b, at, n, g, to.of[kVelocity] + (at - begin), to.of[kMoved] + (at - begin), most);
     });
-    raise(&b.most[kVelocity], Lanes::largest_unsigned(most.velocity));
-    raise(&b.most[kMoved], Lanes::largest_unsigned(most.moved));
+    b.most[kVelocity].raise(largest_of(most.velocity, to.of[kVelocity], count));
+    b.most[kMoved].raise(largest_of(most.moved, to.of[kMoved], count));
   }
 
-  void keep(Shared& b, int64_t begin, int64_t count, const Scratch<values>& from, const uint32_t* most,
+  void keep(Shared& b, int64_t begin, int64_t count, const Scratch<values>& from, const Raised* most,
             uint32_t* buffer) const {
-    const int32_t v = shared_exponent(momentum.format, most[kVelocity]);
-    const int32_t w = shared_exponent(weight.format, most[kMoved]);
+    const Scale v = scale_of(momentum.format, most[kVelocity].value());
+    const Scale w = scale_of(weight.format, most[kMoved].value());
     bool lost = false;
     chunks(begin, count, [&](int64_t at, int64_t n) {
       const int64_t place = b.base + at, kept = at - begin;
@@ -291,7 +301,7 @@ template <class Kept> struct SgdStep {
     if (lost) __atomic_store_n(&b.lost, 1, __ATOMIC_RELAXED);
   }
 
-  void finish(const Shared& b, const uint32_t* most) const {
+  void finish(const Shared& b, const Raised* most) const {
     const int64_t block = b.base / b.length;
     keep_exponent(p.momentum_exponents, block, momentum.format, most[kVelocity]);
     keep_exponent(p.weight_exponents, block, weight.format, most[kMoved]);
@@ -307,7 +317,7 @@ template <class Kept> struct SgdStep {
   };
 
   // The step of a chunk with the gradient g. If it `stores`: velocity and moved weight, and their
-  // largest magnitudes. If not: only the largest, of what `survey` wants, as bits without the sign.
+  // largest magnitudes. If not: only the largest, of what `survey` wants. All as `twice_bits`.
   template <bool stores>
   Most walk(const Shared& b, int64_t at, int64_t n, const float* g, float* velocity, float* next,
             Most most) const {
@@ -326,26 +336,26 @@ template <class Kept> struct SgdStep {
     alignas(64) Kept weight_room[kRoom<Kept>], momentum_room[kRoom<Kept>];
     const Kept* const w0 = weight.kept(p.weight, b.base + at, n, weight_room);
     const Kept* const m0 = has_momentum ? momentum.kept(p.momentum, b.base + at, n, momentum_room) : nullptr;
-    const auto magnitude = [](F x) __attribute__((always_inline)) {
-      return stores ? order(x) : Lanes::and_(Lanes::bits(x), Lanes::set(0x7fffffff));
+    const auto larger = [](I most, F x) __attribute__((always_inline)) {
+      return Lanes::max_unsigned(most, twice_bits(x));
     };
     return vectors(n, most, [=](int64_t i, int64_t left, auto is_whole, Most so_far)
                                 __attribute__((always_inline)) {
       constexpr bool whole = decltype(is_whole)::value;
       F d = load<whole>(g + i, left);
-      if (!stores) so_far.gradient = Lanes::max_unsigned(so_far.gradient, order(d));
+      if (!stores) so_far.gradient = larger(so_far.gradient, d);
       const F w = weights.template get<whole, plain>(w0 + i, left);
       if (decays) d = Lanes::fma(w, decay, d);
-      if (!stores) so_far.direction = Lanes::max_unsigned(so_far.direction, magnitude(d));
+      if (!stores) so_far.direction = larger(so_far.direction, d);
       if (has_momentum) {
         const F v = Lanes::add(Lanes::mul(velocities.template get<whole, plain>(m0 + i, left), rho), d);
         if (stores) store<whole>(velocity + i, v, left);
-        so_far.velocity = Lanes::max_unsigned(so_far.velocity, magnitude(v));
+        so_far.velocity = larger(so_far.velocity, v);
         d = nesterov ? Lanes::fma(v, rho, d) : v;
       }
       const F moved = Lanes::fma(d, rate, w);
       if (stores) store<whole>(next + i, moved, left);
-      so_far.moved = Lanes::max_unsigned(so_far.moved, magnitude(moved));
+      so_far.moved = larger(so_far.moved, moved);
       return so_far;
     });
   }
@@ -374,7 +384,7 @@ template <class Kept> struct AdamStep {
   }
 
   void search(Shared& b, int64_t at, int64_t n) const {
-    if (h.has_gradient) raise(&b.gradient, largest(p.gradient + b.base + at, n));
+    if (h.has_gradient) b.gradient.raise(search_gradient(p.gradient + b.base + at, n));
   }
 
   void survey(Shared& b, int64_t at, int64_t n) const { search(b, at, n); }
@@ -423,31 +433,31 @@ template <class Kept> struct AdamStep {
         store<whole>(moment_to + i, m, left);
         store<whole>(root_to + i, r, left);
         store<whole>(next + i, moved, left);
-        so_far.moment = Lanes::max_unsigned(so_far.moment, order(m));
-        // What pads the last vector divides by eps alone, and 0 / 0 does not count as a magnitude.
-        so_far.moved = Lanes::max_unsigned(so_far.moved, order(moved));
+        so_far.moment = Lanes::max_unsigned(so_far.moment, twice_bits(m));
+        // What pads the last vector divides by eps alone: if that is 0, `largest_of` looks again.
+        so_far.moved = Lanes::max_unsigned(so_far.moved, twice_bits(moved));
         return so_far;
       });
     });
-    raise(&b.most[kMoment], Lanes::largest_unsigned(most.moment));
-    raise(&b.most[kMoved], Lanes::largest_unsigned(most.moved));
+    b.most[kMoment].raise(largest_of(most.moment, to.of[kMoment], count));
+    b.most[kMoved].raise(largest_of(most.moved, to.of[kMoved], count));
   }
 
-  void keep(Shared& b, int64_t begin, int64_t count, const Scratch<values>& from, const uint32_t* most,
+  void keep(Shared& b, int64_t begin, int64_t count, const Scratch<values>& from, const Raised* most,
             uint32_t* buffer) const {
-    const int32_t m = shared_exponent(moment.format, most[kMoment]);
-    const int32_t w = shared_exponent(weight.format, most[kMoved]);
+    const Scale m = scale_of(moment.format, most[kMoment].value());
+    const Scale w = scale_of(weight.format, most[kMoved].value());
     bool lost = false;
     chunks(begin, count, [&](int64_t at, int64_t n) {
       const int64_t place = b.base + at, kept = at - begin;
       lost |= moment.template keep<Kept>(from.of[kMoment] + kept, p.moment, place, n, m, buffer);
-      lost |= root.template keep<Kept>(from.of[kRoot] + kept, p.root, place, n, 0, buffer);
+      lost |= root.template keep<Kept>(from.of[kRoot] + kept, p.root, place, n, {}, buffer);
       lost |= weight.template keep<Kept>(from.of[kMoved] + kept, p.weight, place, n, w, buffer);
     });
     if (lost) __atomic_store_n(&b.lost, 1, __ATOMIC_RELAXED);
   }
 
-  void finish(const Shared& b, const uint32_t* most) const {
+  void finish(const Shared& b, const Raised* most) const {
     const int64_t block = b.base / b.length;
     keep_exponent(p.moment_exponents, block, moment.format, most[kMoment]);
     keep_exponent(p.weight_exponents, block, weight.format, most[kMoved]);
@@ -461,7 +471,7 @@ template <class Kept> struct AdamStep {
 
 // A long block, or one thread's part of it; `wait` for the others. Returns the largest magnitudes.
 template <class Step, class Shared, class Wait>
-const uint32_t* long_block(const Step& step, Shared& b, int64_t begin, int64_t count,
+const Raised* long_block(const Step& step, Shared& b, int64_t begin, int64_t count,
                            const Scratch<Step::values>& scratch, uint32_t* buffer, const Wait& wait) {
   step.survey(b, begin, count);
   wait();
@@ -470,7 +480,7 @@ const uint32_t* long_block(const Step& step, Shared& b, int64_t begin, int64_t c
     chunks(begin, count, [&](int64_t at, int64_t n) { step.step(b, at, n, scratch, buffer); });
     wait();
   }
-  const uint32_t* const most = settled ? b.surveyed : b.most;
+  const Raised* const most = settled ? b.surveyed : b.most;
   chunks(begin, count, [&](int64_t at, int64_t n) {
     step.step(b, at, n, scratch, buffer);
     step.keep(b, at, n, scratch, most, buffer);
@@ -526,7 +536,7 @@ int optimize(const Hyper& hyper, const Parameter* parameters, int64_t count, int
         wait();
         if (me == 0) common = step.block(i);
         wait();
-        const uint32_t* most = long_block(step, common, begin, end - begin, scratch, buffer, wait);
+        const Raised* most = long_block(step, common, begin, end - begin, scratch, buffer, wait);
         if (common.lost) __atomic_store_n(&lost, 1, __ATOMIC_RELAXED);
         if (me == 0) step.finish(common, most);
       }
@@ -543,7 +553,7 @@ int optimize(const Hyper& hyper, const Parameter* parameters, int64_t count, int
         const int64_t last = first + hand < p.blocks ? first + hand : p.blocks;
         for (int64_t i = first; i < last; ++i) {
           typename Step::Shared b = step.block(i);
-          const uint32_t* most = b.most;
+          const Raised* most = b.most;
           if (p.length <= kKept) {
             step.search(b, 0, p.length);
             step.step(b, 0, p.length, scratch, buffer);

@@ -12,8 +12,8 @@ using F = Lanes::F;
 using I = Lanes::I;
 using M = Lanes::M;
 
-// How to round. Fast16, Fast32: stochastic with s up to Lanes::exact_limit, in one shift. Split16,
-// Split32: stochastic in general. The number is that of the most random bits.
+// How to round. Fast16, Fast32: stochastic with s up to Lanes::exact_limit, in one shift; Fast16 with
+// 16 random bits exactly. Split16, Split32: stochastic in general. The number is that of the most bits.
 enum Way { kNearest, kDirected, kFast16, kFast32, kSplit16, kSplit32 };
 
 // The random bits of a vector of elements.
@@ -48,21 +48,15 @@ I or_nan(const swalp_format& f, M nan, I code, M& seen) {
 // The rounding rule, ready to use.
 struct Rule {
   bool truncates, up_if_positive, up_if_negative;
-  int bits, shift;     // U, or L where there is one, is a half word >> shift
-  float twice;         // 2 << the bits of that
-  float half;          // of Fast16: 2**(15 - bits), half a step of the random number
-  int32_t mask, flip;  // of Fast16
+  int shift;    // U, or L where there is one, is a half word >> shift
+  float twice;  // 2 << the bits of that
 
   explicit Rule(const swalp_rounding& r) {
     truncates = r.rule == SWALP_ZERO;
     up_if_positive = r.rule == SWALP_POSITIVE;
     up_if_negative = r.rule == SWALP_NEGATIVE;
-    bits = r.bits;
-    shift = (bits > 16 ? 32 : 16) - bits;
+    shift = (r.bits > 16 ? 32 : 16) - r.bits;
     twice = static_cast<float>(2 << (16 - shift));
-    half = bits <= 15 ? static_cast<float>(1 << (15 - bits)) : 0.5f;
-    mask = 0xffff & ~((1 << (bits <= 16 ? 16 - bits : 0)) - 1);
-    flip = 0xffff;
   }
 };
 
@@ -76,7 +70,7 @@ inline __attribute__((always_inline)) M lower_takes_up(F r, M undecided, const R
 // s >= 0 to an integer, for s <= 2**24. `x`: the number itself, for its sign and because s may have
 // become 0 for an x that is not.
 template <int way>
-inline I round_magnitude(F s, F x, const Random& random, const Rule& rule) {
+inline __attribute__((always_inline)) I round_magnitude(F s, F x, const Random& random, const Rule& rule) {
   if constexpr (way == kNearest) {
     return Lanes::nearest(s);
   } else if constexpr (way == kDirected) {
@@ -116,15 +110,19 @@ constexpr int32_t kOrdinaryGap = 100;  // magnitude of the largest gap exponent 
 // Integers times 2**gap, clamped: fixed point, block floating point.
 //
 // An ordinary gap is applied with one factor each way. An extreme one (below) first moves x to where
-// every factor is a normal float32: exactly, or where the bits lost are too small to matter.
-template <int way, bool extreme> struct Grid {
+// every factor is a normal float32: exactly, or where the bits lost are too small to matter. Bounded
+// and BoundedEvenly: an ordinary gap, and a `Scale` that is bounded; evenly if the lowest integer is
+// that of the highest. Neither has to look for NaN.
+enum Range { kOrdinary, kExtreme, kBounded, kBoundedEvenly };
+
+template <int way, int range> struct Grid {
   static constexpr bool stochastic = way >= kFast16, simple = true;
   static constexpr bool fast = way == kFast16 || way == kFast32;
+  static constexpr bool extreme = range == kExtreme, bounded = range >= kBounded;
 
   const swalp_format& f;
   const Rule rule;
-  F before, after, low, high, scale, gap, half;
-  I mask, flip;
+  F before, after, low, high, scale, gap;
   M vanishing;
 
   // `g`: the gap's exponent, of each lane; at least kLowestGap.
@@ -148,24 +146,25 @@ template <int way, bool extreme> struct Grid {
     low = Lanes::mul(lowest, gap);
     high = Lanes::mul(Lanes::set(static_cast<float>(f.max_integer)), gap);
     scale = power_of_two(Lanes::sub(Lanes::set(fast ? 16 : 0), moved));
-    half = Lanes::set(rule.half);
-    mask = Lanes::set(rule.mask);
-    flip = Lanes::set(rule.flip);
   }
 
-  I integers(F x, const Random& random) const {
+  inline __attribute__((always_inline)) I integers(F x, const Random& random) const {
     F moved = x;
     if constexpr (extreme) moved = Lanes::mul(x, before);
-    const F clamped = Lanes::min(Lanes::max(moved, low), high);
-    if constexpr (way == kNearest) return Lanes::nearest(Lanes::mul(clamped, scale));
-    const F size = Lanes::abs(clamped);
+    if constexpr (way == kNearest) {
+      if constexpr (range != kBounded) moved = Lanes::max(moved, low);
+      return Lanes::nearest(Lanes::mul(Lanes::min(moved, high), scale));
+    }
+    F size;
+    if constexpr (range == kBoundedEvenly) size = Lanes::min(Lanes::abs(moved), high);
+    else if constexpr (range == kBounded) size = Lanes::abs(Lanes::min(moved, high));
+    else size = Lanes::abs(Lanes::min(Lanes::max(moved, low), high));
     I steps;
     if constexpr (way == kFast16) {
-      // K = ceil(2**16 * s - half) = 2**16 * w + k and q = (K + 2**16 - 1 - U) >> 16 = w + [k > U],
-      // as 0 <= k + 2**16 - 1 - U < 2**17. With fewer bits, U is the word with its low bits cleared:
-      // a multiple of 2 * half, and k > U means the same.
-      const I k = Lanes::ceil_minus(size, scale, half);
-      steps = Lanes::right<16>(Lanes::add(k, Lanes::and_xor(random.upper, mask, flip)));
+      // K = ceil(2**16 * s - 1/2) = 2**16 * w + k and q = (K + 2**16 - 1 - U) >> 16 = w + [k > U],
+      // as 0 <= k + 2**16 - 1 - U < 2**17.
+      const I k = Lanes::ceil_minus_half(size, scale);
+      steps = Lanes::right<16>(Lanes::add(k, Lanes::sub(Lanes::set(0xffff), random.upper)));
     } else if constexpr (way == kFast32) {
       // The same sum for H, with the integer K = floor(2**16 * s), as H < k or not. It is undecided
       // where H = k: where the sum ends in ones.
@@ -181,17 +180,18 @@ template <int way, bool extreme> struct Grid {
     } else {
       steps = round_magnitude<way>(Lanes::mul(size, scale), x, random, rule);
     }
-    return Lanes::negate(Lanes::sign(x), steps);
+    return Lanes::with_sign(x, steps);
   }
 
-  F value(F x, const Random& random) const {
+  inline __attribute__((always_inline)) F value(F x, const Random& random) const {
     F v = Lanes::mul(Lanes::convert(integers(x, random)), gap);
     if constexpr (extreme) v = Lanes::mul(v, after);
-    return Lanes::keep_nan(x, v);
+    return bounded ? v : Lanes::keep_nan(x, v);
   }
 
-  I code(F x, const Random& random, M& seen) const {
+  inline __attribute__((always_inline)) I code(F x, const Random& random, M& seen) const {
     I q = integers(x, random);
+    if constexpr (bounded) return q;
     // Only infinities are not 0 there, and their values vanish in float32.
     if constexpr (extreme) q = Lanes::select(vanishing, Lanes::set(0), q);
     return or_nan(f, Lanes::is_nan(x), q, seen);
@@ -212,7 +212,7 @@ template <int way> struct Mini {
     I steps, gap;  // |x| = steps * 2**(gap - 127) before overflow, relative to 2**shared
   };
 
-  Rounded round(F x, const Random& random) const {
+  inline __attribute__((always_inline)) Rounded round(F x, const Random& random) const {
     const I size = Lanes::and_(Lanes::bits(x), Lanes::set(0x7fffffff));
     const M subnormal = Lanes::less(size, Lanes::set(0x00800000));
     // The bits of a float32 with an exponent field wide enough that none is subnormal: the number
@@ -251,7 +251,7 @@ template <int way> struct Mini {
     return Lanes::either(Lanes::all(way == kDirected && rule.truncates), directed);
   }
 
-  F value(F x, const Random& random) const {
+  inline __attribute__((always_inline)) F value(F x, const Random& random) const {
     const Rounded r = round(x, random);
     // In two factors, as 2**gap may be no normal float32. The product is exact, or infinite.
     const I exponent = Lanes::sub(r.gap, Lanes::set(127));
@@ -278,7 +278,7 @@ template <int way> struct Mini {
     return Lanes::keep_nan(x, v);
   }
 
-  I code(F x, const Random& random, M& seen) const {
+  inline __attribute__((always_inline)) I code(F x, const Random& random, M& seen) const {
     const Rounded r = round(x, random);
     // Codes count the values. In the units of the lowest gap a normal value's code is its exponent
     // above that, and the steps, which bring the hidden bit as one more exponent.
@@ -333,7 +333,7 @@ template <int way> struct Sign {
     scale = power_of_two(Lanes::set(exponent / 2 - exponent));
   }
 
-  M negative(F x, const Random& random) const {
+  inline __attribute__((always_inline)) M negative(F x, const Random& random) const {
     const M sign = Lanes::less(x, Lanes::set(0.0f));
     if constexpr (way == kNearest) return sign;
     const M beyond = Lanes::without(Lanes::all(true), Lanes::less(Lanes::abs(x), Lanes::set(f.largest)));
@@ -371,12 +371,12 @@ template <int way> struct Sign {
     }
   }
 
-  F value(F x, const Random& random) const {
+  inline __attribute__((always_inline)) F value(F x, const Random& random) const {
     const F v = Lanes::select(negative(x, random), Lanes::set(-f.largest), Lanes::set(f.largest));
     return Lanes::keep_nan(x, v);
   }
 
-  I code(F x, const Random& random, M& seen) const {
+  inline __attribute__((always_inline)) I code(F x, const Random& random, M& seen) const {
     const I code = Lanes::select(negative(x, random), Lanes::set(0), Lanes::set(1));
     return or_nan(f, Lanes::is_nan(x), code, seen);
   }

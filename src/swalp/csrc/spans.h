@@ -54,7 +54,7 @@ int32_t gap_of(const swalp_format& f, int32_t shared) {
 bool is_extreme(int32_t gap) { return gap > kOrdinaryGap || gap < -kOrdinaryGap; }
 
 using Span = bool (*)(const swalp_format&, const Rule&, const float* x, void* out, int64_t n,
-                      const Words& words, int32_t shared);
+                      const Words& words, Scale scale);
 using Rows = bool (*)(const swalp_format&, const Rule&, const float* x, void* out, int64_t rows,
                       int64_t length, const Words& words, int32_t* shared);
 using Columns = bool (*)(const swalp_format&, const Rule&, const float* x, void* out, int64_t n,
@@ -64,8 +64,8 @@ using Columns = bool (*)(const swalp_format&, const Rule&, const float* x, void*
 template <template <int> class Op, int way> struct Plain {
   template <class Out>
   static bool run(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
-                  const Words& words, int32_t shared) {
-    return each(Op<way>(f, rule, Lanes::set(shared)), x, out, n, words);
+                  const Words& words, Scale scale) {
+    return each(Op<way>(f, rule, Lanes::set(scale.exponent)), x, out, n, words);
   }
   static Op<way> lanes(const swalp_format& f, const Rule& rule, I shared) { return {f, rule, shared}; }
 };
@@ -73,20 +73,26 @@ template <template <int> class Op, int way> struct Plain {
 template <int way> struct Gridded {
   template <class Out>
   static bool run(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
-                  const Words& words, int32_t shared) {
-    const int32_t gap = gap_of(f, shared);
-    if (is_extreme(gap)) return each(Grid<way, true>(f, rule, Lanes::set(gap)), x, out, n, words);
-    return each(Grid<way, false>(f, rule, Lanes::set(gap)), x, out, n, words);
+                  const Words& words, Scale scale) {
+    const int32_t gap = gap_of(f, scale.exponent);
+    const I gaps = Lanes::set(gap);
+    if (is_extreme(gap)) return each(Grid<way, kExtreme>(f, rule, gaps), x, out, n, words);
+    if constexpr (way == kNearest || way == kFast16 || way == kFast32) {
+      if (scale.bounded && f.min_integer == -f.max_integer)
+        return each(Grid<way, kBoundedEvenly>(f, rule, gaps), x, out, n, words);
+      if (scale.bounded) return each(Grid<way, kBounded>(f, rule, gaps), x, out, n, words);
+    }
+    return each(Grid<way, kOrdinary>(f, rule, gaps), x, out, n, words);
   }
-  static Grid<way, true> lanes(const swalp_format& f, const Rule& rule, I shared) {
+  static Grid<way, kExtreme> lanes(const swalp_format& f, const Rule& rule, I shared) {
     return {f, rule, Lanes::max(Lanes::add(shared, Lanes::set(f.gap_offset)), Lanes::set(kLowestGap))};
   }
 };
 
 template <class Family, class Out>
 bool span(const swalp_format& f, const Rule& rule, const float* x, void* out, int64_t n,
-          const Words& words, int32_t shared) {
-  return Family::run(f, rule, x, static_cast<Out*>(out), n, words, shared);
+          const Words& words, Scale scale) {
+  return Family::run(f, rule, x, static_cast<Out*>(out), n, words, scale);
 }
 
 // Blocks that follow each other in memory.
@@ -96,9 +102,9 @@ bool rows(const swalp_format& f, const Rule& rule, const float* x, void* out, in
   bool lost = false;
   for (int64_t row = 0; row < count; ++row) {
     const int64_t at = row * length;
-    const int32_t exponent = shared_exponent(f, largest(x + at, length));
-    if (shared) shared[row] = exponent;
-    lost |= Family::run(f, rule, x + at, static_cast<Out*>(out) + at, length, words.from(at), exponent);
+    const Scale scale = scale_of(f, largest(x + at, length));
+    if (shared) shared[row] = scale.exponent;
+    lost |= Family::run(f, rule, x + at, static_cast<Out*>(out) + at, length, words.from(at), scale);
   }
   return lost;
 }
@@ -155,8 +161,9 @@ Kernel choose(const swalp_format& f, const swalp_rounding& r, int output) {
   else if (r.rule != SWALP_NEAREST) way = kDirected;
   if (f.kind == SWALP_MINIFLOAT) return choose<PlainMini>(way, output);
   if (f.kind == SWALP_BINARY) return choose<PlainSign>(way, output);
-  if (r.rule == SWALP_STOCHASTIC && static_cast<float>(-f.min_integer) <= Lanes::exact_limit)
-    way = way == kSplit16 ? kFast16 : kFast32;
+  if (r.rule == SWALP_STOCHASTIC && r.bits >= 16 &&
+      static_cast<float>(-f.min_integer) <= Lanes::exact_limit)
+    way = r.bits == 16 ? kFast16 : kFast32;
   return choose<Gridded>(way, output);
 }
 
