@@ -221,7 +221,7 @@ def test_overrides_per_parameter(kind, compiled, monkeypatch):
             for parameter in model.parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
             optimizer.step()
-        fast = {n: optimizer._kernels[p][1] is not None for n, p in model.named_parameters()}
+        fast = {n: optimizer._kernels[p].kernel is not None for n, p in model.named_parameters()}
         return dict(model.named_parameters()), fast
 
     together, fast = trained(mixed)
@@ -288,13 +288,13 @@ def steps_of(recipe, packed, make, gradient_of, monkeypatch, compiled):
             for name, parameter in model.items():
                 parameter.grad = gradient_of(name, parameter.shape, step)
             optimizer.step()
-    for parameter, (_, kernel) in optimizer._kernels.items():
+    for parameter, prepared in optimizer._kernels.items():
         number, length = fused.blocks(
             swalp.recipes.fit(recipe.weight.format, parameter.shape), parameter.shape
         )
         halved = packed and recipe.weight.format.bits <= 4
         cut = halved and number > 1 and length % 2  # a byte would belong to two blocks
-        assert (kernel is not None) == (compiled and fused.available() and not cut)
+        assert (prepared.kernel is not None) == (compiled and fused.available() and not cut)
     kept = {}
     for name, parameter in model.items():
         state = optimizer.state[parameter]
@@ -482,6 +482,32 @@ def test_compiled_step_leaves_other_memory_to_the_pure_step(make, first, then, m
         resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         train(other, resumed)
         results.append([torch.Tensor.detach(p).to(torch.float64) for p in other.parameters()])
+        monkeypatch.undo()
+    assert same(*results)
+
+
+@pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
+@pytest.mark.parametrize("packed", [False, True])
+def test_memory_that_is_replaced_between_steps(packed, kind, monkeypatch):
+    """What the compiled step knows of a parameter's memory holds for that memory alone."""
+    recipe = swalp.recipes.get("paper-small-block-8")
+    results = []
+    for compiled in (False, True):
+        if not compiled:
+            monkeypatch.setattr(fused, "available", lambda: False)
+        model = swalp.convert(network(), recipe, packed=packed)
+        settings = {"momentum": 0.9} if kind is swalp.optim.SGD else {}
+        optimizer = kind(model.named_parameters(), lr=0.1, recipe=recipe, **settings)
+        train(model, optimizer)
+        for parameter in model.parameters():
+            if packed:
+                parameter.codes = parameter.codes // 2
+            else:
+                parameter.data = (parameter.data / 2).t().contiguous().t()
+        train(model, optimizer)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        train(model, optimizer)
+        results.append([torch.Tensor.detach(p).to(torch.float64) for p in model.parameters()])
         monkeypatch.undo()
     assert same(*results)
 

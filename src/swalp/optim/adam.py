@@ -161,35 +161,28 @@ class Adam(LowPrecisionOptimizer):
 
     def _kernel(
         self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
-    ) -> Any | None:
+    ) -> fused.Prepared | None:
         recipe = self.recipe_of(name)
         if recipe is None:
             return None
-        roles = ("gradient", "momentum", "second_moment", "weight")
-        kernel = self._prepared("AdamParameter", roles, name, parameter, gradient)
         state = self.state[parameter]
-        names = {"momentum": "exp_avg", "second_moment": "root"}
-        as_kept = [("weight", parameter)]
-        as_kept += [(role, state[key]) for role, key in names.items() if key in state]
-        if kernel is None or not all(fused.held(x, role, recipe, parameter) for role, x in as_kept):
+        roles = ("gradient", "weight", "momentum", "second_moment")
+        kept = [parameter, *(state[key] for key in ("exp_avg", "root") if key in state)]
+        prepared = self._prepared("AdamParameter", roles, name, gradient, kept)
+        if prepared is None:
             return None
-        if not state:
-            state["step"] = 0
+        if len(kept) == 1:
             state["exp_avg"] = fused.empty_state(recipe, "momentum", parameter)
             state["root"] = fused.empty_state(recipe, "second_moment", parameter)
-        kernel.bind(
-            state["step"],
-            fused.pointer(gradient),
-            fused.pointer(parameter),
-            fused.exponents(parameter),
-            fused.pointer(state["exp_avg"]),
-            fused.exponents(state["exp_avg"]),
-            fused.pointer(state["root"]),
-            fused.root_values(state["root"]),
-        )
-        state["step"] += 1
-        kernel.step = state["step"]
-        return kernel
+            kept += [state["exp_avg"], state["root"]]
+            prepared = self._prepared("AdamParameter", roles, name, gradient, kept)
+            assert prepared is not None
+        step = state.setdefault("step", 0)
+        *addresses, _ = prepared.addresses()  # the roots have no exponents
+        table = fused.root_values(state["root"])
+        prepared.kernel.bind(step, gradient.data_ptr(), *addresses, table)
+        state["step"] = prepared.kernel.step = step + 1
+        return prepared
 
     def _run(
         self, kernels: list[Any], packed: bool, has_gradient: bool, group: dict[str, Any]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from itertools import product
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
@@ -13,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from swalp.convert import layer_names
 from swalp.optim import fused
-from swalp.packed import PackedTensor, pack
+from swalp.packed import pack
 from swalp.quantize import quantize
 from swalp.recipes import Recipe, fit, named
 from swalp.rounding import Stochastic
@@ -46,7 +45,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         self.recipe = recipe
         self.seed = seed
         # Derived; never saved.
-        self._kernels: dict[Tensor, tuple[Any, Any]] = {}
+        self._kernels: dict[Tensor, fused.Prepared] = {}
         self._recipes: dict[str, Recipe | None] = {}
         super().__init__(params, defaults)
 
@@ -137,18 +136,15 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         self, parameters: list[tuple[str, Tensor, Tensor]], group: dict[str, Any]
     ) -> None:
         """Update named parameters with gradients, in one compiled call as far as possible."""
-        kernels = []
+        ready: dict[tuple[bool, bool], list[Any]] = {}
         for name, parameter, gradient in parameters:
-            kernel = self._kernel(name, parameter, gradient, group)
-            if kernel is None:
+            prepared = self._kernel(name, parameter, gradient, group)
+            if prepared is None:
                 self._update(name, parameter, gradient, group)
             else:
-                recipe = self.recipe_of(name)
-                rounds = recipe is not None and recipe.gradient is not None
-                kernels.append((kernel, (isinstance(parameter, PackedTensor), rounds)))
-        for packed, rounds in product((False, True), repeat=2):
-            chosen = [kernel for kernel, kept in kernels if kept == (packed, rounds)]
-            if chosen and self._run(chosen, packed, rounds, group):
+                ready.setdefault(prepared.kind, []).append(prepared.kernel)
+        for (packed, rounds), kernels in ready.items():
+            if self._run(kernels, packed, rounds, group):
                 raise ValueError(
                     f"{type(self).__name__}: a parameter or its state became NaN, for which its "
                     f"format has no code; lower the learning rate, or go back to a checkpoint"
@@ -163,7 +159,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
     @abstractmethod
     def _kernel(
         self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
-    ) -> Any | None:
+    ) -> fused.Prepared | None:
         """The compiled step's view of one parameter, its state ready; None if it cannot do it."""
 
     @abstractmethod
@@ -183,22 +179,26 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             yield group, list(zip(names, group["params"], strict=True))
 
     def _prepared(
-        self, kind: str, roles: tuple[str, ...], name: str, parameter: Tensor, gradient: Tensor
-    ) -> Any | None:
-        """The kernel's object for one parameter, made once; None if the kernel cannot take it."""
+        self,
+        kind: str,
+        roles: tuple[str, ...],
+        name: str,
+        gradient: Tensor,
+        kept: Sequence[Tensor],
+    ) -> fused.Prepared | None:
+        """The compiled step's view of one parameter; None if it cannot take it as it is.
+
+        Made once, and again when the memory or the recipe is another. `kept`: the parameter, and
+        what there is already of its state, in the order of the `roles` after "gradient".
+        """
         recipe = self.recipe_of(name)
         if recipe is None or not fused.reads(gradient):
             return None
-        memory = fused.resident(parameter)
-        key = (memory.shape, memory.stride(), memory.dtype, roles, recipe)
-        made = self._kernels.get(parameter)
-        if made is None or made[0] != key:
-            blocks = fused.fits(recipe, roles, parameter)
-            kernel = None
-            if blocks is not None:
-                kernel = fused.prepare(kind, blocks, roles, recipe, parameter, name, self.seed)
-            made = self._kernels[parameter] = (key, kernel)
-        return made[1]
+        prepared = self._kernels.get(kept[0])
+        if prepared is None or not prepared.serves(recipe, roles, kept):
+            prepared = fused.Prepared(kind, roles, recipe, kept, name, self.seed)
+            self._kernels[kept[0]] = prepared
+        return None if prepared.kernel is None else prepared
 
     def _quantizer(self, name: str, step: int, packed: bool) -> Quantize:
         """Q of each role for one parameter at one step; `packed`: what is kept is held as codes."""

@@ -53,45 +53,85 @@ def resident(tensor: Tensor) -> Tensor:
     return tensor.codes if isinstance(tensor, PackedTensor) else tensor
 
 
-def pointer(tensor: Tensor | None) -> int:
-    """The address of the memory a step works on; 0 for None."""
-    return 0 if tensor is None else resident(tensor).data_ptr()
+def reads(tensor: Tensor) -> bool:
+    """Whether the compiled step can read floats as they are."""
+    return tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
-def exponents(tensor: Tensor | None) -> int:
-    """The address of a packed tensor's exponents; 0 if there are none."""
-    if not isinstance(tensor, PackedTensor) or tensor.exponents is None:
-        return 0
-    return tensor.exponents.data_ptr()
+class Prepared:
+    """The compiled step's view of one parameter, made for the memory that it and its state have.
+
+    Args:
+        kind: "SgdParameter" or "AdamParameter", of `_kernels`.
+        roles: "gradient", then that of each tensor kept.
+        recipe: of the parameter.
+        kept: the parameter, then its state as far as there is any.
+        name: of the parameter.
+        seed: of the run.
+
+    Attributes:
+        kernel: of that kind, with its roles; None if the compiled step cannot take the tensors.
+        kind: whether the parameter is packed, and whether gradients are rounded.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        roles: tuple[str, ...],
+        recipe: Recipe,
+        kept: Sequence[Tensor],
+        name: str,
+        seed: int,
+    ) -> None:
+        parameter = kept[0]
+        self.kind = isinstance(parameter, PackedTensor), recipe.gradient is not None
+        self.kernel: Any = None
+        self._for = recipe, roles
+        self._kept = [(tensor, *_memory(tensor)) for tensor in kept]
+        blocks = fits(recipe, roles, parameter)
+        if blocks is None or not all(
+            held(tensor, role, recipe, parameter)
+            for role, tensor in zip(roles[1:], kept, strict=False)
+        ):
+            return
+        self.kernel = getattr(_kernels, kind)(*blocks)
+        for role in roles:
+            quantizer = getattr(recipe, role)
+            if quantizer is None:
+                continue
+            rounding = quantizer.rounding
+            if isinstance(rounding, Stochastic):
+                rounding = rounding.seeded(seed).stream(role, name)
+            plan = cpu.plan_of(fit(quantizer.format, parameter.shape))
+            halved = self.kind[0] and joined(plan.fmt)
+            self.kernel.set_role(role, plan.kernel, *cpu.rule_arguments(rounding)[:3], halved)
+
+    def serves(self, recipe: Recipe, roles: tuple[str, ...], kept: Sequence[Tensor]) -> bool:
+        """Whether it was made for these tensors, and they still have the memory of then."""
+        if self._for[0] is not recipe or self._for[1] != roles or len(kept) != len(self._kept):
+            return False
+        for tensor, (same, codes, exponents) in zip(kept, self._kept, strict=True):
+            if tensor is not same:
+                return False
+            if codes is not None:
+                if tensor.codes is not codes or tensor.exponents is not exponents:  # type: ignore[attr-defined]  # a PackedTensor
+                    return False
+            elif not reads(tensor):  # its data is another now
+                return False
+        return True
+
+    def addresses(self) -> list[int]:
+        """Of the memory of all that is kept, each followed by that of its exponents, 0 if none."""
+        found = []
+        for tensor, codes, exponents in self._kept:
+            found.append((tensor if codes is None else codes).data_ptr())
+            found.append(0 if exponents is None else exponents.data_ptr())
+        return found
 
 
-def reads(gradient: Tensor) -> bool:
-    """Whether the compiled step can read a gradient as it is."""
-    return gradient.is_cpu and gradient.dtype == torch.float32 and gradient.is_contiguous()
-
-
-def prepare(
-    kind: str,
-    blocks: tuple[int, int],
-    roles: Sequence[str],
-    recipe: Recipe,
-    parameter: Tensor,
-    name: str,
-    seed: int,
-) -> Any:
-    """An `_kernels.SgdParameter` or `AdamParameter` with the roles of one parameter."""
-    kernel = getattr(_kernels, kind)(*blocks)
-    for role in roles:
-        quantizer = getattr(recipe, role)
-        if quantizer is None:
-            continue
-        rounding = quantizer.rounding
-        if isinstance(rounding, Stochastic):
-            rounding = rounding.seeded(seed).stream(role, name)
-        plan = cpu.plan_of(fit(quantizer.format, parameter.shape))
-        halved = isinstance(parameter, PackedTensor) and joined(plan.fmt)
-        kernel.set_role(role, plan.kernel, *cpu.rule_arguments(rounding)[:3], halved)
-    return kernel
+def _memory(tensor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Codes and exponents of a packed tensor."""
+    return (tensor.codes, tensor.exponents) if isinstance(tensor, PackedTensor) else (None, None)
 
 
 def empty_state(recipe: Recipe, role: str, parameter: Tensor) -> Tensor:

@@ -144,34 +144,31 @@ class SGD(LowPrecisionOptimizer):
 
     def _kernel(
         self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
-    ) -> Any | None:
+    ) -> fused.Prepared | None:
         recipe = self.recipe_of(name)
         if recipe is None or recipe.accumulator is not None:
             return None
-        roles = ("gradient", "momentum", "weight") if group["momentum"] else ("gradient", "weight")
-        kernel = self._prepared("SgdParameter", roles, name, parameter, gradient)
         state = self.state[parameter]
-        kept = state.get("momentum_buffer") if group["momentum"] else None
-        as_kept = (
-            [("weight", parameter)] if kept is None else [("weight", parameter), ("momentum", kept)]
-        )
-        if kernel is None or not all(fused.held(x, role, recipe, parameter) for role, x in as_kept):
+        roles: tuple[str, ...] = ("gradient", "weight")
+        kept = [parameter]
+        if group["momentum"]:
+            roles += ("momentum",)
+            if "momentum_buffer" in state:
+                kept.append(state["momentum_buffer"])
+        prepared = self._prepared("SgdParameter", roles, name, gradient, kept)
+        if prepared is None:
             return None
-        if not state:
-            state["step"] = 0
-        if kept is None and group["momentum"]:
+        if len(kept) < len(roles) - 1:
             # momentum * 0 + g is g: the same numbers as without a buffer
-            kept = state["momentum_buffer"] = fused.empty_state(recipe, "momentum", parameter)
-        kernel.bind(
-            state["step"],
-            fused.pointer(gradient),
-            fused.pointer(parameter),
-            fused.exponents(parameter),
-            fused.pointer(kept),
-            fused.exponents(kept),
-        )
-        state["step"] += 1
-        return kernel
+            state["momentum_buffer"] = fused.empty_state(recipe, "momentum", parameter)
+            kept.append(state["momentum_buffer"])
+            prepared = self._prepared("SgdParameter", roles, name, gradient, kept)
+            assert prepared is not None
+        step = state.setdefault("step", 0)
+        addresses = prepared.addresses() if group["momentum"] else [*prepared.addresses(), 0, 0]
+        prepared.kernel.bind(step, gradient.data_ptr(), *addresses)
+        state["step"] = step + 1
+        return prepared
 
     def _run(
         self, kernels: list[Any], packed: bool, has_gradient: bool, group: dict[str, Any]
