@@ -391,6 +391,16 @@ def test_one_strange_element_among_many(place, strange, build, threads):
             assert same_bits(cpu.quantize(x, fmt, rule), reference.quantize(x, fmt, rule))
 
 
+@pytest.mark.parametrize("shape", [(2**23 + 5,), (2**13 + 1, 1024), (2**16 + 1, 130)])
+def test_large_results_equal_those_in_place(shape, build, threads):
+    # They are written past the caches, vector by vector where a block ends at one.
+    x = tame(*shape)
+    for fmt in (FixedPoint(8, 4), BlockFloat(8), BlockFloat(8, axes=(0,))):
+        there = x.clone()
+        cpu.quantize(there, fmt, Stochastic(SEED, random_bits=16), there)
+        assert same_bits(cpu.quantize(x, fmt, Stochastic(SEED, random_bits=16)), there)
+
+
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("start", [0, 5, 1000, 2**35 - 24])
 def test_noise(build, bits, start):

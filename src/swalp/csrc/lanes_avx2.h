@@ -26,6 +26,8 @@ struct Lanes {
   }
   static I load(const uint32_t* p) { return raw(p); }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+  static void stream(float* p, F v) { _mm256_stream_ps(p, v); }
+  static void fence() { _mm_sfence(); }
   static void store(int32_t* p, I v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
   static void store(int8_t* p, I v) {
     const __m256i order = _mm256_broadcastsi128_si256(

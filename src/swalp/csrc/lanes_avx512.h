@@ -27,6 +27,8 @@ struct Lanes {
   }
   static I load(const uint32_t* p) { return _mm512_loadu_si512(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static void stream(float* p, F v) { _mm512_stream_ps(p, v); }
+  static void fence() { _mm_sfence(); }
   static void store(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
   static void store(int8_t* p, I v) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));

@@ -21,6 +21,8 @@ struct Lanes {
   static I load(const uint16_t* p) { return *p; }
   static I load(const uint32_t* p) { return static_cast<I>(*p); }
   static void store(float* p, F v) { *p = v; }
+  static void stream(float* p, F v) { *p = v; }  // past the caches; p on a boundary of a vector
+  static void fence() {}                           // after which other threads see what was streamed
   static void store(int32_t* p, I v) { *p = v; }
   static void store(int8_t* p, I v) { *p = static_cast<int8_t>(v); }
   // Four vectors of numbers that fit.

@@ -16,7 +16,18 @@ constexpr int64_t kNoise = kChunk / 2 + kPadding;  // words of that
 constexpr int64_t kStretch = 512;     // pieces that are worked on in order of memory: 2 MB or more
 constexpr int64_t kTile = 16384;      // the same of a transposed tile, at most: it stays in L2
 constexpr int64_t kBuffer = kTile + kPadding;  // with its rows' ends and beginnings
+constexpr int64_t kBoundary = 64;     // bytes that any vector may want its address to be a multiple of
 constexpr int64_t kRows = 256;        // positions of a transposed tile, at most
+
+// From this many elements on results are written past the caches, which could not hold them anyway:
+// 32 MB of floats, not read before they are written.
+constexpr int64_t kStreamed = 1 << 23;
+
+int64_t elements(const swalp_layout& l) {
+  int64_t n = 1;
+  for (int axis = 0; axis < l.dims; ++axis) n *= l.size[axis];
+  return n;
+}
 
 struct Task {
   const swalp_format& format;
@@ -29,6 +40,7 @@ struct Task {
   int64_t item;  // bytes of an output element
   int threads;
   bool transposed;  // and the order matters
+  bool streams;     // floats are written past the caches
   int64_t rows, columns;  // of a transposed tile
 
   Task(const swalp_format& f, const swalp_rounding& r, const swalp_layout& l, const float* from,
@@ -36,7 +48,10 @@ struct Task {
       : format(f), layout(l), rule(r), noise(r), kernel(choose(f, r, output)), x(from),
         out(static_cast<char*>(to)),
         item(output == SWALP_FLOAT32 ? 4 : output == SWALP_CODE8 ? 1 : 2), threads(wanted),
-        transposed(noise.used && l.channels > 0), rows(0), columns(0) {
+        transposed(noise.used && l.channels > 0),
+        streams(output == SWALP_FLOAT32 && to != from && elements(l) >= kStreamed &&
+                reinterpret_cast<uintptr_t>(to) % kBoundary == 0),
+        rows(0), columns(0) {
     if (!transposed) return;
     if (l.positions % kPerBlock == 0) {
       columns = l.channels < 512 ? l.channels : 512;
@@ -51,6 +66,21 @@ struct Task {
 
   bool span(int64_t at, int64_t n, const Words& words, Scale scale) const {
     return kernel.span(format, rule, x + at, out + at * item, n, words, scale);
+  }
+
+  // Elements at..at + n - 1, of which there are at most kChunk, by work(where to): to their place, or
+  // on their way there. `settle` comes after the last.
+  template <class Work> bool put(int64_t at, int64_t n, const Work& work) const {
+    if (!streams || at % Lanes::N || n % Lanes::N) return work(out + at * item);
+    alignas(kBoundary) float floats[kChunk];
+    const bool lost = work(floats);
+    float* const to = reinterpret_cast<float*>(out) + at;
+    for (int64_t i = 0; i < n; i += Lanes::N) Lanes::stream(to + i, Lanes::load(floats + i));
+    return lost;
+  }
+
+  void settle() const {
+    if (streams) Lanes::fence();
   }
 
   // The range [base, base + length) of memory, in pieces of the noise. Transposed: it holds whole
@@ -82,8 +112,12 @@ struct Task {
       }
       const int64_t at = base + piece * kChunk;
       const int64_t left = base + length - at, n = left < kChunk ? left : kChunk;
-      lost |= span(at, n, fill(noise, at, n, buffer), scale);
+      const Words words = fill(noise, at, n, buffer);
+      lost |= put(at, n, [&](void* to) {
+        return kernel.span(format, rule, x + at, to, n, words, scale);
+      });
     }
+    settle();
     return lost;
   }
 
@@ -157,9 +191,12 @@ struct Task {
       for (int64_t b = begin; b < end; b += group) {
         const int64_t count = end - b < group ? end - b : group, at = b * length;
         const Words words = fill(noise, at, count * length, buffer);
-        lost |= kernel.rows(format, rule, x + at, out + at * item, count, length, words,
-                            exponents ? exponents + b : nullptr);
+        lost |= put(at, count * length, [&](void* to) {
+          return kernel.rows(format, rule, x + at, to, count, length, words,
+                             exponents ? exponents + b : nullptr);
+        });
       }
+      settle();
       return lost;
     });
   }
@@ -272,12 +309,6 @@ bool run_strips(const Task& task, int32_t* exponents) {
     }
     return lost;
   });
-}
-
-int64_t elements(const swalp_layout& l) {
-  int64_t n = 1;
-  for (int axis = 0; axis < l.dims; ++axis) n *= l.size[axis];
-  return n;
 }
 
 }  // namespace
