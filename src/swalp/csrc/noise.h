@@ -201,7 +201,7 @@ void transpose(const uint16_t* in, int64_t stride, int64_t positions, int64_t ch
     for (int64_t c = 0; c < channels; ++c) out[p * row + c] = in[c * stride + p];
 }
 
-// General: contiguous noise, copied to its places. `scratch`: channels * (positions + 2 * kPerBlock)
+// General: contiguous noise, copied to its places. `scratch`: channels * positions + 2 * kPerBlock
 // elements, and kPadding words.
 void fill_scattered(const Noise& noise, int64_t start, int64_t stride, int64_t positions,
                     int64_t channels, int64_t row, uint16_t* out, uint32_t* scratch) {
