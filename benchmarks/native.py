@@ -56,7 +56,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, width) to the same."""
         x = x + self.attention(self.norm1(x))
-        return x + self.down(self.activation(self.up(self.norm2(x))))
+        y: Tensor = self.down(self.activation(self.up(self.norm2(x))))
+        return x + y
 
     def attention(self, x: Tensor) -> Tensor:
         """Apart, so that queries, keys and values are gone, unless kept, when it is over."""
