@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,28 +66,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report.write(rows, folder)
         console.print(report.screen_table(rows))
         return
-    measured = _measure(options.only or list(BENCHMARKS), options.quick, console)
-    rows = records.merged(rows, measured)
-    records.save(rows, path)
+    measured: list[Row] = []
+    status = 0
+    try:
+        for found in _measure(options.only or list(BENCHMARKS), options.quick, console):
+            measured += found
+            rows = records.merged(rows, found)
+            records.save(rows, path)
+    except KeyboardInterrupt:
+        console.print("interrupted; what was measured before is kept")
+        status = 130
     report.write(rows, folder)
     console.print(report.screen_table(measured))
     console.print(f"{len(measured)} rows, a table and plots in {folder}")
+    if status:
+        sys.exit(status)
 
 
-def _measure(names: Sequence[str], quick: bool, console: Console) -> list[Row]:
+def _measure(names: Sequence[str], quick: bool, console: Console) -> Iterator[list[Row]]:
+    """The rows of one benchmark after another."""
     plan = QUICK if quick else FULL
     torch.set_num_threads(plan.threads)
     where = environment.describe(plan.threads)
-    rows: list[Row] = []
     for name in names:
         torch.manual_seed(0)
         start = time.perf_counter()
         with console.status(f"measuring {name}"):
-            rows += BENCHMARKS[name](plan)
+            rows = BENCHMARKS[name](plan)
         console.print(f"{name}: {time.perf_counter() - start:.0f} s")
-    if quick:  # the goals are for the full sizes
-        rows = [replace(row, quick=True, goal=None) for row in rows]
-    return [replace(row, environment=where) for row in rows]
+        if quick:  # the goals are for the full sizes
+            rows = [replace(row, quick=True, goal=None) for row in rows]
+        yield [replace(row, environment=where) for row in rows]
 
 
 def _parser() -> argparse.ArgumentParser:

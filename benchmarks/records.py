@@ -135,10 +135,12 @@ def timed(
 
 
 def save(rows: Iterable[Row], path: Path) -> None:
-    """Write one JSON object a line."""
+    """Write one JSON object a line, all or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def load(path: Path) -> list[Row]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import benchmarks.__main__
 import swalp
 from benchmarks import environment, memory, optimizer, peers, report, training
 from benchmarks.__main__ import main
@@ -220,3 +221,18 @@ def test_a_folder_that_cannot_be_written_is_refused_before_measuring(tmp_path, c
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert "Not a directory; choose another folder with --out" in said
+
+
+def test_ctrl_c_keeps_what_was_measured_before(tmp_path, capsys, monkeypatch):
+    def interrupted(plan):
+        raise KeyboardInterrupt
+
+    row = Row(benchmark="import", what="one", subject="swalp", measure="s", value=Spread(1, 1, 1))
+    monkeypatch.setitem(benchmarks.__main__.BENCHMARKS, "import", lambda plan: [row])
+    monkeypatch.setitem(benchmarks.__main__.BENCHMARKS, "memory", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--only", "import", "--only", "memory", "--quick", "--out", str(tmp_path)])
+    assert stopped.value.code == 130
+    assert [kept.what for kept in load(tmp_path / "rows.jsonl")] == ["one"]
+    assert "interrupted; what was measured before is kept" in capsys.readouterr().out
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["README.md", "rows.jsonl"]
