@@ -63,7 +63,8 @@ class Block(nn.Module):
         """Apart, so that queries, keys and values are gone, unless kept, when it is over."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]  # a module's call
+        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out
 
 
 def _mlp(*widths: int) -> nn.Module:

@@ -512,6 +512,26 @@ def test_memory_that_is_replaced_between_steps(packed, kind, monkeypatch):
     assert same(*results)
 
 
+@pytest.mark.parametrize("shape", [(3, 5), (200, 300)])
+def test_a_parameter_that_gets_another_shape(shape, monkeypatch):
+    recipe = swalp.recipes.get("paper-small-block-8")
+    results = []
+    for compiled in (False, True):
+        if not compiled:
+            monkeypatch.setattr(fused, "available", lambda: False)
+        parameter = nn.Parameter(torch.ones(16, 16))
+        optimizer = swalp.optim.SGD([("weight", parameter)], lr=0.1, recipe=recipe)
+        for now in ((16, 16), shape):
+            parameter.grad = None
+            parameter.data = torch.ones(now)
+            parameter.grad = gradient_of("weight", now, 0)
+            optimizer.step()
+        assert parameter.shape == shape
+        results.append([parameter.detach()])
+        monkeypatch.undo()
+    assert same(*results)
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_momentum_that_is_off_for_a_while_is_kept(compiled, monkeypatch):
     if not compiled:

@@ -53,9 +53,9 @@ def resident(tensor: Tensor) -> Tensor:
     return tensor.codes if isinstance(tensor, PackedTensor) else tensor
 
 
-def reads(tensor: Tensor) -> bool:
-    """Whether the compiled step can read floats as they are."""
-    return tensor.is_cpu and tensor.dtype == torch.float32 and tensor.is_contiguous()
+def reads(gradient: Tensor) -> bool:
+    """Whether the compiled step can read a gradient as it is."""
+    return gradient.is_cpu and gradient.dtype == torch.float32 and gradient.is_contiguous()
 
 
 class Prepared:
@@ -88,6 +88,7 @@ class Prepared:
         self.kernel: Any = None
         self._for = recipe, roles
         self._kept = [(tensor, *_memory(tensor)) for tensor in kept]
+        self._layouts = [_layout(memory) for _, memory, _ in self._kept]
         blocks = fits(recipe, roles, parameter)
         if blocks is None or not all(
             held(tensor, role, recipe, parameter)
@@ -110,28 +111,33 @@ class Prepared:
         """Whether it was made for these tensors, and they still have the memory of then."""
         if self._for[0] is not recipe or self._for[1] != roles or len(kept) != len(self._kept):
             return False
-        for tensor, (same, codes, exponents) in zip(kept, self._kept, strict=True):
-            if tensor is not same:
+        for tensor, (same, memory, exponents), layout in zip(
+            kept, self._kept, self._layouts, strict=True
+        ):
+            if tensor is not same or _layout(memory) != layout:
                 return False
-            if codes is not None:
-                if tensor.codes is not codes or tensor.exponents is not exponents:  # type: ignore[attr-defined]  # a PackedTensor
-                    return False
-            elif not reads(tensor):  # its data is another now
+            now, exponents_now = _memory(tensor)
+            if now is not memory or exponents_now is not exponents:
                 return False
         return True
 
     def addresses(self) -> list[int]:
         """Of the memory of all that is kept, each followed by that of its exponents, 0 if none."""
         found = []
-        for tensor, codes, exponents in self._kept:
-            found.append((tensor if codes is None else codes).data_ptr())
+        for _, memory, exponents in self._kept:
+            found.append(memory.data_ptr())
             found.append(0 if exponents is None else exponents.data_ptr())
         return found
 
 
-def _memory(tensor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Codes and exponents of a packed tensor."""
-    return (tensor.codes, tensor.exponents) if isinstance(tensor, PackedTensor) else (None, None)
+def _memory(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a step works on, and the exponents of a packed tensor."""
+    return resident(tensor), tensor.exponents if isinstance(tensor, PackedTensor) else None
+
+
+def _layout(memory: Tensor) -> tuple[object, ...]:
+    """What may change without another tensor: `parameter.data` can be assigned."""
+    return memory.shape, memory.stride(), memory.dtype, memory.device
 
 
 def empty_state(recipe: Recipe, role: str, parameter: Tensor) -> Tensor:
