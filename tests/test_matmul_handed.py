@@ -1,9 +1,17 @@
 """The three steps of a layer's backward pass: what autograd users see is as with one."""
 
+import pytest
 import torch
 
 import swalp
+from swalp.matmul import handed
 from swalp.packed import PackedTensor
+
+
+@pytest.fixture(params=["one step", "three steps"], autouse=True)
+def steps(request, monkeypatch):
+    if request.param == "three steps":
+        monkeypatch.setattr(handed, "SMALL", 0)
 
 
 def _model(packed=True):
@@ -61,3 +69,10 @@ def test_hooks_see_the_gradients_and_no_stand_in():
     assert seen[0].abs().max() > 0
     assert (seen[0][hidden <= 0] == 0).all()
     assert x.grad.abs().max() > 0
+
+
+def test_gradients_of_gradients_are_refused():
+    x = torch.randn(32, 16, requires_grad=True)
+    (gradient,) = torch.autograd.grad(_model()(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.square().sum().backward()

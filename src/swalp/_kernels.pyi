@@ -79,7 +79,7 @@ def adam(
 ) -> bool: ...  # fmt: skip
 def quantize(
     fmt: Format, layout: Layout, x: int, out: int, output: int, exponents: int,
-    rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
+    exponent_bytes: int, rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
 ) -> bool: ...  # fmt: skip
 def quantize_part(
     fmt: Format, start: int, count: int, x: int, out: int, guess: int,
@@ -96,8 +96,8 @@ def quantize_many(
     rule: int, bits: int, seed_step_call: Sequence[tuple[int, int, int]], threads: int, /,
 ) -> None: ...  # fmt: skip
 def unpack(
-    fmt: Format, layout: Layout, codes: int, code_type: int, exponents: int, table: int,
-    out: int, threads: int, /,
+    fmt: Format, layout: Layout, codes: int, code_type: int, exponents: int, exponent_bytes: int,
+    table: int, out: int, threads: int, /,
 ) -> None: ...  # fmt: skip
 def average(
     kind: int, weight: float, into: int, residual: int, x: int, dtype: int, count: int,
@@ -154,7 +154,7 @@ def convolution_weight_gradient(
     c: Convolution, x: int, dy: int, exponent: int, channels_last: bool, dw: int, threads: int, /
 ) -> None: ...
 def convolution_channel_sums(
-    codes: int, rows: int, channels: int, sums: int, threads: int, /
+    codes: int, rows: int, channels: int, exponent: int, out: int, threads: int, /
 ) -> None: ...
 
 class Pooling:

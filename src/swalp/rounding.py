@@ -71,8 +71,7 @@ class Stochastic:
         if self.seed is not None:
             require_int("Stochastic", "seed", self.seed, 0, 2**64 - 1, "it is a 64-bit key")
         require_int("Stochastic", "random_bits", self.random_bits, 1, 32, "use 16 or 32")
-        require_int("Stochastic", "step", self.step, 0, 2**32 - 1, "it is a 32-bit counter")
-        require_int("Stochastic", "call", self.call, 0, 2**32 - 1, "it is a 32-bit counter")
+        _require_counters(self.step, self.call)
         # Stored, as torch.compile guards a string, but may make `random_bits` symbolic.
         object.__setattr__(self, "_text", f"stochastic{self.random_bits}")
 
@@ -95,10 +94,24 @@ class Stochastic:
 
     def at(self, step: int, call: int = 0) -> Stochastic:
         """The same rule at another step."""
-        return replace(self, step=step, call=call)
+        # As `replace`, in a fraction of its time: every layer needs it in every pass.
+        _require_counters(step, call)
+        moved = object.__new__(Stochastic)
+        set_field = object.__setattr__
+        set_field(moved, "seed", self.seed)
+        set_field(moved, "random_bits", self.random_bits)
+        set_field(moved, "step", step)
+        set_field(moved, "call", call)
+        set_field(moved, "_text", self._text)
+        return moved
 
     def __str__(self) -> str:
         return self._text
+
+
+def _require_counters(step: int, call: int) -> None:
+    require_int("Stochastic", "step", step, 0, 2**32 - 1, "it is a 32-bit counter")
+    require_int("Stochastic", "call", call, 0, 2**32 - 1, "it is a 32-bit counter")
 
 
 Rounding = Nearest | TowardZero | TowardPositive | TowardNegative | Stochastic

@@ -7,6 +7,8 @@
 
 #include <string.h>
 
+#include <algorithm>
+#include <cmath>
 #include <new>
 #include <optional>
 #include <stdexcept>
@@ -45,14 +47,46 @@ swalp_layout layout(const std::vector<int64_t>& sizes, const std::vector<int64_t
   return l;
 }
 
+template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+// Blocks' exponents, which tensors hold in 1, 2 or 4 bytes each, as the kernels take them: in 4.
+class Exponents {
+ public:
+  Exponents(uintptr_t address, int bytes, const swalp_layout& l) : address_(address), bytes_(bytes) {
+    if (!address || bytes == 4) return;
+    int64_t blocks = 1;
+    for (int axis = 0; axis < l.dims; ++axis) blocks *= l.size[axis] / l.extent[axis];
+    wide_.resize(blocks);
+  }
+
+  int32_t* get() { return wide_.empty() ? at<int32_t>(address_) : wide_.data(); }
+
+  void widen() {
+    if (bytes_ == 1) std::copy_n(at<int8_t>(address_), wide_.size(), wide_.begin());
+    if (bytes_ == 2) std::copy_n(at<int16_t>(address_), wide_.size(), wide_.begin());
+  }
+
+  void narrow() const {
+    if (bytes_ == 1) std::copy(wide_.begin(), wide_.end(), at<int8_t>(address_));
+    if (bytes_ == 2) std::copy(wide_.begin(), wide_.end(), at<int16_t>(address_));
+  }
+
+ private:
+  uintptr_t address_;
+  int bytes_;
+  std::vector<int32_t> wide_;
+};
+
 bool quantize(const swalp_format& f, const swalp_layout& l, uintptr_t x, uintptr_t out,
-              int32_t output, uintptr_t exponents, int32_t rule, int32_t bits, uint64_t seed,
-              uint32_t step, uint32_t call, int threads) {
+              int32_t output, uintptr_t exponents, int exponent_bytes, int32_t rule, int32_t bits,
+              uint64_t seed, uint32_t step, uint32_t call, int threads) {
   const swalp_rounding r = {rule, bits, seed, step, call};
+  Exponents shared(exponents, exponent_bytes, l);
   const auto run = [&] {
-    return swalp_quantize(&f, &r, &l, reinterpret_cast<const float*>(x),
-                          reinterpret_cast<void*>(out), output,
-                          reinterpret_cast<int32_t*>(exponents), threads);
+    const int lost = swalp_quantize(&f, &r, &l, at<float>(x), at<void>(out), output, shared.get(),
+                                    threads);
+    shared.narrow();
+    return lost;
   };
   int lost;
   if (elements(l) < kHoldLock) {
@@ -87,7 +121,7 @@ swalp_layout flat(int64_t n) {
 
 void quantize_flat(const swalp_format& f, int64_t n, uintptr_t x, uintptr_t out, int32_t rule,
                    int32_t bits, uint64_t seed, uint32_t step, uint32_t call, int threads) {
-  quantize(f, flat(n), x, out, SWALP_FLOAT32, 0, rule, bits, seed, step, call, threads);
+  quantize(f, flat(n), x, out, SWALP_FLOAT32, 0, 4, rule, bits, seed, step, call, threads);
 }
 
 void quantize_many(const swalp_format& f, const std::vector<const swalp_layout*>& layouts,
@@ -110,11 +144,12 @@ void quantize_many(const swalp_format& f, const std::vector<const swalp_layout*>
 }
 
 void unpack(const swalp_format& f, const swalp_layout& l, uintptr_t codes, int32_t code_type,
-            uintptr_t exponents, uintptr_t table, uintptr_t out, int threads) {
+            uintptr_t exponents, int exponent_bytes, uintptr_t table, uintptr_t out, int threads) {
   nb::gil_scoped_release unlocked;
-  swalp_unpack(&f, &l, reinterpret_cast<const void*>(codes), code_type,
-               reinterpret_cast<const int32_t*>(exponents), reinterpret_cast<const float*>(table),
-               reinterpret_cast<float*>(out), threads);
+  Exponents shared(exponents, exponent_bytes, l);
+  shared.widen();
+  swalp_unpack(&f, &l, at<void>(codes), code_type, shared.get(), at<float>(table), at<float>(out),
+               threads);
 }
 
 void split(uintptr_t halves, int64_t count, bool is_signed, uintptr_t codes, int threads) {
@@ -157,8 +192,6 @@ void set(swalp_role& role, const swalp_format& f, int32_t rule, int32_t bits, ui
   role.halved = halved;
   role.rounding = {rule, bits, seed, 0, 0};
 }
-
-template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 // `x_format` is None for an iterate of float32. Seed, step and call follow rule and random bits.
 void average_rounded(float weight, std::tuple<int64_t, int64_t> blocks, uintptr_t x,
@@ -436,9 +469,14 @@ NB_MODULE(_kernels, m) {
   m.def("convolution_input_gradient", &convolution_input_gradient);
   m.def("convolution_weight_gradient", &convolution_weight_gradient);
   m.def("convolution_channel_sums", [](uintptr_t codes, int64_t rows, int64_t channels,
-                                       uintptr_t sums, int threads) {
+                                       int exponent, uintptr_t out, int threads) {
     nb::gil_scoped_release unlocked;
-    swalp_convolution_channel_sums(at<int8_t>(codes), rows, channels, at<int64_t>(sums), threads);
+    std::vector<int64_t> sums(channels);
+    swalp_convolution_channel_sums(at<int8_t>(codes), rows, channels, sums.data(), threads);
+    // A double holds them, and 2**exponent of any two operands: rounded once.
+    const double scale = std::ldexp(1.0, exponent);
+    for (int64_t c = 0; c < channels; ++c)
+      at<float>(out)[c] = static_cast<float>(static_cast<double>(sums[c]) * scale);
   });
   nb::class_<swalp_pooling>(m, "Pooling")
       .def("__init__", [](swalp_pooling* p, const std::vector<int64_t>& sizes) {

@@ -278,6 +278,7 @@ class _MaxPool(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (taps,) = ctx.saved_tensors
         batch, channels, height, width = ctx.pooling[:4]
@@ -312,6 +313,7 @@ class _BatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scale, mean, own_scale, *tensors = ctx.saved_tensors
         x = ctx.compute(*tensors)

@@ -37,15 +37,11 @@ class NativeLinear(QuantizedLayer):
         """The parent's forward between the sites."""
         if not runs(x, self.weight):
             return super().forward(x, *args, **kwargs)
+        weight, bias, fmt = self.weight, self.bias, self.weight_format
+        activation, error = moments(self, x)
+        transposed = _is_conv1d(type(self).__bases__[1])
         with paused():
-            return linear(
-                x,
-                self.weight,
-                self.bias,
-                self.weight_format,
-                *moments(self, x),
-                transposed=_is_conv1d(type(self).__bases__[1]),
-            )
+            return linear(x, weight, bias, fmt, activation, error, transposed=transposed)
 
 
 def is_linear(kind: type[nn.Module]) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from swalp.formats import Format
 from swalp.matmul import convolution
@@ -49,7 +50,8 @@ def convolve(
     Returns:
         float32, (batch, out, ...), channels last in memory.
     """
-    handed = Handed()
+    size = window.out_size(x.shape[2:], weight.shape[2:])
+    handed = Handed(x.shape, (x.shape[0], weight.shape[0], *size))
     y: Tensor = _Convolve.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
         handed.gradient_of(x), weight, bias, window, weight_format, activation, error, handed
     )
@@ -103,10 +105,11 @@ class _Convolve(torch.autograd.Function):
         )
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, (weight,) = kept(ctx)
         window: Window = ctx.window
-        errors = ctx.handed.take_errors()
+        errors = ctx.handed.take_errors(grad)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             weights = weight_operand(weight, ctx.weight_format)

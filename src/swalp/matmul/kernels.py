@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -172,18 +173,24 @@ def run_codes(
     )  # fmt: skip
 
 
-def channel_sums(codes: Tensor) -> Tensor:
-    """int64 sums of int8 codes (batch, channels, ...) over all dimensions but the second."""
-    codes = codes.movedim(1, -1).contiguous()
+def channel_sums(codes: Tensor, exponent: int) -> Tensor:
+    """Sums of int8 codes (batch, channels, ...) over all dimensions but the second.
+
+    Times ``2**exponent``: exact, then rounded once to float32.
+    """
+    if codes.dim() > 2:
+        codes = codes.movedim(1, -1)
+    codes = codes.contiguous()
     channels = codes.shape[-1]
     if not cpu.available:
-        return codes.reshape(-1, channels).sum(0)
-    sums = torch.empty(channels, dtype=torch.int64)
+        sums = codes.reshape(-1, channels).sum(0).to(torch.float64)
+        return sums.mul_(math.ldexp(1.0, exponent)).float()
+    scaled = torch.empty(channels)
     _kernels.convolution_channel_sums(
-        codes.data_ptr(), codes.numel() // max(channels, 1), channels, sums.data_ptr(),
+        codes.data_ptr(), codes.numel() // max(channels, 1), channels, exponent, scaled.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
-    return sums
+    return scaled
 
 
 def multiply_int_mm(left: Tensor, right: Tensor) -> Tensor:

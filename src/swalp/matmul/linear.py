@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from swalp import buffers
 from swalp.formats import Format
@@ -53,7 +54,8 @@ def linear(
     Returns:
         float32, (..., out_features).
     """
-    handed = Handed()
+    features = weight.shape[1] if transposed else weight.shape[0]
+    handed = Handed(x.shape, (*x.shape[:-1], features))
     y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
         handed.gradient_of(x), weight, bias, weight_format, activation, error, transposed, handed
     )
@@ -136,12 +138,15 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, (weight,) = kept(ctx)
-        errors = ctx.handed.take_errors()
+        errors = ctx.handed.take_errors(grad)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
-            weights = apart(weight_operand(weight, ctx.weight_format), weight)
+            weights = weight_operand(weight, ctx.weight_format)
+            if not ctx.handed.at_once:
+                weights = apart(weights, weight)
             right = transpose(weights) if ctx.transposed else weights
             dx = ctx.handed.later(ctx.shape, partial(_input_gradient, errors, right, ctx.shape))
         if ctx.needs_input_grad[1]:

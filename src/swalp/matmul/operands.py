@@ -35,11 +35,13 @@ class Operand(NamedTuple):
 
     def flatten(self) -> Operand:
         """As a matrix: all but the last dimension joined."""
-        return self._replace(codes=self.codes.reshape(-1, self.codes.shape[-1]))
+        codes, exponents, gap = self
+        return self if codes.dim() == 2 else Operand(codes.flatten(0, -2), exponents, gap)
 
     def transpose(self) -> Operand:
         """The last two dimensions exchanged: a view."""
-        return self._replace(codes=self.codes.transpose(-1, -2))
+        codes, exponents, gap = self
+        return Operand(codes.transpose(-1, -2), exponents, gap)
 
     def exponent(self) -> Tensor:
         """What 2 is raised to: int32, one, or one for each index of the first dimension."""

@@ -82,8 +82,7 @@ def channel_sums(x: Operand) -> Tensor:
     Args:
         x: codes (batch, channels, ...), with one exponent.
     """
-    scale = math.ldexp(1.0, exponent_of(x))
-    return kernels.channel_sums(x.codes).to(torch.float64).mul_(scale).float()
+    return kernels.channel_sums(x.codes, exponent_of(x))
 
 
 def _compiled(left: Operand, right: Operand, bias: Tensor | None) -> Tensor:

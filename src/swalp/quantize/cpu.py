@@ -57,11 +57,13 @@ class Plan:
         rows: the same of contiguous tensors, by shape alone.
         table: values of its bit patterns, if codes are such: 256 or 65536, for any 1 or 2 bytes.
         integers: as `kernel`, of a format that has no code for NaN.
+        exponents: how exponents of blocks are held; None without blocks.
     """
 
     fmt: Format
     kernel: _kernels.Format | None
     shapeless: bool
+    exponents: torch.dtype | None
     checked: bool = False
     layouts: dict[tuple[torch.Size, tuple[int, ...]], tuple[Layout, _kernels.Layout] | None] = (
         field(default_factory=dict)
@@ -90,7 +92,11 @@ def plan_of(fmt: Format) -> Plan:
             _equal_plans.clear()
         one_block = isinstance(fmt, BlockFloat) and fmt.axes is None and fmt.tile is None
         shapeless = one_block or isinstance(fmt, FixedPoint | Minifloat | Binary)
-        plan = _equal_plans[fmt] = Plan(fmt, _numbers(fmt) if _fits(fmt) else None, shapeless)
+        kernel = _numbers(fmt) if _fits(fmt) else None
+        exponents = None
+        if isinstance(fmt, BlockFloat | Microscaling):
+            exponents = definition.exponent_dtype(fmt)
+        plan = _equal_plans[fmt] = Plan(fmt, kernel, shapeless, exponents)
     plans[id(fmt)] = plan, fmt
     return plan
 
@@ -137,7 +143,7 @@ def quantize(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = No
         return out.copy_(quantize(x, fmt, rounding))
     assert plan.kernel is not None  # `supports`
     _kernels.quantize(
-        plan.kernel, found[1], x.data_ptr(), out.data_ptr(), _kernels.FLOAT32, 0,
+        plan.kernel, found[1], x.data_ptr(), out.data_ptr(), _kernels.FLOAT32, 0, 0,
         *rule_arguments(rounding), torch.get_num_threads(),
     )  # fmt: skip
     return out
@@ -169,7 +175,7 @@ def quantize_contiguous(
         )
     else:
         _kernels.quantize(
-            plan.kernel, _rows(plan, x), x.data_ptr(), out.data_ptr(), 0, 0,
+            plan.kernel, _rows(plan, x), x.data_ptr(), out.data_ptr(), 0, 0, 0,
             rule, bits, seed, step, call, threads,
         )  # fmt: skip
     return out
@@ -228,19 +234,14 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | N
         return torch.empty_like(x, dtype=codes.dtype).copy_(codes), exponents
     layout, kernel_layout = found
     codes = torch.empty_like(x, dtype=definition.code_dtype(fmt))
-    exponents = None
-    if isinstance(fmt, BlockFloat | Microscaling):
-        exponents = torch.empty(layout.grid, dtype=torch.int32)
+    exponents = _exponents(plan, layout)
     assert plan.kernel is not None  # `supports`
     lost = _kernels.quantize(
         plan.kernel, kernel_layout, x.data_ptr(), codes.data_ptr(), _code_type(fmt),
-        0 if exponents is None else exponents.data_ptr(),
-        *rule_arguments(rounding), torch.get_num_threads(),
+        *_address(exponents), *rule_arguments(rounding), torch.get_num_threads(),
     )  # fmt: skip
     if lost:
         raise definition.no_code_for_nan(fmt)
-    if isinstance(fmt, BlockFloat | Microscaling) and exponents is not None:
-        exponents = exponents.to(definition.exponent_dtype(fmt))
     return codes, exponents
 
 
@@ -262,23 +263,20 @@ def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, T
     if plan.integers is None:
         plan.integers = _numbers(fmt)
         plan.integers.has_nan = 0
-    blocked = isinstance(fmt, BlockFloat)
-    x = x.resolve_neg()
+    if x.is_neg():
+        x = x.resolve_neg()
+    contiguous = x.is_contiguous()
     found = _layout(plan, x)
-    if found is None or not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
-        x = buffers.empty(*x.shape).copy_(x)
+    if found is None or not (contiguous or x.movedim(1, -1).is_contiguous()):
+        x, contiguous = buffers.empty(*x.shape).copy_(x), True
         found = _layout(plan, x)
         assert found is not None  # a contiguous tensor has one
-    codes = buffers.empty(*x.shape, channels_last=not x.is_contiguous(), dtype=torch.int8)
-    exponents = torch.empty(found[0].grid, dtype=torch.int32) if blocked else None
+    codes = buffers.empty(*x.shape, channels_last=not contiguous, dtype=torch.int8)
+    exponents = _exponents(plan, found[0])
     lost = _kernels.quantize(
         plan.integers, found[1], x.data_ptr(), codes.data_ptr(), _kernels.CODE8,
-        0 if exponents is None else exponents.data_ptr(),
-        *rule_arguments(rounding), torch.get_num_threads(),
+        *_address(exponents), *rule_arguments(rounding), torch.get_num_threads(),
     )  # fmt: skip
-    if exponents is not None:
-        assert isinstance(fmt, BlockFloat)
-        exponents = exponents.to(definition.exponent_dtype(fmt))
     return codes, exponents, lost
 
 
@@ -333,21 +331,18 @@ def unpack(
         out = torch.empty_like(codes, dtype=torch.float32)
     elif out.stride() != codes.stride() or out.is_neg():
         return out.copy_(unpack(codes, exponents, fmt))
-    known = stored(codes, exponents, fmt)
-    assert known is not None  # `supports`
-    numbers, layout, code_type, exponents, table = known
+    assert plan.kernel is not None  # `knows`
+    exponents = None if exponents is None else exponents.contiguous()
     _kernels.unpack(
-        numbers, layout, codes.data_ptr(), code_type,
-        0 if exponents is None else exponents.data_ptr(),
-        0 if table is None else table.data_ptr(),  # 0 as well if it is empty
-        out.data_ptr(), torch.get_num_threads(),
+        plan.kernel, found[1], codes.data_ptr(), _code_type(fmt), *_address(exponents),
+        _table(plan).data_ptr(), out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def stored(
     codes: Tensor, exponents: Tensor | None, fmt: Format
-) -> tuple[_kernels.Format, _kernels.Layout, int, Tensor | None, Tensor | None] | None:
+) -> tuple[_kernels.Format, _kernels.Layout, int, Tensor | None, Tensor] | None:
     """Codes and exponents as the kernels read them; None if they cannot.
 
     Returns:
@@ -359,9 +354,7 @@ def stored(
         return None
     if exponents is not None:
         exponents = exponents.to(torch.int32).contiguous()
-    if plan.table is None:
-        plan.table = _table(fmt)
-    return plan.kernel, found[1], _code_type(fmt), exponents, plan.table
+    return plan.kernel, found[1], _code_type(fmt), exponents, _table(plan)
 
 
 def join(codes: Tensor) -> Tensor:
@@ -432,12 +425,28 @@ def _code_type(fmt: Format) -> int:
     return _kernels.CODE8 if fmt.bits <= 8 else _kernels.CODE16
 
 
-def _table(fmt: Format) -> Tensor:
-    element = fmt.element if isinstance(fmt, Microscaling) else fmt
-    if not isinstance(element, Minifloat | Binary):
-        return torch.empty(0)
-    values = definition.table(element)
-    return values.repeat((1 << (8 if fmt.bits <= 8 else 16)) // values.numel())
+def _table(plan: Plan) -> Tensor:
+    """Values of bit patterns; empty, and its address 0, if codes are none."""
+    if plan.table is None:
+        fmt = plan.fmt
+        element = fmt.element if isinstance(fmt, Microscaling) else fmt
+        plan.table = torch.empty(0)
+        if isinstance(element, Minifloat | Binary):
+            values = definition.table(element)
+            plan.table = values.repeat((1 << (8 if fmt.bits <= 8 else 16)) // values.numel())
+    return plan.table
+
+
+def _exponents(plan: Plan, layout: Layout) -> Tensor | None:
+    """Room for the exponents of a tensor's blocks."""
+    if plan.exponents is None:
+        return None
+    return torch.empty(layout.grid, dtype=plan.exponents)
+
+
+def _address(exponents: Tensor | None) -> tuple[int, int]:
+    """Address, and bytes of each, as the kernels take them."""
+    return (0, 0) if exponents is None else (exponents.data_ptr(), exponents.itemsize)
 
 
 def _fits(fmt: Format) -> bool:
