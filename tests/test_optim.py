@@ -462,6 +462,17 @@ def test_nan_is_said(packed):
         assert all(parameter.isnan().all() for parameter in model.parameters())
 
 
+def test_packed_weights_know_that_a_step_made_them_nan():
+    model = swalp.convert(network(), "native-8", packed=True)
+    optimizer = swalp.optim.SGD(model.named_parameters(), 0.1, recipe="native-8")
+    for gradient in (1.0, torch.nan):
+        assert not any(parameter.has_nan() for parameter in model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.full(parameter.shape, gradient)
+        optimizer.step()
+    assert all(parameter.has_nan() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("make", [
     lambda p, r: swalp.optim.SGD(p, 0.1, momentum=0.9, recipe=r),
     lambda p, r: swalp.optim.Adam(p, 0.01, recipe=r),

@@ -42,6 +42,31 @@ def same(left, right):
     return torch.equal(left.nan_to_num(7e7), right.nan_to_num(7e7))
 
 
+@pytest.mark.parametrize("text", HAVE_NAN)
+def test_nan_is_found_whenever_codes_change(text):
+    fmt, clean = parse_format(text), values(6, 8).abs()
+    holed = clean.clone()
+    holed[3, 5] = torch.nan
+    packed = pack(clean, fmt)
+    kept = packed.detach()
+    for change in (holed, clean, pack(holed, fmt), pack(clean, fmt)):
+        assert packed.has_nan() == kept.has_nan() == bool(packed.dequantize().isnan().any())
+        packed.copy_(change)
+        assert packed.has_nan() == kept.has_nan() == bool(packed.dequantize().isnan().any())
+    with torch.inference_mode():
+        packed.copy_(holed)
+        inside = pack(clean, fmt)
+        assert not inside.has_nan()
+        inside.copy_(holed)
+        assert inside.has_nan()
+    assert packed.has_nan()
+
+
+@pytest.mark.parametrize("text", NO_NAN)
+def test_formats_without_nan_have_none(text):
+    assert not pack(values(6, 8), parse_format(text)).has_nan()
+
+
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_codes_hold_what_quantize_gives(fmt, rule):

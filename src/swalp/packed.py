@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_map
 
 from swalp.format_text import parse_format
-from swalp.formats import BlockFloat, Format, Microscaling
+from swalp.formats import BlockFloat, Format, Microscaling, Minifloat
 from swalp.quantize import dispatch
 from swalp.quantize.api import check
 from swalp.quantize.blocks import block_extents
-from swalp.quantize.codes import code_dtype, exponent_dtype
+from swalp.quantize.codes import code_dtype, exponent_dtype, holds_nan, nan_code
 from swalp.rounding import Nearest, Rounding, Stochastic
 
 aten = torch.ops.aten
@@ -59,6 +60,7 @@ class PackedTensor(torch.Tensor):
     ) -> None:
         # Set on results that share codes with another tensor but not its blocks' exponents.
         self.readonly = False
+        self._found: tuple[Tensor, int, bool] | None = None
 
     def dequantize(self) -> Tensor:
         """The values: float32, a new tensor."""
@@ -69,6 +71,22 @@ class PackedTensor(torch.Tensor):
     def nbytes(self) -> int:  # type: ignore[override]  # PyTorch declares it writeable
         """Bytes really held: codes and exponents."""
         return self.codes.nbytes + (0 if self.exponents is None else self.exponents.nbytes)
+
+    def has_nan(self) -> bool:
+        """Whether an element is NaN; of formats of integers, known until the codes change."""
+        if not holds_nan(self.format):
+            return False
+        if isinstance(self.format, Minifloat | Microscaling):
+            return bool(self.dequantize().isnan().any())
+        codes = self.codes
+        version = -1 if codes.is_inference() else codes._version
+        found = self._found
+        if found is None or found[0] is not codes or found[1] != version or version < 0:
+            codes = self._element_codes()
+            # The lowest code, which stands for no number.
+            nan = codes.numel() > 0 and int(codes.min()) == nan_code(self.format)
+            found = self._found = self.codes, version, nan
+        return found[2]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # untyped
         return f"PackedTensor({self.dequantize()!r}, format={self.format}, nbytes={self.nbytes})"
@@ -89,6 +107,7 @@ class PackedTensor(torch.Tensor):
 
     def _assign(self, other: PackedTensor) -> None:
         self.codes.copy_(other.codes)
+        increment_version(self.codes)  # operations below `__torch_dispatch__` do not
         if self.exponents is not None and other.exponents is not None:
             self.exponents.copy_(other.exponents)
 

@@ -7,6 +7,7 @@ from itertools import dropwhile
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from swalp.averaging.kinds import Accumulator, ExactSum
 from swalp.formats import BlockFloat, FixedPoint
@@ -101,6 +102,7 @@ def take_rounded(
         average.codes.data_ptr(), _address(average.exponents), kept, halved,
         cpu.rule_arguments(rounding), threads,
     )  # fmt: skip
+    increment_version(average.codes)
     return True
 
 

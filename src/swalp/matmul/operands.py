@@ -10,7 +10,6 @@ from torch import Tensor
 from swalp.formats import BlockFloat, FixedPoint, Format
 from swalp.packed import PackedTensor
 from swalp.quantize import dispatch
-from swalp.quantize.codes import holds_nan, nan_code
 from swalp.rounding import Rounding
 
 
@@ -81,9 +80,7 @@ def of_packed(x: PackedTensor) -> Operand | None:
     gap = gap_of(x.format)
     if gap is None or x.codes.dtype != torch.int8:
         return None
-    if holds_nan(x.format) and x.codes.numel() and int(x.codes.min()) == nan_code(x.format):
-        return None  # the lowest code, which stands for no number
-    return Operand(x.codes, x.exponents, gap)
+    return None if x.has_nan() else Operand(x.codes, x.exponents, gap)
 
 
 def exponent_of(x: Operand) -> int:

@@ -136,15 +136,18 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         self, parameters: list[tuple[str, Tensor, Tensor]], group: dict[str, Any]
     ) -> None:
         """Update named parameters with gradients, in one compiled call as far as possible."""
-        ready: dict[tuple[bool, bool], list[Any]] = {}
+        ready: dict[tuple[bool, bool], list[fused.Prepared]] = {}
         for name, parameter, gradient in parameters:
             prepared = self._kernel(name, parameter, gradient, group)
             if prepared is None:
                 self._update(name, parameter, gradient, group)
             else:
-                ready.setdefault(prepared.kind, []).append(prepared.kernel)
-        for (packed, rounds), kernels in ready.items():
-            if self._run(kernels, packed, rounds, group):
+                ready.setdefault(prepared.kind, []).append(prepared)
+        for (packed, rounds), all_prepared in ready.items():
+            lost = self._run([one.kernel for one in all_prepared], packed, rounds, group)
+            for one in all_prepared:
+                one.announce()
+            if lost:
                 raise ValueError(
                     f"{type(self).__name__}: a parameter or its state became NaN, for which its "
                     f"format has no code; lower the learning rate, or go back to a checkpoint"

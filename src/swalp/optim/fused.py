@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from swalp.formats import BlockFloat, FixedPoint, Format, Microscaling, Minifloat
 from swalp.packed import PackedTensor, joined, pack
@@ -88,6 +89,7 @@ class Prepared:
         self.kernel: Any = None
         self._for = recipe, roles
         self._kept = [(tensor, *_memory(tensor)) for tensor in kept]
+        self._memories = [memory for _, memory, _ in self._kept]
         self._layouts = [_layout(memory) for _, memory, _ in self._kept]
         blocks = fits(recipe, roles, parameter)
         if blocks is None or not all(
@@ -120,6 +122,11 @@ class Prepared:
             if now is not memory or exponents_now is not exponents:
                 return False
         return True
+
+    def announce(self) -> None:
+        """Tell PyTorch that the memory was written to, as operations of its own do."""
+        for memory in self._memories:
+            increment_version(memory)
 
     def addresses(self) -> list[int]:
         """Of the memory of all that is kept, each followed by that of its exponents, 0 if none."""
