@@ -52,6 +52,8 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.activation = nn.GELU(approximate="tanh")
+        # PyTorch's own has no such setting; ours, converted, has.
+        self.activation.inplace = True  # type: ignore[assignment]  # no tensor, no module
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, tokens, width) to the same."""

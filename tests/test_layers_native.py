@@ -371,6 +371,35 @@ def test_gelu_computes_its_input_again(approximate):
     assert all(torch.equal(one, other) for one, other in zip(mine, pytorchs, strict=True))
 
 
+@pytest.mark.parametrize("rows", [7, 700])
+def test_gelu_in_place_gives_the_same_numbers(rows):
+    torch.manual_seed(0)
+    x, dy = torch.randn(rows, 33, 24), torch.randn(rows, 33, 40)
+    apart, inplace = nn.GELU("tanh"), nn.GELU("tanh")
+    inplace.inplace = True
+    mine, pytorchs = (_between(layer, x, dy, 1, False) for layer in (inplace, apart))
+    assert all(torch.equal(one, other) for one, other in zip(mine, pytorchs, strict=True))
+
+
+def test_gelu_in_place_takes_its_input_s_place_and_autograd_knows():
+    model = nn.Sequential(nn.Linear(24, 40), nn.GELU())
+    model = swalp.convert(model, "native-8")
+    model[1].inplace = True
+    hidden = model[0](torch.randn(64, 24))
+    squares = hidden.square()
+    y = model[1](hidden)
+    assert y.data_ptr() == hidden.data_ptr()
+    y.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        squares.sum().backward()
+    # Whose input cannot be computed again is left alone.
+    for other in (torch.randn(64, 40), torch.randn(64, 40, requires_grad=True)):
+        assert model[1](other).data_ptr() != other.data_ptr()
+    with torch.no_grad():
+        hidden = model[0](torch.randn(64, 24))
+        assert model[1](hidden).data_ptr() != hidden.data_ptr()
+
+
 def test_gelu_keeps_nothing_of_its_own():
     model = nn.Sequential(nn.Linear(24, 40), nn.GELU())
     model = swalp.convert(model, "native-8", packed=True)

@@ -12,7 +12,7 @@ from swalp.quantize import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.available, reason="swalp was built without C++ kernels")
 
-ROWS, WIDTH = 512, 512  # large enough for `buffers`
+ROWS, WIDTH = 1024, 512  # large enough for `buffers`, and for three steps
 HOLDERS = {
     "the tensor": lambda h, kept: h.register_hook(lambda g: kept.append(g)),
     "an alias": lambda h, kept: h.register_hook(lambda g: kept.append(g.detach())),

@@ -71,6 +71,24 @@ def test_hooks_see_the_gradients_and_no_stand_in():
     assert x.grad.abs().max() > 0
 
 
+@pytest.mark.parametrize("shape", [(6, 16), (2, 3, 16), (2, 3, 9), (2, 3, 9, 9)])
+def test_results_may_be_changed_in_place(shape):
+    x, gradients = torch.randn(shape), []
+    for inplace in (False, True):
+        model = _model()
+        if shape[-1] == 9:
+            torch.manual_seed(0)
+            first = {3: torch.nn.Conv1d, 4: torch.nn.Conv2d}[len(shape)](3, 8, 3)
+            model = torch.nn.Sequential(first, torch.nn.ReLU(), torch.nn.Flatten())
+            model = swalp.convert(model, "native-8")
+        model[1].inplace = inplace
+        given = x.clone().requires_grad_()
+        y = model(given).mul_(2.0)
+        y.sum().backward()
+        gradients.append((given.grad, y.detach()))
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
 def test_gradients_of_gradients_are_refused():
     x = torch.randn(32, 16, requires_grad=True)
     (gradient,) = torch.autograd.grad(_model()(x).square().sum(), x, create_graph=True)

@@ -169,7 +169,8 @@ def save_memory(keep: int = 1 << 22) -> None:
     The peak of a step falls, by half where layers leave large results of PyTorch's between them.
     The step may take longer, as memory has to be asked for again: `docs/native.md` says how much.
     Large tensors of PyTorch's on the CPU go back, too, where the C library has `mallopt` (glibc):
-    from 1 MB on it gets each from the system. That cannot be undone.
+    from 1 MB on it gets each from the system. That cannot be undone. To hold less still, let
+    nonlinearities work in place: `inplace = True` on ReLU and on GELU right after a linear layer.
 
     Args:
         keep: bytes; results of up to that size go on to use that much memory again, of floats and

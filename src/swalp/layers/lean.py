@@ -39,16 +39,23 @@ class LeanReLU(QuantizedLayer):
 
 
 class LeanGELU(QuantizedLayer):
-    """Mixin over `torch.nn.GELU`, of use right after a native linear layer."""
+    """Mixin over `torch.nn.GELU`, of use right after a native linear layer.
+
+    Attributes:
+        inplace: whether its result may take the place of its input, as with `torch.nn.ReLU`; it
+            does where the input can be computed again. PyTorch's own has no such setting: where
+            nothing else uses the input, set it on the layer, before or after converting.
+    """
 
     approximate: str
+    inplace: bool = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The parent's forward."""
         again = again_of(x)
         if again is None or not (_plain(x) and _keeps(x) and x.is_contiguous() and x.dim() > 1):
             return super().forward(x, *args, **kwargs)
-        return _GELU.apply(x, self.approximate, again)  # type: ignore[no-untyped-call]  # PyTorch ships no type
+        return _GELU.apply(x, self.approximate, again, self.inplace)  # type: ignore[no-untyped-call]  # PyTorch ships no type
 
 
 class LeanLayerNorm(QuantizedLayer):
@@ -205,15 +212,17 @@ class _ReLU(torch.autograd.Function):
 
 class _GELU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, approximate: str, again: Again) -> Tensor:
+    def forward(ctx: Any, x: Tensor, approximate: str, again: Again, inplace: bool) -> Tensor:
         ctx.compute, ctx.approximate, ctx.alone = again.compute, approximate, alone()
         ctx.save_for_backward(*again.tensors)
-        y = buffers.empty(*x.shape)
+        if inplace:
+            ctx.mark_dirty(x)
+        y = x if inplace else buffers.empty(*x.shape)
         return torch.ops.aten.gelu.out(x, approximate=approximate, out=y)  # type: ignore[no-any-return]  # PyTorch ships no type
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         mine = references(grad) == ctx.alone
         result, kept = _place(grad, mine), ctx.saved_tensors
         many = max(1, _PART // grad[0].nbytes)
@@ -222,7 +231,7 @@ class _GELU(torch.autograd.Function):
                 grad[part], ctx.compute(*kept, part=part), approximate=ctx.approximate,
                 grad_input=result[part],
             )  # fmt: skip
-        return result, None, None
+        return result, None, None, None
 
 
 class _LayerNorm(torch.autograd.Function):

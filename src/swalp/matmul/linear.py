@@ -131,7 +131,8 @@ class _Linear(torch.autograd.Function):
         ctx.has_bias, ctx.transposed = bias is not None, transposed
         keep(ctx, inputs, weight)
         y = product(inputs, weights if transposed else transpose(weights), added)
-        y = y.view(*x.shape[:-1], y.shape[-1])
+        if x.dim() > 2:  # an alias, but no view, which the layer after could not change
+            y = y.view(*x.shape[:-1], y.shape[-1]).detach()
         if isinstance(inputs, Operand):
             compute = partial(_again, inputs.gap, weight_format, transposed, y.shape)
             ctx.again = Again((inputs.codes, inputs.exponents, weight, added), compute)
