@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from swalp.report import charts
 from swalp.report.blocks import (
     Block,
@@ -79,7 +81,9 @@ def _results(claim: Claim) -> list[Block]:
 def _curves(claim: Claim, prefix: str) -> list[Block]:
     rows = [charts.flat(row) for row in claim.rows]
     panels = guess(rows, _ALONG)
-    facts = [row for row in rows if len(rows) > 1 and _stands_alone(row, rows)]
+    alike = Counter(frozenset(row) for row in rows)
+    # Constants of the problem: no other row has their quantities.
+    facts = [row for row in rows if len(rows) > 1 and alike[frozenset(row)] == 1]
     blocks: list[Block] = []
     if panels:
         chart = Chart(f"{prefix}claim", claim.title, panels)
@@ -89,11 +93,6 @@ def _curves(claim: Claim, prefix: str) -> list[Block]:
         if told:
             blocks.append(Facts([(value, name) for name, value in told]))
     return blocks
-
-
-def _stands_alone(row: Row, rows: list[Row]) -> bool:
-    """Whether no other row has its quantities: constants of the problem."""
-    return sum(set(other) == set(row) for other in rows) == 1
 
 
 def _shown(value: float) -> str:
