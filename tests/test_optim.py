@@ -462,6 +462,20 @@ def test_nan_is_said(packed):
         assert all(parameter.isnan().all() for parameter in model.parameters())
 
 
+def test_packed_gradients_are_taken():
+    results = []
+    for widen in (False, True):
+        model = swalp.convert(network(), "native-8", packed=True)
+        optimizer = swalp.optim.SGD(model.named_parameters(), 0.1, recipe="native-8")
+        for parameter in model.parameters():
+            gradient = torch.arange(parameter.numel()).view(parameter.shape) / 64
+            gradient = swalp.pack(gradient, BlockFloat(8))
+            parameter.grad = gradient.dequantize() if widen else gradient
+        optimizer.step()
+        results.append([parameter.dequantize() for parameter in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_packed_weights_know_that_a_step_made_them_nan():
     model = swalp.convert(network(), "native-8", packed=True)
     optimizer = swalp.optim.SGD(model.named_parameters(), 0.1, recipe="native-8")

@@ -32,6 +32,7 @@ HAVE_NAN = [
 FORMATS = [parse_format(text) for text in NO_NAN + HAVE_NAN]
 RULES = [Nearest(), Stochastic(5, random_bits=16)]
 BYTE = BlockFloat(8, axes=(0,))
+COARSE = BlockFloat(5)
 
 
 def values(*shape, seed=0):
@@ -301,3 +302,21 @@ def test_packed_again_in_another_format():
     assert again.format == BlockFloat(4, axes=(0,))
     expected = quantize(first.dequantize(), BlockFloat(4, axes=(0,)))
     assert torch.equal(again.dequantize(), expected)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_quantize_takes_packed_tensors_and_writes_to_them(many):
+    def run(x, out=None):
+        if many:
+            return swalp.quantize_many([x], COARSE, out=None if out is None else [out])[0]
+        return quantize(x, COARSE, out=out)
+
+    x, expected = (
+        pack(values(40, 30), BYTE),
+        quantize(pack(values(40, 30), BYTE).dequantize(), COARSE),
+    )
+    assert torch.equal(run(x), expected)
+    assert torch.equal(run(x, torch.empty(40, 30)), expected)
+    assert torch.equal(run(x.dequantize(), out := pack(values(40, 30, seed=1), BYTE)), out)
+    assert torch.equal(out.dequantize(), pack(expected, BYTE).dequantize())
+    assert torch.equal(run(x, x).dequantize(), pack(expected, BYTE).dequantize())

@@ -58,7 +58,7 @@ int swalp_quantize_many(const swalp_format* f, int64_t count, const swalp_roundi
                         int threads) {
   // Below this, threads are more use each with a tensor of its own than all within one.
   constexpr int64_t small = 1 << 18;
-  constexpr int64_t serial = 1 << 20;  // a parallel region can stall for milliseconds
+  constexpr int64_t serial = 1 << 17;  // some 100 us: a parallel region may have to wait for a thread
   const auto size = [l](int64_t i) {
     int64_t n = 1;
     for (int axis = 0; axis < l[i]->dims; ++axis) n *= l[i]->size[axis];

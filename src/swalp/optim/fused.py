@@ -56,7 +56,12 @@ def resident(tensor: Tensor) -> Tensor:
 
 def reads(gradient: Tensor) -> bool:
     """Whether the compiled step can read a gradient as it is."""
-    return gradient.is_cpu and gradient.dtype == torch.float32 and gradient.is_contiguous()
+    return (
+        type(gradient) is Tensor  # another kind need not have its numbers in memory
+        and gradient.is_cpu
+        and gradient.dtype == torch.float32
+        and gradient.is_contiguous()
+    )
 
 
 class Prepared:

@@ -81,7 +81,9 @@ def quantize(
     if not torch.compiler.is_compiling() and _is_plain(x):
         if x.dtype is torch.float32 and not isinstance(fmt, Binary):  # it has no rule toward zero
             cpu.plan_of(fmt).checked = cpu.knows(fmt)
-        return dispatch.run(x, fmt, rounding, out)
+        if out is None or type(out) in _PLAIN:
+            return dispatch.run(x, fmt, rounding, out)
+        return out.copy_(dispatch.run(x, fmt, rounding))
     seed, step, call, key = 0, 0, 0, None
     if isinstance(rounding, Stochastic):
         step, call = rounding.step, rounding.call
@@ -158,14 +160,22 @@ def quantize_many(
     for rule in rules:
         check(torch.empty(0) if not tensors else tensors[0], fmt, rule)
     # One check for all that are alike: small tensors often are.
-    for x in {(type(x), x.dtype, x.shape): x for x in map(_tensor, tensors)}.values():
+    alike = {(type(x), x.dtype, x.shape): x for x in map(_tensor, tensors)}
+    for x in alike.values():
         check(x, fmt, rules[0])
+    kinds = {kind for kind, *_ in alike}
     if out is not None and out is not tensors:
         for x, target in zip(tensors, out, strict=True):
             _check_out(x, target)
-    targets = [torch.empty_like(x) for x in tensors] if out is None else out
-    dispatch.run_many(tensors, fmt, rules, targets)
-    return list(targets)
+        kinds |= set(map(type, out))
+    if kinds <= _PLAIN and not _is_watched():
+        return list(dispatch.run_many(tensors, fmt, rules, out))
+    each = rules if len(rules) == len(tensors) else list(rules) * len(tensors)
+    targets = [None] * len(tensors) if out is None else out
+    return [
+        quantize(x, fmt, rule, out=target)
+        for x, rule, target in zip(tensors, each, targets, strict=True)
+    ]
 
 
 def _tensor(x: object) -> Tensor:
@@ -229,12 +239,19 @@ def _check_out(x: Tensor, out: Tensor) -> None:
 def _is_plain(x: Tensor) -> bool:
     """Whether nobody watches: no gradient to record, no mode, no transformation of functions."""
     return (
-        (type(x) is Tensor or type(x) is torch.nn.Parameter)
+        type(x) in _PLAIN
         and not (x.requires_grad and torch.is_grad_enabled())
         and not x.is_meta
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not _is_watched()
     )
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}  # whose memory is what they are
+
+
+def _is_watched() -> bool:
+    transformed: bool = torch._C._are_functorch_transforms_active()
+    return transformed or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _is_alike(x: Tensor, out: Tensor) -> bool:

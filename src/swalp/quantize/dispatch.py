@@ -28,21 +28,29 @@ def run(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = None) -
 
 
 def run_many(
-    tensors: Sequence[Tensor], fmt: Format, rules: Sequence[Rounding], out: Sequence[Tensor]
-) -> None:
-    """Quantize tensors, already checked, each into its place: in one call where all are plain.
+    tensors: Sequence[Tensor],
+    fmt: Format,
+    rules: Sequence[Rounding],
+    out: Sequence[Tensor] | None,
+) -> Sequence[Tensor]:
+    """Quantize tensors, already checked, into `out` or new ones: in one call where all are plain.
 
     `rules`: one for all, or one for each.
     """
-    plain = all(map(cpu.is_plain, tensors)) and (out is tensors or all(map(cpu.is_plain, out)))
+    plain = all(map(cpu.is_plain, tensors))
+    if out is None:
+        out = [torch.empty_like(x) for x in tensors]  # as plain as they
+    elif out is not tensors:
+        plain = plain and all(map(cpu.is_plain, out))
     if tensors and plain and _has_kernels() and cpu.supports(fmt, rules[0], tensors[0].dtype):
         arguments = [cpu.rule_arguments(rule) for rule in rules]
         if len({argument[:2] for argument in arguments}) == 1:
             cpu.quantize_many(tensors, fmt, arguments, out)
-            return
+            return out
     each = rules if len(rules) == len(tensors) else list(rules) * len(tensors)
     for tensor, rule, target in zip(tensors, each, out, strict=True):
         run(tensor, fmt, rule, target)
+    return out
 
 
 def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None]:
