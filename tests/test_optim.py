@@ -462,15 +462,20 @@ def test_nan_is_said(packed):
         assert all(parameter.isnan().all() for parameter in model.parameters())
 
 
-def test_packed_gradients_are_taken():
+@pytest.mark.parametrize("kind", ["packed", "negated"])
+def test_unusual_gradients_are_taken(kind):
     results = []
     for widen in (False, True):
         model = swalp.convert(network(), "native-8", packed=True)
         optimizer = swalp.optim.SGD(model.named_parameters(), 0.1, recipe="native-8")
         for parameter in model.parameters():
             gradient = torch.arange(parameter.numel()).view(parameter.shape) / 64
-            gradient = swalp.pack(gradient, BlockFloat(8))
-            parameter.grad = gradient.dequantize() if widen else gradient
+            if kind == "packed":
+                gradient = swalp.pack(gradient, BlockFloat(8))
+                parameter.grad = gradient.dequantize() if widen else gradient
+            else:
+                gradient = torch._neg_view(gradient)  # as a part of a complex conjugate is
+                parameter.grad = gradient.resolve_neg() if widen else gradient
         optimizer.step()
         results.append([parameter.dequantize() for parameter in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

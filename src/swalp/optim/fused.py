@@ -61,6 +61,7 @@ def reads(gradient: Tensor) -> bool:
         and gradient.is_cpu
         and gradient.dtype == torch.float32
         and gradient.is_contiguous()
+        and not gradient.is_neg()
     )
 
 
