@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -60,7 +61,7 @@ class PackedTensor(torch.Tensor):
     ) -> None:
         # Set on results that share codes with another tensor but not its blocks' exponents.
         self.readonly = False
-        self._found: tuple[Tensor, int, bool] | None = None
+        self._found: tuple[weakref.ref[Tensor], int, bool] | None = None
 
     def dequantize(self) -> Tensor:
         """The values: float32, a new tensor."""
@@ -78,15 +79,18 @@ class PackedTensor(torch.Tensor):
             return False
         if isinstance(self.format, Minifloat | Microscaling):
             return bool(self.dequantize().isnan().any())
-        codes = self.codes
-        version = -1 if codes.is_inference() else codes._version
+        # Slices have no version that tells of writes to the whole.
+        known = not (self.readonly or self.codes.is_inference())
+        version = self.codes._version if known else -1
         found = self._found
-        if found is None or found[0] is not codes or found[1] != version or version < 0:
-            codes = self._element_codes()
-            # The lowest code, which stands for no number.
-            nan = codes.numel() > 0 and int(codes.min()) == nan_code(self.format)
-            found = self._found = self.codes, version, nan
-        return found[2]
+        if known and found is not None and found[0]() is self.codes and found[1] == version:
+            return found[2]
+        codes = self._element_codes()
+        # The lowest code, which stands for no number.
+        nan = codes.numel() > 0 and int(codes.min()) == nan_code(self.format)
+        # A weak reference stays one in a deep copy, whose codes begin at another version.
+        self._found = (weakref.ref(self.codes), version, nan) if known else None
+        return nan
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # untyped
         return f"PackedTensor({self.dequantize()!r}, format={self.format}, nbytes={self.nbytes})"

@@ -418,9 +418,15 @@ def _check_operands(owner: str, role: str, value: Quantizer | None, recipe: Reci
 def _check_native(owner: str, role: str, value: Quantizer | None) -> None:
     """Raise unless int8 products can take the format of an operand."""
     fmt = None if value is None else value.format
-    per_tensor = isinstance(fmt, BlockFloat) and fmt.axes is None and fmt.tile is None
+    per_tensor = (
+        isinstance(fmt, BlockFloat)
+        and fmt.axes is None
+        and fmt.tile is None
+        and fmt.exponent_bits <= 8
+    )
     if not (per_tensor or isinstance(fmt, FixedPoint)) or (fmt is not None and fmt.bits > 8):
         raise ValueError(
             f'{owner}: with product="native", {role} must be integers of up to 8 bits with one '
-            f"scale for the tensor (bfp8, fixed8.6), not {'float' if fmt is None else fmt}"
+            f"scale for the tensor, its exponent too of up to 8 bits (bfp8, fixed8.6), not "
+            f"{'float' if fmt is None else fmt}"
         )

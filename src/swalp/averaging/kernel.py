@@ -19,6 +19,8 @@ from swalp.rounding import Rounding
 if cpu.available:
     from swalp import _kernels
 
+_FLOATS = (torch.float32, torch.bfloat16)
+
 
 def take(
     state: dict[str, Tensor],
@@ -45,7 +47,7 @@ def take(
         if found is None:
             return False
         fmt, layout, dtype, exponents, table = found
-    elif exact or parameter.dtype not in (torch.float32, torch.bfloat16):
+    elif exact or not (parameter.dtype in _FLOATS and cpu.has_memory(parameter)):
         return False
     else:
         memory = parameter
@@ -66,6 +68,9 @@ def take(
         0 if table is None else table.data_ptr(),
         threads,
     )  # fmt: skip
+    increment_version(kept)
+    if residual is not None:
+        increment_version(residual)
     return True
 
 
@@ -77,7 +82,7 @@ def take_rounded(
     It can be where blocks are stretches of memory, for an average of at most 8 bits with a code for
     NaN, and float32 parameters or such packed ones in the same blocks or in none.
     """
-    if not cpu.available or parameter.numel() == 0:
+    if not cpu.available or parameter.numel() == 0 or parameter.shape != average.shape:
         return False
     blocks = _stretches(average)
     kept = cpu.plan_of(average.format).kernel
@@ -93,7 +98,7 @@ def take_rounded(
         x_format, x_halved = cpu.plan_of(parameter.format).kernel, joined(parameter.format)
         if x_format is None:
             return False
-    elif not (x.is_cpu and x.dtype == torch.float32 and x.is_contiguous() and not x.is_neg()):
+    elif not (cpu.is_plain(x) and cpu.has_memory(x)):
         return False
     if (halved or x_halved) and blocks[0] > 1 and blocks[1] % 2:
         return False  # two codes share a byte, but no two blocks do
@@ -102,7 +107,8 @@ def take_rounded(
         average.codes.data_ptr(), _address(average.exponents), kept, halved,
         cpu.rule_arguments(rounding), threads,
     )  # fmt: skip
-    increment_version(average.codes)
+    for written in (average, average.codes):
+        increment_version(written)
     return True
 
 

@@ -172,6 +172,15 @@ def _sparse(problem: Softmax) -> tuple[Tensor, Tensor, Tensor]:
 
 def _check_rows(problem: Problem, rows: Tensor, steps: int) -> None:
     assert not isinstance(problem, Scalars)
+    x, y = problem.x, problem.y
+    kind = torch.float32 if isinstance(problem, LeastSquares) else torch.int64
+    if not (cpu.is_plain(x) and y.is_cpu and y.is_contiguous() and y.dtype == kind):
+        raise ValueError(
+            f"descend: x is {x.dtype}, y {y.dtype}; they must be float32 and {kind}, contiguous, "
+            f"on the CPU"
+        )
+    if isinstance(problem, Softmax) and not 0 <= int(y.min()) <= int(y.max()) < problem.classes:
+        raise ValueError(f"descend: a label is none of the {problem.classes} classes")
     if len(rows) != steps or rows.dtype != torch.int64 or not rows.is_contiguous():
         raise ValueError(
             f"descend: draws are {rows.dtype} {tuple(rows.shape)}; they must be int64, contiguous, "

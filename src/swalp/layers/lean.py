@@ -146,13 +146,12 @@ def lean_mixin(module: nn.Module) -> type[QuantizedLayer] | None:
 def _plain(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
-        and x.is_cpu
-        and x.dtype == torch.float32
-        and x.numel() > 0
-        and not x.is_neg()
-        and not isinstance(x, PackedTensor)
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
+        and x.dtype == torch.float32
+        and cpu.has_memory(x)
+        and x.numel() > 0
+        and not x.is_neg()
     )
 
 
@@ -201,6 +200,7 @@ class _ReLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         mine = references(grad) == ctx.alone
         (passed,) = ctx.saved_tensors
+        grad = grad.resolve_neg()
         gradient = (grad.movedim(1, -1) if ctx.last else grad).contiguous()
         result = _place(grad, mine, channels_last=ctx.last)
         _kernels.relu_gradient(
@@ -291,7 +291,7 @@ class _MaxPool(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (taps,) = ctx.saved_tensors
         batch, channels, height, width = ctx.pooling[:4]
-        memory = grad.movedim(1, -1).contiguous()
+        memory = grad.resolve_neg().movedim(1, -1).contiguous()
         dx = buffers.empty(batch, channels, height, width, channels_last=True)
         _kernels.max_pool_gradient(
             _kernels.Pooling(ctx.pooling), memory.data_ptr(), taps.data_ptr(), dx.data_ptr(),

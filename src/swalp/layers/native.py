@@ -14,6 +14,8 @@ from swalp.layers.single import QuantizedLayer
 from swalp.layers.sites import Site
 from swalp.matmul import kernels
 from swalp.matmul.linear import Quantization, linear
+from swalp.packed import PackedTensor
+from swalp.quantize.cpu import has_memory
 
 _CONV1D = "transformers.pytorch_utils.Conv1D.forward"  # a linear layer, its weight transposed
 
@@ -35,11 +37,11 @@ class NativeLinear(QuantizedLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The parent's forward between the sites."""
-        if not runs(x, self.weight):
-            return super().forward(x, *args, **kwargs)
         weight, bias, fmt = self.weight, self.bias, self.weight_format
-        activation, error = moments(self, x)
         transposed = _is_conv1d(type(self).__bases__[1])
+        if not runs(x, weight, bias, weight.shape[1 if transposed else 0]):
+            return super().forward(x, *args, **kwargs)
+        activation, error = moments(self, x)
         with paused():
             return linear(x, weight, bias, fmt, activation, error, transposed=transposed)
 
@@ -64,9 +66,22 @@ def obstacle(before: Site | None, after: Site | None) -> str:
     return "its error is float" if error is None else ""
 
 
-def runs(x: Tensor, weight: Tensor) -> bool:
-    """Whether the integer products can take this input now."""
-    return integers(x) and weight.dtype == torch.float32 and x.dim() > 1 and x.numel() > 0
+def runs(x: Tensor, weight: Tensor, bias: Tensor | None, features: int) -> bool:
+    """Whether the integer products can take this input now, and give so many features."""
+    return (
+        integers(x)
+        and x.dim() > 1
+        and x.numel() > 0
+        and _is_float(weight)
+        and (bias is None or (bias.shape == (features,) and _is_float(bias)))
+    )
+
+
+def _is_float(parameter: Tensor) -> bool:
+    """Whether it is packed, or float32 in memory."""
+    return isinstance(parameter, PackedTensor) or (
+        parameter.dtype == torch.float32 and has_memory(parameter)
+    )
 
 
 def moments(layer: QuantizedLayer, x: Tensor) -> tuple[Quantization, Quantization]:

@@ -40,7 +40,7 @@ class NativeConvolution(QuantizedLayer):
         """The parent's forward between the sites."""
         window = window_of(self)
         if (
-            not runs(x, self.weight)
+            not runs(x, self.weight, self.bias, self.weight.shape[0])
             or x.dim() != self.weight.dim()
             or x.shape[1] != self.weight.shape[1] * self.groups
             or convolution.unsupported(x.shape[0], x.shape[2:], self.weight.shape, window)

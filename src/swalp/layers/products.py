@@ -14,7 +14,7 @@ from swalp.matmul import batched
 from swalp.matmul.attention import Guesses, attend
 from swalp.matmul.linear import Quantization
 from swalp.matmul.operands import quantized
-from swalp.packed import PackedTensor
+from swalp.quantize.cpu import has_memory
 
 _USES = 1 << 16  # of a site in one forward pass of its module: half of the 32-bit counter
 
@@ -22,12 +22,11 @@ _USES = 1 << 16  # of a site in one forward pass of its module: half of the 32-b
 def integers(x: Tensor) -> bool:
     """Whether integer products can take this operand now; if not, they are simulated."""
     return (
-        x.is_cpu
-        and x.dtype == torch.float32
-        and not isinstance(x, PackedTensor)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
+        and x.dtype == torch.float32
+        and has_memory(x)
     )
 
 

@@ -15,7 +15,15 @@ from swalp.matmul import convolution
 from swalp.matmul.again import Again, carry
 from swalp.matmul.convolution import Weight, Window
 from swalp.matmul.handed import Handed
-from swalp.matmul.linear import Quantization, apart, keep, kept, operand, weight_operand
+from swalp.matmul.linear import (
+    Quantization,
+    apart,
+    bias_values,
+    keep,
+    kept,
+    operand,
+    weight_operand,
+)
 from swalp.matmul.operands import Operand, values
 from swalp.matmul.products import channel_sums
 from swalp.packed import PackedTensor
@@ -88,7 +96,7 @@ class _Convolve(torch.autograd.Function):
     ) -> Tensor:
         inputs = operand(x, activation)
         weights = weight_operand(weight, weight_format)
-        added = bias.dequantize() if isinstance(bias, PackedTensor) else bias
+        added = bias_values(bias)
         handed.round = partial(operand, quantization=error)
         ctx.handed, ctx.weight_format, ctx.window = handed, weight_format, window
         ctx.size, ctx.has_bias = x.shape[2:], bias is not None

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from swalp.quantize import cpu
 
@@ -89,6 +90,11 @@ def _instructions() -> str:
 
 @cache
 def _checked(instructions: str) -> Kernel:
+    with _disable_current_modes():  # for good: with real numbers, whatever is going on
+        return _check(instructions)
+
+
+def _check(instructions: str) -> Kernel:
     if instructions and exact(multiply_codes):
         return Kernel(instructions, multiply_codes)
     if not exact(multiply_int_mm):

@@ -80,6 +80,13 @@ def weight_operand(weight: Tensor, fmt: Format) -> Operand | Tensor:
     return weight
 
 
+def bias_values(bias: Tensor | None) -> Tensor | None:
+    """What the kernels add: contiguous float32."""
+    if isinstance(bias, PackedTensor):
+        return bias.dequantize()
+    return None if bias is None else bias.resolve_neg().contiguous()
+
+
 def apart(operand: Operand | Tensor, weight: Tensor) -> Operand | Tensor:
     """A weight's operand that stays as it is when an optimizer changes `weight`."""
     if isinstance(operand, Operand):
@@ -125,14 +132,14 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         inputs = rows(operand(x, activation))
         weights = weight_operand(weight, weight_format)
-        added = bias.dequantize() if isinstance(bias, PackedTensor) else bias
+        added = bias_values(bias)
         handed.round = partial(_rounded_rows, quantization=error)
         ctx.weight_format, ctx.shape, ctx.handed = weight_format, x.shape, handed
         ctx.has_bias, ctx.transposed = bias is not None, transposed
         keep(ctx, inputs, weight)
         y = product(inputs, weights if transposed else transpose(weights), added)
-        if x.dim() > 2:  # an alias, but no view, which the layer after could not change
-            y = y.view(*x.shape[:-1], y.shape[-1]).detach()
+        y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        y = y.detach() if y._is_view() else y  # which the layer after could not change
         if isinstance(inputs, Operand):
             compute = partial(_again, inputs.gap, weight_format, transposed, y.shape)
             ctx.again = Again((inputs.codes, inputs.exponents, weight, added), compute)

@@ -10,6 +10,7 @@ from torch import Tensor
 from swalp.formats import BlockFloat, FixedPoint, Format
 from swalp.packed import PackedTensor
 from swalp.quantize import dispatch
+from swalp.quantize.codes import exponent_dtype
 from swalp.rounding import Rounding
 
 
@@ -52,13 +53,18 @@ class Operand(NamedTuple):
 def gap_of(fmt: Format) -> int | None:
     """log2 of the gap at exponent 0 of a format whose values are int8 times a power of two.
 
-    None for other formats, and for tiles, whose exponents change along every product.
+    None for other formats, for exponents of more than a byte, and for tiles, whose exponents change
+    along every product.
     """
     if isinstance(fmt, FixedPoint) and fmt.bits <= 8:
         return -fmt.frac_bits
-    if isinstance(fmt, BlockFloat) and fmt.bits <= 8 and fmt.tile is None:
+    if isinstance(fmt, BlockFloat) and fmt.bits <= 8 and fmt.tile is None and _byte(fmt):
         return fmt.gap_exponent(0)
     return None
+
+
+def _byte(fmt: BlockFloat) -> bool:
+    return exponent_dtype(fmt) == torch.int8
 
 
 def quantized(x: Tensor, fmt: Format, rounding: Rounding) -> Operand | None:

@@ -57,8 +57,7 @@ def resident(tensor: Tensor) -> Tensor:
 def reads(gradient: Tensor) -> bool:
     """Whether the compiled step can read a gradient as it is."""
     return (
-        type(gradient) is Tensor  # another kind need not have its numbers in memory
-        and gradient.is_cpu
+        cpu.has_memory(gradient)
         and gradient.dtype == torch.float32
         and gradient.is_contiguous()
         and not gradient.is_neg()
@@ -95,7 +94,8 @@ class Prepared:
         self.kernel: Any = None
         self._for = recipe, roles
         self._kept = [(tensor, *_memory(tensor)) for tensor in kept]
-        self._memories = [memory for _, memory, _ in self._kept]
+        # Of a packed tensor autograd keeps the whole, others look at its codes.
+        self._written = {id(t): t for tensor, memory, _ in self._kept for t in (tensor, memory)}
         self._layouts = [_layout(memory) for _, memory, _ in self._kept]
         blocks = fits(recipe, roles, parameter)
         if blocks is None or not all(
@@ -131,8 +131,8 @@ class Prepared:
 
     def announce(self) -> None:
         """Tell PyTorch that the memory was written to, as operations of its own do."""
-        for memory in self._memories:
-            increment_version(memory)
+        for tensor in self._written.values():
+            increment_version(tensor)
 
     def addresses(self) -> list[int]:
         """Of the memory of all that is kept, each followed by that of its exponents, 0 if none."""
@@ -148,9 +148,13 @@ def _memory(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
     return resident(tensor), tensor.exponents if isinstance(tensor, PackedTensor) else None
 
 
+def _in_order(memory: Tensor) -> bool:
+    return cpu.has_memory(memory) and memory.is_contiguous() and not memory.is_neg()
+
+
 def _layout(memory: Tensor) -> tuple[object, ...]:
     """What may change without another tensor: `parameter.data` can be assigned."""
-    return memory.shape, memory.stride(), memory.dtype, memory.device
+    return memory.shape, memory.stride(), memory.dtype, memory.device, memory.is_neg()
 
 
 def empty_state(recipe: Recipe, role: str, parameter: Tensor) -> Tensor:
@@ -168,7 +172,7 @@ def fits(recipe: Recipe, roles: Sequence[str], parameter: Tensor) -> tuple[int, 
     blocks are stretches of a contiguous float32 parameter on the CPU.
     """
     memory = resident(parameter)
-    if not (available() and memory.is_cpu and memory.is_contiguous() and parameter.numel()):
+    if not (available() and _in_order(memory) and parameter.numel()):
         return None
     if parameter.dtype != torch.float32:
         return None
@@ -214,7 +218,7 @@ def held(tensor: Tensor, role: str, recipe: Recipe, parameter: Tensor) -> bool:
     from another kind of run, is left to the pure function, which takes anything.
     """
     memory = resident(tensor)
-    if tensor.shape != parameter.shape or not (memory.is_cpu and memory.is_contiguous()):
+    if tensor.shape != parameter.shape or not _in_order(memory):
         return False
     if not isinstance(parameter, PackedTensor):
         return type(tensor) is not PackedTensor and tensor.dtype == torch.float32

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
 
 from swalp.format_text import parse_format
 from swalp.formats import Binary, BlockFloat, FixedPoint, Format, Microscaling, Minifloat
@@ -71,6 +73,8 @@ def quantize(
             and not x.is_neg()
             and (out is None or out is x or _is_alike(x, out))
         ):
+            if out is not None:
+                increment_version(out)
             return cpu.quantize_contiguous(found[0], x, rounding, out)
         check(x, fmt, rounding)
     if gradient not in _GRADIENTS:
@@ -82,6 +86,8 @@ def quantize(
         if x.dtype is torch.float32 and not isinstance(fmt, Binary):  # it has no rule toward zero
             cpu.plan_of(fmt).checked = cpu.knows(fmt)
         if out is None or type(out) in _PLAIN:
+            if out is not None:
+                increment_version(out)
             return dispatch.run(x, fmt, rounding, out)
         return out.copy_(dispatch.run(x, fmt, rounding))
     seed, step, call, key = 0, 0, 0, None
@@ -141,7 +147,7 @@ def quantize_many(
         fmt: the format of all.
         rounding: one rule, or one for each tensor. (One `Stochastic` rule with a seed gives all
             tensors the same noise; ``rule.stream(role, name)`` gives each its own.)
-        out: tensors to write to, one for each, themselves included.
+        out: tensors to write to, one for each: itself, or memory that none of `tensors` uses.
 
     Returns:
         One tensor for each (or those of `out`).
@@ -169,6 +175,8 @@ def quantize_many(
             _check_out(x, target)
         kinds |= set(map(type, out))
     if kinds <= _PLAIN and not _is_watched():
+        for target in out or ():
+            increment_version(target)
         return list(dispatch.run_many(tensors, fmt, rules, out))
     each = rules if len(rules) == len(tensors) else list(rules) * len(tensors)
     targets = [None] * len(tensors) if out is None else out
@@ -250,8 +258,13 @@ _PLAIN = {Tensor, torch.nn.Parameter}  # whose memory is what they are
 
 
 def _is_watched() -> bool:
-    transformed: bool = torch._C._are_functorch_transforms_active()
-    return transformed or torch._C._len_torch_dispatch_stack() > 0
+    """Whether PyTorch must see what is done: transformations, modes, tracing, forward gradients."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    )
 
 
 def _is_alike(x: Tensor, out: Tensor) -> bool:

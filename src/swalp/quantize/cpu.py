@@ -211,6 +211,18 @@ def is_plain(x: Tensor) -> bool:
     return x.dtype is torch.float32 and x.is_cpu and x.is_contiguous() and not x.is_neg()
 
 
+def has_memory(x: Tensor) -> bool:
+    """Whether a tensor's elements, if it has any, are its own memory, on the CPU.
+
+    They need not be in a class that is handed the operations on it: fake tensors have no memory, a
+    packed one holds other tensors.
+    """
+    return x.is_cpu and type(x).__torch_dispatch__ is _NOT_HANDED
+
+
+_NOT_HANDED = torch._C._disabled_torch_dispatch_impl
+
+
 def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None]:
     """`codes.pack`, fast; codes in the memory layout of `x`.
 
@@ -260,9 +272,6 @@ def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, T
     if x.numel() == 0:
         codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
         return codes, definition.pack(x, fmt, rounding)[1], False
-    if plan.integers is None:
-        plan.integers = _numbers(fmt)
-        plan.integers.has_nan = 0
     if x.is_neg():
         x = x.resolve_neg()
     contiguous = x.is_contiguous()
@@ -274,7 +283,7 @@ def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, T
     codes = buffers.empty(*x.shape, channels_last=not contiguous, dtype=torch.int8)
     exponents = _exponents(plan, found[0])
     lost = _kernels.quantize(
-        plan.integers, found[1], x.data_ptr(), codes.data_ptr(), _kernels.CODE8,
+        _integers(plan), found[1], x.data_ptr(), codes.data_ptr(), _kernels.CODE8,
         *_address(exponents), *rule_arguments(rounding), torch.get_num_threads(),
     )  # fmt: skip
     return codes, exponents, lost
@@ -297,12 +306,9 @@ def pack_part(
         of the whole; and whether `x` has a NaN.
     """
     plan = plan_of(fmt)
-    if plan.integers is None:
-        plan.integers = _numbers(fmt)
-        plan.integers.has_nan = 0
     codes = buffers.empty(*x.shape, dtype=torch.int8)
     lost, own = _kernels.quantize_part(
-        plan.integers, start, x.numel(), x.data_ptr(), codes.data_ptr(), exponent,
+        _integers(plan), start, x.numel(), x.data_ptr(), codes.data_ptr(), exponent,
         *rule_arguments(rounding), torch.get_num_threads(),
     )  # fmt: skip
     return codes, own, lost
@@ -332,7 +338,8 @@ def unpack(
     elif out.stride() != codes.stride() or out.is_neg():
         return out.copy_(unpack(codes, exponents, fmt))
     assert plan.kernel is not None  # `knows`
-    exponents = None if exponents is None else exponents.contiguous()
+    if exponents is not None and plan.exponents is not None:
+        exponents = exponents.to(plan.exponents).contiguous()
     _kernels.unpack(
         plan.kernel, found[1], codes.data_ptr(), _code_type(fmt), *_address(exponents),
         _table(plan).data_ptr(), out.data_ptr(), torch.get_num_threads(),
@@ -430,11 +437,20 @@ def _table(plan: Plan) -> Tensor:
     if plan.table is None:
         fmt = plan.fmt
         element = fmt.element if isinstance(fmt, Microscaling) else fmt
-        plan.table = torch.empty(0)
+        table = torch.empty(0)
         if isinstance(element, Minifloat | Binary):
             values = definition.table(element)
-            plan.table = values.repeat((1 << (8 if fmt.bits <= 8 else 16)) // values.numel())
+            table = values.repeat((1 << (8 if fmt.bits <= 8 else 16)) // values.numel())
+        plan.table = table  # whole: other threads may look
     return plan.table
+
+
+def _integers(plan: Plan) -> _kernels.Format:
+    if plan.integers is None:
+        numbers = _numbers(plan.fmt)
+        numbers.has_nan = 0
+        plan.integers = numbers
+    return plan.integers
 
 
 def _exponents(plan: Plan, layout: Layout) -> Tensor | None:

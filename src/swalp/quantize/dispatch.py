@@ -21,7 +21,7 @@ class SlowQuantizationWarning(RuntimeWarning):
 
 def run(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = None) -> Tensor:
     """Quantize `x`, already checked, into `out` or a new tensor, with the fastest exact kernel."""
-    if x.is_cpu and _has_kernels() and cpu.supports(fmt, rounding, x.dtype):
+    if cpu.has_memory(x) and _has_kernels() and cpu.supports(fmt, rounding, x.dtype):
         return cpu.quantize(x, fmt, rounding, out)
     result = reference.quantize(x, fmt, rounding)
     return result if out is None else out.copy_(result)
@@ -41,7 +41,11 @@ def run_many(
     if out is None:
         out = [torch.empty_like(x) for x in tensors]  # as plain as they
     elif out is not tensors:
-        plain = plain and all(map(cpu.is_plain, out))
+        plain = (
+            plain
+            and all(map(cpu.is_plain, out))
+            and not any(map(cpu.partly_the_same, tensors, out))
+        )
     if tensors and plain and _has_kernels() and cpu.supports(fmt, rules[0], tensors[0].dtype):
         arguments = [cpu.rule_arguments(rule) for rule in rules]
         if len({argument[:2] for argument in arguments}) == 1:
@@ -55,14 +59,14 @@ def run_many(
 
 def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None]:
     """Codes and exponents of `x`, already checked: see `codes.pack`."""
-    if x.is_cpu and _has_kernels() and cpu.supports(fmt, rounding, x.dtype):
+    if cpu.has_memory(x) and _has_kernels() and cpu.supports(fmt, rounding, x.dtype):
         return cpu.pack(x, fmt, rounding)
     return definition.pack(x, fmt, rounding)
 
 
 def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None, bool]:
     """int8 codes and exponents of `x`, float32, and whether it has a NaN: see `cpu`."""
-    if x.is_cpu and _has_kernels() and cpu.supports(fmt, rounding, x.dtype):
+    if cpu.has_memory(x) and _has_kernels() and cpu.supports(fmt, rounding, x.dtype):
         return cpu.pack_integers(x, fmt, rounding)
     missing = x.isnan()
     codes, exponents = definition.pack(x.masked_fill(missing, 0.0).contiguous(), fmt, rounding)
@@ -73,7 +77,7 @@ def unpack(
     codes: Tensor, exponents: Tensor | None, fmt: Format, out: Tensor | None = None
 ) -> Tensor:
     """The values of codes and exponents, into `out` or a new tensor: see `codes.unpack`."""
-    if codes.is_cpu and _has_kernels() and cpu.knows(fmt):
+    if cpu.has_memory(codes) and _has_kernels() and cpu.knows(fmt):
         return cpu.unpack(codes, exponents, fmt, out)
     result = definition.unpack(codes, exponents, fmt)
     return result if out is None else out.copy_(result)
@@ -81,12 +85,14 @@ def unpack(
 
 def join(codes: Tensor) -> Tensor:
     """Codes of up to 4 bits, two to a byte: see `codes.join`."""
-    return cpu.join(codes) if codes.is_cpu and _has_kernels() else definition.join(codes)
+    if cpu.has_memory(codes) and _has_kernels():
+        return cpu.join(codes)
+    return definition.join(codes)
 
 
 def split(joined: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The inverse of `join`: see `codes.split`."""
-    if joined.is_cpu and _has_kernels():
+    if cpu.has_memory(joined) and _has_kernels():
         return cpu.split(joined, shape, dtype)
     return definition.split(joined, shape, dtype)
 
