@@ -98,7 +98,7 @@ def take_rounded(
         x_format, x_halved = cpu.plan_of(parameter.format).kernel, joined(parameter.format)
         if x_format is None:
             return False
-    elif not (cpu.is_plain(x) and cpu.has_memory(x)):
+    elif not cpu.is_plain(x):
         return False
     if (halved or x_halved) and blocks[0] > 1 and blocks[1] % 2:
         return False  # two codes share a byte, but no two blocks do

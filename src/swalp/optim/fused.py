@@ -54,16 +54,6 @@ def resident(tensor: Tensor) -> Tensor:
     return tensor.codes if isinstance(tensor, PackedTensor) else tensor
 
 
-def reads(gradient: Tensor) -> bool:
-    """Whether the compiled step can read a gradient as it is."""
-    return (
-        cpu.has_memory(gradient)
-        and gradient.dtype == torch.float32
-        and gradient.is_contiguous()
-        and not gradient.is_neg()
-    )
-
-
 class Prepared:
     """The compiled step's view of one parameter, made for the memory that it and its state have.
 
@@ -148,10 +138,6 @@ def _memory(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
     return resident(tensor), tensor.exponents if isinstance(tensor, PackedTensor) else None
 
 
-def _in_order(memory: Tensor) -> bool:
-    return cpu.has_memory(memory) and memory.is_contiguous() and not memory.is_neg()
-
-
 def _layout(memory: Tensor) -> tuple[object, ...]:
     """What may change without another tensor: `parameter.data` can be assigned."""
     return memory.shape, memory.stride(), memory.dtype, memory.device, memory.is_neg()
@@ -172,7 +158,7 @@ def fits(recipe: Recipe, roles: Sequence[str], parameter: Tensor) -> tuple[int, 
     blocks are stretches of a contiguous float32 parameter on the CPU.
     """
     memory = resident(parameter)
-    if not (available() and _in_order(memory) and parameter.numel()):
+    if not (available() and cpu.in_order(memory) and parameter.numel()):
         return None
     if parameter.dtype != torch.float32:
         return None
@@ -218,7 +204,7 @@ def held(tensor: Tensor, role: str, recipe: Recipe, parameter: Tensor) -> bool:
     from another kind of run, is left to the pure function, which takes anything.
     """
     memory = resident(tensor)
-    if tensor.shape != parameter.shape or not _in_order(memory):
+    if tensor.shape != parameter.shape or not cpu.in_order(memory):
         return False
     if not isinstance(parameter, PackedTensor):
         return type(tensor) is not PackedTensor and tensor.dtype == torch.float32

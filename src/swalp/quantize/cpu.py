@@ -208,7 +208,12 @@ def quantize_many(
 
 def is_plain(x: Tensor) -> bool:
     """Whether memory holds just the tensor: float32 on the CPU, contiguous."""
-    return x.dtype is torch.float32 and x.is_cpu and x.is_contiguous() and not x.is_neg()
+    return x.dtype is torch.float32 and in_order(x)
+
+
+def in_order(x: Tensor) -> bool:
+    """Whether memory on the CPU holds the elements one after another, with their signs."""
+    return has_memory(x) and x.is_contiguous() and not x.is_neg()
 
 
 def has_memory(x: Tensor) -> bool:
