@@ -9,7 +9,7 @@ import swalp
 from swalp import BlockFloat, FixedPoint, Minifloat, pack
 from swalp.averaging import ExactSum, compensated_mean, kernel, moving_mean, taking
 from swalp.averaging.kinds import Equal
-from swalp.quantize import cpu
+from swalp.quantize import plans
 
 SHAPES = [(), (1,), (7,), (3, 5), (64, 130), (8, 3, 3, 3), (70, 1000)]
 FORMATS = [
@@ -59,7 +59,7 @@ def without_kernel(monkeypatch):
     return run
 
 
-needs_kernels = pytest.mark.skipif(not cpu.available, reason="no C++ kernels")
+needs_kernels = pytest.mark.skipif(not plans.available, reason="no C++ kernels")
 
 
 @needs_kernels

@@ -8,10 +8,12 @@ from swalp import BlockFloat, FixedPoint, Minifloat, Nearest, Stochastic
 from swalp.averaging import ExactSum
 from swalp.lab import definition, engine, problems
 from swalp.lab.engine import Method
-from swalp.quantize import cpu
+from swalp.quantize import plans
 from test_kernels import build  # noqa: F401  (a fixture)
 
-needs_kernels = pytest.mark.skipif(not cpu.available, reason="swalp was built without C++ kernels")
+needs_kernels = pytest.mark.skipif(
+    not plans.available, reason="swalp was built without C++ kernels"
+)
 ROUNDING = Stochastic(2**63 + 12345)
 METHODS = {
     "float": Method(0.01),
@@ -121,7 +123,7 @@ def test_the_average_is_that_of_the_library():
 def test_without_kernels_the_definition_runs_and_says_so(monkeypatch):
     from swalp.quantize import dispatch
 
-    monkeypatch.setattr(cpu, "available", False)
+    monkeypatch.setattr(plans, "available", False)
     dispatch.warn_once.cache_clear()
     problem = softmax()
     with pytest.warns(dispatch.SlowQuantizationWarning):

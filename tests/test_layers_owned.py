@@ -8,9 +8,9 @@ import swalp
 from swalp import buffers
 from swalp.layers import lean, owned
 from swalp.layers.owned import References
-from swalp.quantize import cpu
+from swalp.quantize import plans
 
-pytestmark = pytest.mark.skipif(not cpu.available, reason="swalp was built without C++ kernels")
+pytestmark = pytest.mark.skipif(not plans.available, reason="swalp was built without C++ kernels")
 
 ROWS, WIDTH = 1024, 512  # large enough for `buffers`, and for three steps
 HOLDERS = {

@@ -13,9 +13,9 @@ import swalp
 from swalp import BlockFloat, FixedPoint, Minifloat, Nearest, Stochastic
 from swalp.matmul import kernels, operands, products
 from swalp.matmul.operands import Operand
-from swalp.quantize import cpu
+from swalp.quantize import plans
 
-if cpu.available:
+if plans.available:
     from swalp import _kernels
 
 

@@ -16,7 +16,7 @@ from swalp.averaging.kernel import take_rounded
 from swalp.lab.engine import Method, Trajectory, descend
 from swalp.lab.problems import LeastSquares, Softmax
 from swalp.matmul import handed
-from swalp.quantize import codes, cpu, dispatch
+from swalp.quantize import codes, dispatch, plans
 
 BYTE = BlockFloat(8)
 
@@ -248,7 +248,7 @@ def test_a_traced_graph_quantizes():
 def test_a_plan_is_seen_whole_by_other_threads(monkeypatch):
     fmt = swalp.parse_format("e4m3fn")
     packed, found = pack(values(100), fmt), []
-    cpu.plan_of(fmt).table = None
+    plans.plan_of(fmt).table = None
     made = codes.table
 
     def slowly(element):

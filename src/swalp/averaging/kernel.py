@@ -12,11 +12,11 @@ from torch.autograd.graph import increment_version
 from swalp.averaging.kinds import Accumulator, ExactSum
 from swalp.formats import BlockFloat, FixedPoint
 from swalp.packed import PackedTensor, joined
-from swalp.quantize import cpu
+from swalp.quantize import cpu, plans, storage
 from swalp.quantize.blocks import block_extents
 from swalp.rounding import Rounding
 
-if cpu.available:
+if plans.available:
     from swalp import _kernels
 
 _FLOATS = (torch.float32, torch.bfloat16)
@@ -34,7 +34,7 @@ def take(
     It can on the CPU, for float32, bfloat16 and packed parameters whose elements lie in the order
     of the average's; for an exact sum, if the parameter is packed in the format of the sum.
     """
-    if not cpu.available or not parameter.is_cpu:
+    if not plans.available or not parameter.is_cpu:
         return False
     exact = isinstance(accumulator, ExactSum)
     kept = state["sum" if exact else "average"]
@@ -47,7 +47,7 @@ def take(
         if found is None:
             return False
         fmt, layout, dtype, exponents, table = found
-    elif exact or not (parameter.dtype in _FLOATS and cpu.has_memory(parameter)):
+    elif exact or not (parameter.dtype in _FLOATS and storage.has_memory(parameter)):
         return False
     else:
         memory = parameter
@@ -82,10 +82,10 @@ def take_rounded(
     It can be where blocks are stretches of memory, for an average of at most 8 bits with a code for
     NaN, and float32 parameters or such packed ones in the same blocks or in none.
     """
-    if not cpu.available or parameter.numel() == 0 or parameter.shape != average.shape:
+    if not plans.available or parameter.numel() == 0 or parameter.shape != average.shape:
         return False
     blocks = _stretches(average)
-    kept = cpu.plan_of(average.format).kernel
+    kept = plans.plan_of(average.format).kernel
     if blocks is None or kept is None or not kept.has_nan:
         return False
     halved = joined(average.format)
@@ -95,17 +95,17 @@ def take_rounded(
         if own is None or (parameter.exponents is not None and own != blocks):
             return False
         x, exponents = parameter.codes, _address(parameter.exponents)
-        x_format, x_halved = cpu.plan_of(parameter.format).kernel, joined(parameter.format)
+        x_format, x_halved = plans.plan_of(parameter.format).kernel, joined(parameter.format)
         if x_format is None:
             return False
-    elif not cpu.is_plain(x):
+    elif not storage.is_plain(x):
         return False
     if (halved or x_halved) and blocks[0] > 1 and blocks[1] % 2:
         return False  # two codes share a byte, but no two blocks do
     _kernels.average_rounded(
         weight, blocks, x.data_ptr(), exponents, x_format, x_halved,
         average.codes.data_ptr(), _address(average.exponents), kept, halved,
-        cpu.rule_arguments(rounding), threads,
+        plans.rule_arguments(rounding), threads,
     )  # fmt: skip
     for written in (average, average.codes):
         increment_version(written)

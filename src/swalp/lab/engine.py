@@ -13,10 +13,10 @@ from swalp.formats import Format
 from swalp.lab import definition
 from swalp.lab.problems import NOISE_BITS, LeastSquares, Problem, Scalars, Softmax, gaussian_table
 from swalp.noise import stream_seed
-from swalp.quantize import cpu, dispatch
+from swalp.quantize import dispatch, plans, storage
 from swalp.rounding import Nearest, Rounding
 
-if cpu.available:
+if plans.available:
     from swalp import _kernels
 
 
@@ -95,11 +95,11 @@ def descend(
     """
     if isinstance(draws, Tensor):
         _check_rows(problem, draws, steps)
-    fast = method.format is None or cpu.supports(method.format, method.rounding, torch.float32)
-    if cpu.available and fast:
+    fast = method.format is None or plans.supports(method.format, method.rounding, torch.float32)
+    if plans.available and fast:
         _kernel(problem, method, run, draws, steps)
     else:
-        if not cpu.available:
+        if not plans.available:
             dispatch.warn_once()
         _slow(problem, method, run, draws, steps)
     run.step += steps
@@ -134,8 +134,8 @@ def _slow(
 def _kernel(
     problem: Problem, method: Method, run: Trajectory, draws: Tensor | int, steps: int
 ) -> None:
-    kernel = None if method.format is None else cpu.plan_of(method.format).kernel
-    rule, bits, seed, _, _ = cpu.rule_arguments(method.rounding)
+    kernel = None if method.format is None else plans.plan_of(method.format).kernel
+    rule, bits, seed, _, _ = plans.rule_arguments(method.rounding)
     descent = (
         run.weight.numel(), run.weight.data_ptr(), run.sum.data_ptr(), run.squares.data_ptr(),
         kernel, rule, bits, seed, (run.step, method.start, method.every), method.rate,
@@ -174,7 +174,7 @@ def _check_rows(problem: Problem, rows: Tensor, steps: int) -> None:
     assert not isinstance(problem, Scalars)
     x, y = problem.x, problem.y
     kind = torch.float32 if isinstance(problem, LeastSquares) else torch.int64
-    if not (cpu.is_plain(x) and y.is_cpu and y.is_contiguous() and y.dtype == kind):
+    if not (storage.is_plain(x) and y.is_cpu and y.is_contiguous() and y.dtype == kind):
         raise ValueError(
             f"descend: x is {x.dtype}, y {y.dtype}; they must be float32 and {kind}, contiguous, "
             f"on the CPU"

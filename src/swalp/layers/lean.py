@@ -18,9 +18,9 @@ from swalp.layers.owned import alone, references
 from swalp.layers.single import QuantizedLayer
 from swalp.matmul.again import Again, again_of
 from swalp.packed import PackedTensor
-from swalp.quantize import cpu
+from swalp.quantize import plans, storage
 
-if cpu.available:
+if plans.available:
     from swalp import _kernels
 
 _PART = 1 << 23  # bytes of an input that are computed again at a time
@@ -140,7 +140,7 @@ _LEAN: dict[Any, type[QuantizedLayer]] = {
 
 def lean_mixin(module: nn.Module) -> type[QuantizedLayer] | None:
     """What computes this kind of layer, keeping little; None: nothing does."""
-    return _LEAN.get(type(module).forward) if cpu.available else None
+    return _LEAN.get(type(module).forward) if plans.available else None
 
 
 def _plain(x: Tensor) -> bool:
@@ -149,7 +149,7 @@ def _plain(x: Tensor) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
         and x.dtype == torch.float32
-        and cpu.has_memory(x)
+        and storage.has_memory(x)
         and x.numel() > 0
         and not x.is_neg()
     )

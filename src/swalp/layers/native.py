@@ -15,7 +15,7 @@ from swalp.layers.sites import Site
 from swalp.matmul import kernels
 from swalp.matmul.linear import Quantization, linear
 from swalp.packed import PackedTensor
-from swalp.quantize.cpu import has_memory
+from swalp.quantize.storage import has_memory
 
 _CONV1D = "transformers.pytorch_utils.Conv1D.forward"  # a linear layer, its weight transposed
 

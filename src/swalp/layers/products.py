@@ -14,7 +14,7 @@ from swalp.matmul import batched
 from swalp.matmul.attention import Guesses, attend
 from swalp.matmul.linear import Quantization
 from swalp.matmul.operands import quantized
-from swalp.quantize.cpu import has_memory
+from swalp.quantize.storage import has_memory
 
 _USES = 1 << 16  # of a site in one forward pass of its module: half of the 32-bit counter
 

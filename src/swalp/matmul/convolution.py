@@ -18,9 +18,9 @@ from torch import Tensor
 from swalp import buffers
 from swalp.matmul.kernels import DEEPEST
 from swalp.matmul.operands import Operand, exponent_of
-from swalp.quantize import cpu
+from swalp.quantize import plans
 
-if cpu.available:
+if plans.available:
     from swalp import _kernels
 
 
@@ -88,7 +88,7 @@ class Weight:
 
 def obstacle() -> str:
     """Why convolutions should be simulated on this machine; empty: they should not."""
-    if not cpu.available:
+    if not plans.available:
         return "swalp was installed without its C++ kernels"
     if not _kernels.has_fast_convolution():
         return "this build, or the chosen instruction set, has no AVX2"

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from swalp.quantize import cpu
+from swalp.quantize import plans
 
-if cpu.available:
+if plans.available:
     from swalp import _kernels
 
 DEEPEST = 1 << 17  # 127 * 127 times this many products fit an int32; 128 * 128 times one fewer do
@@ -85,7 +85,7 @@ def exact(multiply: Multiply) -> bool:
 
 def _instructions() -> str:
     """What the kernels in csrc/product.h use here; empty: there are none."""
-    return _kernels.matmul_used() if cpu.available else ""
+    return _kernels.matmul_used() if plans.available else ""
 
 
 @cache
@@ -188,7 +188,7 @@ def channel_sums(codes: Tensor, exponent: int) -> Tensor:
         codes = codes.movedim(1, -1)
     codes = codes.contiguous()
     channels = codes.shape[-1]
-    if not cpu.available:
+    if not plans.available:
         sums = codes.reshape(-1, channels).sum(0).to(torch.float64)
         return sums.mul_(math.ldexp(1.0, exponent)).float()
     scaled = torch.empty(channels)

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from swalp.convert import layer_names
 from swalp.optim import fused
 from swalp.packed import pack
-from swalp.quantize import cpu, quantize
+from swalp.quantize import quantize, storage
 from swalp.recipes import Recipe, fit, named
 from swalp.rounding import Stochastic
 
@@ -195,7 +195,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         what there is already of its state, in the order of the `roles` after "gradient".
         """
         recipe = self.recipe_of(name)
-        if recipe is None or not cpu.is_plain(gradient):
+        if recipe is None or not storage.is_plain(gradient):
             return None
         prepared = self._kernels.get(kept[0])
         if prepared is None or not prepared.serves(recipe, roles, kept):

@@ -13,12 +13,12 @@ from torch.autograd.graph import increment_version
 
 from swalp.formats import BlockFloat, FixedPoint, Format, Microscaling, Minifloat
 from swalp.packed import PackedTensor, joined, pack
-from swalp.quantize import cpu, dispatch
+from swalp.quantize import dispatch, plans, storage
 from swalp.quantize.blocks import block_extents
 from swalp.recipes import Quantizer, Recipe, fit
 from swalp.rounding import Stochastic
 
-if cpu.available:
+if plans.available:
     from swalp import _kernels
 
 
@@ -28,7 +28,7 @@ def available() -> bool:
     PyTorch's vector units fuse x + alpha * y into one rounding where the processor can, and the
     steps do the same; without such units its results are others.
     """
-    return cpu.available and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return plans.available and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
 def blocks(fmt: Format, shape: Sequence[int]) -> tuple[int, int] | None:
@@ -101,9 +101,9 @@ class Prepared:
             rounding = quantizer.rounding
             if isinstance(rounding, Stochastic):
                 rounding = rounding.seeded(seed).stream(role, name)
-            plan = cpu.plan_of(fit(quantizer.format, parameter.shape))
+            plan = plans.plan_of(fit(quantizer.format, parameter.shape))
             halved = self.kind[0] and joined(plan.fmt)
-            self.kernel.set_role(role, plan.kernel, *cpu.rule_arguments(rounding)[:3], halved)
+            self.kernel.set_role(role, plan.kernel, *plans.rule_arguments(rounding)[:3], halved)
 
     def serves(self, recipe: Recipe, roles: tuple[str, ...], kept: Sequence[Tensor]) -> bool:
         """Whether it was made for these tensors, and they still have the memory of then."""
@@ -158,7 +158,7 @@ def fits(recipe: Recipe, roles: Sequence[str], parameter: Tensor) -> tuple[int, 
     blocks are stretches of a contiguous float32 parameter on the CPU.
     """
     memory = resident(parameter)
-    if not (available() and cpu.in_order(memory) and parameter.numel()):
+    if not (available() and storage.in_order(memory) and parameter.numel()):
         return None
     if parameter.dtype != torch.float32:
         return None
@@ -171,7 +171,7 @@ def fits(recipe: Recipe, roles: Sequence[str], parameter: Tensor) -> tuple[int, 
                 continue
             return None
         fmt = fit(quantizer.format, parameter.shape)
-        if not cpu.supports(fmt, quantizer.rounding, torch.float32):
+        if not plans.supports(fmt, quantizer.rounding, torch.float32):
             return None
         kept = role != "gradient"
         if kept and isinstance(parameter, PackedTensor):
@@ -204,7 +204,7 @@ def held(tensor: Tensor, role: str, recipe: Recipe, parameter: Tensor) -> bool:
     from another kind of run, is left to the pure function, which takes anything.
     """
     memory = resident(tensor)
-    if tensor.shape != parameter.shape or not cpu.in_order(memory):
+    if tensor.shape != parameter.shape or not storage.in_order(memory):
         return False
     if not isinstance(parameter, PackedTensor):
         return type(tensor) is not PackedTensor and tensor.dtype == torch.float32

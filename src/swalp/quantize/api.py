@@ -9,11 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
 
 from swalp.format_text import parse_format
 from swalp.formats import Binary, BlockFloat, FixedPoint, Format, Microscaling, Minifloat
-from swalp.quantize import cpu, dispatch, reference
+from swalp.quantize import cpu, dispatch, plans, reference, storage
 from swalp.quantize.blocks import block_extents
 from swalp.rounding import DETERMINISTIC, Nearest, Rounding, Stochastic, TowardZero
 
@@ -60,11 +59,11 @@ def quantize(
     """
     if not torch.compiler.is_compiling():  # then the operator checks: Dynamo ignores its cache
         # The checks cost more than a thousand numbers: a format that passed them is known again.
-        found = cpu.plans.get(id(fmt))
+        found = plans.known.get(id(fmt))
         if (
             found is not None
             and found[0].checked
-            and type(rounding) in cpu.RULES
+            and type(rounding) in plans.RULES
             and gradient in _GRADIENTS
             and _is_plain(x)
             and x.dtype is torch.float32
@@ -73,8 +72,6 @@ def quantize(
             and not x.is_neg()
             and (out is None or out is x or _is_alike(x, out))
         ):
-            if out is not None:
-                increment_version(out)
             return cpu.quantize_contiguous(found[0], x, rounding, out)
         check(x, fmt, rounding)
     if gradient not in _GRADIENTS:
@@ -84,10 +81,8 @@ def quantize(
         x = x.detach()
     if not torch.compiler.is_compiling() and _is_plain(x):
         if x.dtype is torch.float32 and not isinstance(fmt, Binary):  # it has no rule toward zero
-            cpu.plan_of(fmt).checked = cpu.knows(fmt)
+            plans.plan_of(fmt).checked = plans.knows(fmt)
         if out is None or type(out) in _PLAIN:
-            if out is not None:
-                increment_version(out)
             return dispatch.run(x, fmt, rounding, out)
         return out.copy_(dispatch.run(x, fmt, rounding))
     seed, step, call, key = 0, 0, 0, None
@@ -175,8 +170,6 @@ def quantize_many(
             _check_out(x, target)
         kinds |= set(map(type, out))
     if kinds <= _PLAIN and not _is_watched():
-        for target in out or ():
-            increment_version(target)
         return list(dispatch.run_many(tensors, fmt, rules, out))
     each = rules if len(rules) == len(tensors) else list(rules) * len(tensors)
     targets = [None] * len(tensors) if out is None else out
@@ -271,9 +264,9 @@ def _is_alike(x: Tensor, out: Tensor) -> bool:
     """Whether the kernel can write to `out` what it reads from a plain, contiguous `x`."""
     return (
         _is_plain(out)
-        and cpu.is_plain(out)
+        and storage.is_plain(out)
         and out.shape == x.shape
-        and not cpu.partly_the_same(x, out)
+        and not storage.partly_the_same(x, out)
     )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swalp.formats import Format
 from swalp.quantize import codes as definition
-from swalp.quantize import cpu, reference
+from swalp.quantize import cpu, plans, reference, storage
 from swalp.rounding import Rounding
 
 
@@ -21,7 +21,7 @@ class SlowQuantizationWarning(RuntimeWarning):
 
 def run(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = None) -> Tensor:
     """Quantize `x`, already checked, into `out` or a new tensor, with the fastest exact kernel."""
-    if cpu.has_memory(x) and _has_kernels() and cpu.supports(fmt, rounding, x.dtype):
+    if storage.has_memory(x) and _has_kernels() and plans.supports(fmt, rounding, x.dtype):
         return cpu.quantize(x, fmt, rounding, out)
     result = reference.quantize(x, fmt, rounding)
     return result if out is None else out.copy_(result)
@@ -37,17 +37,17 @@ def run_many(
 
     `rules`: one for all, or one for each.
     """
-    plain = all(map(cpu.is_plain, tensors))
+    plain = all(map(storage.is_plain, tensors))
     if out is None:
         out = [torch.empty_like(x) for x in tensors]  # as plain as they
     elif out is not tensors:
         plain = (
             plain
-            and all(map(cpu.is_plain, out))
-            and not any(map(cpu.partly_the_same, tensors, out))
+            and all(map(storage.is_plain, out))
+            and not any(map(storage.partly_the_same, tensors, out))
         )
-    if tensors and plain and _has_kernels() and cpu.supports(fmt, rules[0], tensors[0].dtype):
-        arguments = [cpu.rule_arguments(rule) for rule in rules]
+    if tensors and plain and _has_kernels() and plans.supports(fmt, rules[0], tensors[0].dtype):
+        arguments = [plans.rule_arguments(rule) for rule in rules]
         if len({argument[:2] for argument in arguments}) == 1:
             cpu.quantize_many(tensors, fmt, arguments, out)
             return out
@@ -59,48 +59,45 @@ def run_many(
 
 def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None]:
     """Codes and exponents of `x`, already checked: see `codes.pack`."""
-    if cpu.has_memory(x) and _has_kernels() and cpu.supports(fmt, rounding, x.dtype):
+    if storage.has_memory(x) and _has_kernels() and plans.supports(fmt, rounding, x.dtype):
         return cpu.pack(x, fmt, rounding)
     return definition.pack(x, fmt, rounding)
 
 
 def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None, bool]:
     """int8 codes and exponents of `x`, float32, and whether it has a NaN: see `cpu`."""
-    if cpu.has_memory(x) and _has_kernels() and cpu.supports(fmt, rounding, x.dtype):
+    if storage.has_memory(x) and _has_kernels() and plans.supports(fmt, rounding, x.dtype):
         return cpu.pack_integers(x, fmt, rounding)
     missing = x.isnan()
     codes, exponents = definition.pack(x.masked_fill(missing, 0.0).contiguous(), fmt, rounding)
     return codes, exponents, bool(missing.any())
 
 
-def unpack(
-    codes: Tensor, exponents: Tensor | None, fmt: Format, out: Tensor | None = None
-) -> Tensor:
-    """The values of codes and exponents, into `out` or a new tensor: see `codes.unpack`."""
-    if cpu.has_memory(codes) and _has_kernels() and cpu.knows(fmt):
-        return cpu.unpack(codes, exponents, fmt, out)
-    result = definition.unpack(codes, exponents, fmt)
-    return result if out is None else out.copy_(result)
+def unpack(codes: Tensor, exponents: Tensor | None, fmt: Format) -> Tensor:
+    """The values of codes and exponents: see `codes.unpack`."""
+    if storage.has_memory(codes) and _has_kernels() and plans.knows(fmt):
+        return cpu.unpack(codes, exponents, fmt)
+    return definition.unpack(codes, exponents, fmt)
 
 
 def join(codes: Tensor) -> Tensor:
     """Codes of up to 4 bits, two to a byte: see `codes.join`."""
-    if cpu.has_memory(codes) and _has_kernels():
+    if storage.has_memory(codes) and _has_kernels():
         return cpu.join(codes)
     return definition.join(codes)
 
 
 def split(joined: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """The inverse of `join`: see `codes.split`."""
-    if cpu.has_memory(joined) and _has_kernels():
+    if storage.has_memory(joined) and _has_kernels():
         return cpu.split(joined, shape, dtype)
     return definition.split(joined, shape, dtype)
 
 
 def _has_kernels() -> bool:
-    if not cpu.available:
+    if not plans.available:
         warn_once()
-    return cpu.available
+    return plans.available
 
 
 @cache

@@ -13,7 +13,7 @@ import torch
 
 import swalp
 from swalp.matmul import kernels
-from swalp.quantize import cpu
+from swalp.quantize import plans
 
 # On these the bits of a result may depend.
 DECISIVE = ("swalp", "torch", "vector instructions")
@@ -55,7 +55,7 @@ def commit() -> str:
 
 def kernel() -> str:
     """Which kernel quantizes on the CPU."""
-    if not cpu.available:
+    if not plans.available:
         return "reference (slow): swalp was installed without a C++ compiler"
     from swalp import _kernels
 
