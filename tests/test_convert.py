@@ -154,6 +154,91 @@ def test_checkpointing_a_layer_used_twice_is_refused():
         model(torch.ones(3, 9)).sum().backward()
 
 
+@pytest.mark.parametrize("recipe", ["paper-small-block-5", "native-8"])
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_the_whole_model_repeats_the_noise(recipe, reentrant):
+    runs = []
+    for on in (False, True):
+        model, gradients = swalp.convert(network(), recipe), []
+        for seed in range(2):
+            x = images(seed).requires_grad_()
+            y = checkpoint(model, x, use_reentrant=reentrant) if on else model(x)
+            y.square().sum().backward()
+            gradients += [x.grad, *(p.grad for p in model.parameters())]
+            model.zero_grad()
+        assert swalp.noise_clock(model).step == 2
+        runs.append(gradients)
+    assert all(map(torch.equal, *runs))
+
+
+def test_checkpointing_two_passes_before_their_backward_is_refused():
+    model = swalp.convert(network(), PAPER)
+    losses = [checkpoint(model, images(s), use_reentrant=False).sum() for s in range(2)]
+    with pytest.raises(RuntimeError, match=r"ran 2 times before .*call backward\(\) after each"):
+        sum(losses).backward()
+    for seed in range(3):  # one after the other, and again from one graph
+        loss = checkpoint(model, images(seed), use_reentrant=False).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+
+
+class Names(nn.Module):
+    """Its own attributes have the names that a converted layer might have wanted."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.native, self.outer = nn.Linear(9, 9), nn.Linear(9, 9)
+        self.functions = nn.ModuleList([nn.Linear(9, 9)])
+        self.simulated, self.input_site, self.namespace = 3.0, "here", nn.Linear(9, 9)
+
+    def forward(self, x):
+        for layer in (self.native, self.outer, *self.functions, self.namespace):
+            x = layer(x)
+        return x @ x.mT * self.simulated
+
+
+@pytest.mark.parametrize("recipe", ["paper-big-block-16", "native-8"])
+def test_attributes_of_the_model_stay_its_own(recipe):
+    x = torch.randn(4, 9, generator=torch.Generator().manual_seed(1))
+    expected = Names()(x)
+    model = swalp.convert(Names(), recipe).eval()
+    bound = 0.1 * expected.abs().max()
+    assert (model(x) - expected).abs().max() < bound
+    plain = swalp.to_float(model)
+    assert vars(plain).keys() == vars(Names()).keys()
+    assert (plain.input_site, plain.simulated) == ("here", 3.0)
+    assert (plain(x) - expected).abs().max() < bound
+
+
+@pytest.mark.parametrize("recipe", ["paper-small-block-5", "native-8"])
+def test_a_parametrization_after_convert(recipe):
+    model = swalp.convert(network(), recipe)
+    nn.utils.parametrizations.weight_norm(model[4])
+    model(images()).sum().backward()
+    assert model[4].parametrizations.weight.original0.grad is not None
+    assert "4" in str(swalp.summary(model))
+    with pytest.raises(ValueError, match=r"layer '4' has had its class changed since convert"):
+        swalp.to_float(model)
+
+
+def test_layers_called_without_the_model_go_on_where_they_were():
+    """As in a GAN, or a training step that calls parts: the model's clock never ticks."""
+    for recipe in ("paper-small-block-5", "native-8"):
+        model = swalp.convert(network(), recipe)
+        for seed in range(3):
+            if seed == 2:
+                state = copy.deepcopy(swalp.noise_clock(model).state_dict())
+            y = model[4:](torch.ones(2, 64))
+        other = swalp.convert(network(), recipe)
+        swalp.noise_clock(other).load_state_dict(state)
+        assert torch.equal(other[4:](torch.ones(2, 64)), y)
+    model = swalp.convert(nn.Sequential(nn.RNN(9, 9)), PAPER)
+    swalp.noise_clock(model).uses["input of 0"] = 1 << 16
+    with pytest.raises(RuntimeError, match=r"ran 65536 times in one pass.*noise_clock"):
+        model[0](torch.ones(2, 9))
+
+
 def test_to_float_undoes_everything_but_the_parameters():
     model = swalp.convert(network(), PAPER)
     plain = swalp.to_float(model)
@@ -276,8 +361,8 @@ def test_quantize_input_reaches_the_first_operand():
     for on in (False, True):
         recipe = placed("operands", quantize_input=on)
         model = swalp.convert(network(), recipe)
-        assert (model[0].input_site is not None) == on
-        assert model[0].output_site.activation is None
+        assert (model[0]._swalp_layer.input_site is not None) == on
+        assert model[0]._swalp_layer.output_site.activation is None
 
 
 def test_overrides_reach_layers_by_name_and_kind():
@@ -295,18 +380,18 @@ def test_overrides_reach_layers_by_name_and_kind():
         ),
     )
     model, plain = swalp.convert(network(), recipe), network()
-    assert model[4].input_site.activation.format == BlockFloat(9)
-    assert model[4].input_site.error.format == BlockFloat(3)
-    assert model[6].input_site is None
+    assert model[4]._swalp_layer.input_site.activation.format == BlockFloat(9)
+    assert model[4]._swalp_layer.input_site.error.format == BlockFloat(3)
+    assert model[6]._swalp_layer.input_site is None
     assert torch.equal(model[6].weight, plain[6].weight)
     assert torch.equal(model[4].bias, plain[4].bias)
     assert torch.equal(model[4].weight, quantize(plain[4].weight.detach(), BlockFloat(3)))
     assert torch.equal(model[1].weight, quantize(plain[1].weight.detach(), BlockFloat(9)))
     placed_apart = placed("nonlinearity", overrides=(Override(layers="0", placement="output"),))
     model = swalp.convert(network(), placed_apart)
-    assert model[0].output_site.activation.format == BlockFloat(5)
+    assert model[0]._swalp_layer.output_site.activation.format == BlockFloat(5)
     assert type(model[2]) is not nn.ReLU
-    assert model[2].output_site.error.format == BlockFloat(4)
+    assert model[2]._swalp_layer.output_site.error.format == BlockFloat(4)
 
 
 @pytest.mark.parametrize(

@@ -75,14 +75,14 @@ def test_an_embedding_has_weights_on_the_grid_and_no_site():
     model = swalp.convert(embedding(padding_idx=0), PAPER)
     start = embedding(padding_idx=0)[0].weight.detach()
     assert torch.equal(model[0].weight, swalp.quantize(start, PAPER.weight.format))
-    assert model[0].input_site is None
-    assert model[0].output_site is None
+    assert model[0]._swalp_layer.input_site is None
+    assert model[0]._swalp_layer.output_site is None
     rows = torch.tensor([3, 0, 3])
     assert torch.equal(model[0](rows), model[0].weight[rows])
     model(rows).sum().backward()
     assert model[0].weight.grad[0].abs().sum() == 0
     # The embedding takes the network's input, so the first layer after it is quantized.
-    assert model[1].input_site is not None
+    assert model[1]._swalp_layer.input_site is not None
 
 
 def test_outputs_of_embeddings_are_quantized_by_output():
@@ -230,7 +230,7 @@ def test_converted_classes_pickle_and_copy():
     for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
         assert torch.equal(other(x), model(x))
         assert type(other[0]) is type(model[0])
-        assert other[1].input_site.clock is swalp.noise_clock(other)
+        assert other[1]._swalp_layer.input_site.clock is swalp.noise_clock(other)
         assert swalp.noise_clock(other) is not swalp.noise_clock(model)
     plain = swalp.to_float(model)
     assert not any(isinstance(module, Quantized) for module in plain.modules())

@@ -139,7 +139,7 @@ def test_a_weight_off_its_grid_is_multiplied_as_it_is():
         model[0].weight.mul_(1.0001)
     x = torch.randn(4, 12)
     y = model[0](x)
-    rounded = model[0].input_site.activation(x, 0, 0)
+    rounded = model[0]._swalp_layer.input_site.activation(x, 0, 0)
     simulated = swalp.convert(mlp(), SIMULATED)
     simulated[0].weight.data.copy_(model[0].weight)
     torch.testing.assert_close(y, simulated[0](x))
@@ -238,7 +238,7 @@ def test_attention_equals_the_simulation_bit_for_bit(kind):
     model = Attention(kind)
     native, losses = train(model, NATIVE, shape=(3, 20, 32), packed=True)
     simulated, expected = train(model, SIMULATED, shape=(3, 20, 32), packed=True)
-    assert native.native
+    assert native._swalp_layer.native
     assert losses == expected
     for a, b in zip(native.parameters(), simulated.parameters(), strict=True):
         assert torch.equal(a.detach() + 0.0, b.detach() + 0.0)

@@ -15,6 +15,7 @@ from swalp.layers import (
     CONVERTIBLE,
     Family,
     Kind,
+    Lowered,
     NoiseClock,
     Quantized,
     QuantizedFunctions,
@@ -146,17 +147,15 @@ def convert(
             if outer and kind.mixin is QuantizedLayer:
                 before = None  # the others have further operands
             mixin = kind.mixin if lean is None or before or after else lean
-            settings: dict[str, object] = {}
+            layer = Lowered(before, after, outer)
             if recipe.product == "native" and kind.family is Family.PRODUCT:
-                mixin, settings = _native(module, kind, resolved, name, before, after)
+                mixin = _native(module, kind, resolved, name, layer)
             elif recipe.product == "native" and kind.mixin is QuantizedFunctions:
-                reason = obstacle(before, after)
-                settings = {"simulated": reason} if reason else {"native": True}
+                layer.simulated = obstacle(before, after)
+                layer.native = not layer.simulated
             module.__class__ = quantized_class(mixin, type(module))
             assert isinstance(module, Quantized)
-            module.outer = outer
-            module.input_site, module.output_site = before, after
-            vars(module).update(settings)
+            module._swalp_layer = layer
     _round_parameters(model, resolved, packed)
     model._swalp = Conversion(resolved, clock, _significand(resolved))  # type: ignore[assignment]  # no tensor or module
     model.register_forward_pre_hook(model._swalp)  # type: ignore[arg-type]  # typed as above
@@ -167,18 +166,6 @@ def convert(
 # placement speaks of, which are converted even where they have no site.
 _LAYERS = (Family.PRODUCT, Family.LOOKUP, Family.ATTENTION)
 _COMPUTING = (*_LAYERS, Family.FUNCTIONS)
-
-
-# What converting leaves on a layer, beside its class.
-_ATTRIBUTES = (
-    "input_site",
-    "output_site",
-    "outer",
-    "functions",
-    "native",
-    "simulated",
-    "weight_format",
-)
 
 
 _SIGNIFICANDS = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}
@@ -198,14 +185,9 @@ def _significand(recipe: Recipe) -> int:
 
 
 def _native(
-    module: nn.Module,
-    kind: Kind,
-    recipe: Recipe,
-    name: str,
-    before: Site | None,
-    after: Site | None,
-) -> tuple[type[Quantized], dict[str, object]]:
-    """What computes the products of a layer, and the attributes it needs: integers if they can."""
+    module: nn.Module, kind: Kind, recipe: Recipe, name: str, layer: Lowered
+) -> type[Quantized]:
+    """What computes the products of a layer: integers if they can; `layer` is told."""
     native = native_mixin(module)
     weight = module._parameters.get("weight")
     quantizer = recipe.at(name, parameter="weight").weight
@@ -213,10 +195,11 @@ def _native(
         reason = native
     elif weight is None or quantizer is None:
         reason = "its weight is float"
-    elif not (reason := obstacle(before, after)):
-        return native, {"weight_format": fit(quantizer.format, weight.shape)}
-    mixin = simulated_mixin(module, kind.mixin) if kind.mixin is QuantizedLayer else kind.mixin
-    return mixin, {"simulated": reason}
+    elif not (reason := obstacle(layer.input_site, layer.output_site)):
+        layer.weight_format = fit(quantizer.format, weight.shape)
+        return native
+    layer.simulated = reason
+    return simulated_mixin(module, kind.mixin) if kind.mixin is QuantizedLayer else kind.mixin
 
 
 def layer_names(model: nn.Module) -> list[LayerName]:
@@ -238,20 +221,33 @@ def noise_clock(model: nn.Module) -> NoiseClock:
 
 
 def to_float(model: _Module) -> _Module:
-    """A copy of `model` with the same parameters and no quantizers; of a float model, a copy."""
+    """A copy of `model` with the same parameters and no quantizers; of a float model, a copy.
+
+    Raises:
+        ValueError: as `strip`.
+    """
     return strip(copy.deepcopy(model))
 
 
 def strip(model: _Module) -> _Module:
-    """Take the quantizers off `model`, in place, and return it: a float network again."""
+    """Take the quantizers off `model`, in place, and return it: a float network again.
+
+    Raises:
+        ValueError: a layer's class is another than `convert` gave it.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Quantized) and "_swalp_kind" not in vars(type(module)):
+            raise ValueError(
+                f"layer {name!r} has had its class changed since convert, as a parametrization "
+                f"does; remove that first, or register it before convert"
+            )
     _replace_parameters(
         model,
         lambda value, *_: value.dequantize() if isinstance(value, PackedTensor) else value,
     )
     for module in model.modules():
         if isinstance(module, Quantized):
-            for name in _ATTRIBUTES:
-                vars(module).pop(name, None)
+            del module._swalp_layer
             module.__class__ = float_class(module)  # type: ignore[assignment]  # its parent
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, Conversion):

@@ -150,7 +150,7 @@ def summary(model: nn.Module) -> Summary:
         sum(4 * value.numel() for value in seen),
         packed_bytes,
         all(
-            module.functions is not None
+            module._swalp_layer.functions is not None
             for module in model.modules()
             if isinstance(module, QuantizedFunctions)
         ),
@@ -174,7 +174,7 @@ def _holds(module: nn.Module) -> bool:
     family = kind_of(module).family
     leaf = next(module.children(), None) is None
     if isinstance(module, QuantizedFunctions) and family is Family.FUNCTIONS:
-        return not leaf and not module.functions
+        return not leaf and not module._swalp_layer.functions
     return family is Family.INNER or (family is Family.OTHER and not leaf)
 
 
@@ -182,9 +182,10 @@ def _sites(module: nn.Module) -> list[Site]:
     """Where a layer quantizes; a module that multiplied nothing in its last pass does nowhere."""
     if not isinstance(module, Quantized):
         return []
-    if isinstance(module, QuantizedFunctions) and module.functions == {}:
+    if isinstance(module, QuantizedFunctions) and module._swalp_layer.functions == {}:
         return []
-    return [site for site in (module.input_site, module.output_site) if site is not None]
+    layer = module._swalp_layer
+    return [site for site in (layer.input_site, layer.output_site) if site is not None]
 
 
 def _note(module: nn.Module, shared: Sequence[str]) -> str:
@@ -193,13 +194,13 @@ def _note(module: nn.Module, shared: Sequence[str]) -> str:
     kind = kind_of(module)
     if isinstance(module, QuantizedFunctions) and kind.family is Family.FUNCTIONS:
         return "; ".join([*parts, *_functions(module)])
-    if isinstance(module, Quantized) and module.outer:
+    if isinstance(module, Quantized) and module._swalp_layer.outer:
         parts.append("takes the network's input as it is")
     places = [_place(kind, site) for site in _sites(module)]
     if isinstance(module, Native):
         places.append("products on integers")
-    elif isinstance(module, Quantized) and module.simulated:
-        places.append(f"products simulated: {module.simulated}")
+    elif isinstance(module, Quantized) and module._swalp_layer.simulated:
+        places.append(f"products simulated: {module._swalp_layer.simulated}")
     if (not places and not parts and not _holds(module)) or kind.family is Family.INNER:
         places = [kind.family.value]
     return "; ".join([*parts, *places])
@@ -217,8 +218,9 @@ def _place(kind: Kind, site: Site) -> str:
 
 def _functions(module: nn.Module) -> list[str]:
     """What is known of the products that a module calls as functions."""
-    functions = module.functions
-    assert functions is None or isinstance(functions, dict)
+    assert isinstance(module, Quantized)
+    layer = module._swalp_layer
+    functions = layer.functions
     if functions is None:
         return [] if _holds(module) else ["what its forward multiplies; it has not run yet"]
     called = ", ".join(
@@ -228,9 +230,8 @@ def _functions(module: nn.Module) -> list[str]:
         return [] if _holds(module) else [Family.OTHER.value]
     if not _sites(module):
         return [f"{called} {Family.FUNCTIONS.value}"]
-    assert isinstance(module, Quantized)
-    way = ["products of two activations on integers"] if module.native else []
-    way += [f"products simulated: {module.simulated}"] if module.simulated else []
+    way = ["products of two activations on integers"] if layer.native else []
+    way += [f"products simulated: {layer.simulated}"] if layer.simulated else []
     return [f"operands of {called}", *way]
 
 

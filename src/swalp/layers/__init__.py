@@ -1,6 +1,6 @@
 """Layers that quantize: what `swalp.convert` makes of each kind of layer."""
 
-from swalp.layers.base import Quantized, float_class, quantized_class
+from swalp.layers.base import Lowered, Quantized, float_class, quantized_class
 from swalp.layers.functions import QuantizedFunctions
 from swalp.layers.integers import Native, native_mixin, simulated_mixin
 from swalp.layers.lean import lean_mixin
@@ -13,6 +13,7 @@ __all__ = [
     "CONVERTIBLE",
     "Family",
     "Kind",
+    "Lowered",
     "Native",
     "NoiseClock",
     "Quantized",

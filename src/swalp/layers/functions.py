@@ -83,16 +83,10 @@ def paused() -> Iterator[None]:
 
 
 class QuantizedFunctions(Quantized):
-    """Mixin over a module: sites quantize around the products that its forward calls.
-
-    Attributes:
-        functions: which it called in its last pass in eager mode, and how often.
-    """
-
-    functions: dict[str, int] | None = None
+    """Mixin over a module: sites quantize around the products that its forward calls."""
 
     @classmethod
-    def namespace(cls, kind: type[nn.Module]) -> dict[str, Any]:
+    def _swalp_namespace(cls, kind: type[nn.Module]) -> dict[str, Any]:
         """With a forward that shows the signature of `kind`'s, which some libraries look at."""
         _know_other_libraries()
 
@@ -100,15 +94,16 @@ class QuantizedFunctions(Quantized):
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             return cls.forward(self, *args, **kwargs)
 
-        return super().namespace(kind) | {"forward": forward}
+        return super()._swalp_namespace(kind) | {"forward": forward}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's forward, its products between the sites."""
-        products = Products.begin(self.input_site, self.output_site, self.training, self.native)
+        layer = self._swalp_layer
+        products = Products.begin(layer, self.training)
         with intercepted(products):
             result = super().forward(*args, **kwargs)  # type: ignore[misc]  # a mixin
         if not torch.compiler.is_compiling():
-            self.functions = products.functions
+            layer.functions = products.functions
         return result
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swalp.formats import Format
 from swalp.layers.functions import paused
 from swalp.layers.products import integers
 from swalp.layers.single import QuantizedLayer
@@ -26,19 +25,16 @@ class NativeLinear(QuantizedLayer):
     The numbers are those of `QuantizedLayer`, up to the rounding of sums that float32 cannot hold;
     `swalp.matmul.products` has the bounds. What the integers cannot do, this simulates: other
     devices and types, autocast, compiled graphs and transforms of PyTorch.
-
-    Attributes:
-        weight_format: of its weight.
     """
 
-    weight_format: Format
     weight: Tensor
     bias: Tensor | None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The parent's forward between the sites."""
-        weight, bias, fmt = self.weight, self.bias, self.weight_format
-        transposed = _is_conv1d(type(self).__bases__[1])
+        weight, bias, fmt = self.weight, self.bias, self._swalp_layer.weight_format
+        assert fmt is not None  # `convert` chose a layer that has one
+        transposed = _is_conv1d(self._swalp_kind)
         if not runs(x, weight, bias, weight.shape[1 if transposed else 0]):
             return super().forward(x, *args, **kwargs)
         activation, error = moments(self, x)
@@ -86,7 +82,7 @@ def _is_float(parameter: Tensor) -> bool:
 
 def moments(layer: QuantizedLayer, x: Tensor) -> tuple[Quantization, Quantization]:
     """How this pass rounds the input, and the gradient of the output."""
-    before, after = layer.input_site, layer.output_site
+    before, after = layer._swalp_layer.input_site, layer._swalp_layer.output_site
     assert before is not None
     assert after is not None
     assert before.activation is not None

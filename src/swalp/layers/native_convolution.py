@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swalp.formats import Format
 from swalp.layers.functions import paused
 from swalp.layers.native import moments, runs
 from swalp.layers.single import QuantizedLayer
@@ -23,12 +22,8 @@ class NativeConvolution(QuantizedLayer):
     `swalp.matmul.convolution` has the bounds. Results have their channels last in memory. What the
     integers cannot do, this simulates, as `NativeLinear` does; and images so large that their
     gradients' sums could leave 32 bits.
-
-    Attributes:
-        weight_format: of its weight.
     """
 
-    weight_format: Format
     weight: Tensor
     bias: Tensor | None
     stride: tuple[int, ...]
@@ -46,9 +41,11 @@ class NativeConvolution(QuantizedLayer):
             or convolution.unsupported(x.shape[0], x.shape[2:], self.weight.shape, window)
         ):
             return super().forward(x, *args, **kwargs)
+        fmt = self._swalp_layer.weight_format
+        assert fmt is not None  # `convert` chose a layer that has one
         settings = moments(self, x)
         with paused():
-            return convolve(x, self.weight, self.bias, window, self.weight_format, *settings)
+            return convolve(x, self.weight, self.bias, window, fmt, *settings)
 
 
 class ChannelsLast(QuantizedLayer):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swalp.layers.base import Lowered
 from swalp.layers.sites import Site
 from swalp.matmul import batched
 from swalp.matmul.attention import Guesses, attend
@@ -56,13 +57,18 @@ class Products:
     functions: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def begin(
-        cls, operand: Site | None, result: Site | None, training: bool, native: bool = False
-    ) -> Products:
-        """The products of a pass that begins now."""
+    def begin(cls, layer: Lowered, training: bool) -> Products:
+        """The products of a pass of `layer` that begins now."""
+        operand, result = layer.input_site, layer.output_site
         site = operand or result
         run = 0 if site is None or not training else site.begin()
-        return cls(operand, result, training, run * _USES, native)
+        if site is not None and run >= _USES:
+            raise RuntimeError(
+                f"layer {site.name!r} ran {run} times in one pass of the model, more than "
+                f"its noise can tell apart; call the model that convert returned, or "
+                f"swalp.noise_clock(model).tick() before each step"
+            )
+        return cls(operand, result, training, run * _USES, layer.native)
 
     def off(self, function: str) -> bool:
         """Whether nothing is quantized here; notes that the module called `function`."""

@@ -55,10 +55,11 @@ class QuantizedRecurrent(Quantized):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         """As the parent's."""
-        if self.input_site is None and self.output_site is None:
+        layer = self._swalp_layer
+        if layer.input_site is None and layer.output_site is None:
             with paused():
                 return super().forward(input, hx)  # type: ignore[misc]  # a mixin
-        products = Products.begin(self.input_site, self.output_site, self.training)
+        products = Products.begin(layer, self.training)
         with paused():
             return _recurrent(self, products, input, hx)
 
@@ -97,7 +98,7 @@ def _recurrent(module: Any, products: Products, x: Any, hx: Any) -> Any:
     finals: list[State] = []
     directions = 2 if module.bidirectional else 1
     for layer in range(module.num_layers):
-        operand = data if layer == 0 and module.outer else products.enter(data)
+        operand = data if layer == 0 and module._swalp_layer.outer else products.enter(data)
         outputs = []
         for direction in range(directions):
             place = layer * directions + direction
@@ -185,10 +186,11 @@ class QuantizedCell(Quantized):
 
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """As the parent's."""
-        if self.input_site is None and self.output_site is None:
+        layer = self._swalp_layer
+        if layer.input_site is None and layer.output_site is None:
             with paused():
                 return super().forward(input, hx)  # type: ignore[misc]  # a mixin
-        products = Products.begin(self.input_site, self.output_site, self.training)
+        products = Products.begin(layer, self.training)
         with paused():
             return _cell(self, _cell_of(self), products, input, hx)
 
@@ -210,7 +212,7 @@ def _cell(module: Any, cell: Cell, products: Products, x: Tensor, hx: Any) -> Te
     state: State = tuple(hx) if is_lstm else (hx,)
     if not batched:
         x, state = x.unsqueeze(0), tuple(part.unsqueeze(0) for part in state)
-    operand = x if module.outer else products.enter(x)
+    operand = x if module._swalp_layer.outer else products.enter(x)
     inner = products.leave(F.linear(operand, module.weight_ih, module.bias_ih))
     outer = products.linear(state[0], module.weight_hh, module.bias_hh)
     state = cell(inner, outer, state)

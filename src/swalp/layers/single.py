@@ -17,14 +17,15 @@ class QuantizedLayer(Quantized):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The parent's forward between the sites."""
-        if self.input_site is not None:
-            x = self.input_site(x, self.training)
+        before, after = self._swalp_layer.input_site, self._swalp_layer.output_site
+        if before is not None:
+            x = before(x, self.training)
         if torch._C._len_torch_function_stack() == 0:
             y = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # a mixin
         else:  # perhaps inside a module that quantizes the products of its own forward
             with paused():
                 y = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # a mixin
-        return y if self.output_site is None else self.output_site(y, self.training)
+        return y if after is None else after(y, self.training)
 
 
 class QuantizedBilinear(Quantized):
@@ -32,9 +33,9 @@ class QuantizedBilinear(Quantized):
 
     def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
         """The parent's forward between the sites."""
-        products = Products.begin(self.input_site, self.output_site, self.training)
+        products = Products.begin(self._swalp_layer, self.training)
         with paused():
-            if not self.outer:
+            if not self._swalp_layer.outer:
                 input1, input2 = products.enter(input1), products.enter(input2)
             y: Tensor = super().forward(input1, input2)  # type: ignore[misc]  # a mixin
         return products.leave(y)

@@ -31,12 +31,16 @@ class NoiseClock:
         seed: of the run.
         counter: training passes so far, int64; a tensor, for a compiled graph to count on.
         uses: how many times each site was used in this pass.
+        repeats: how many times each site was used again since, by activation checkpointing.
+        passes: in eager mode, since the last one of which a backward pass repeated something.
         hints: what native attention remembers to be faster; it changes no number.
     """
 
     seed: int
     counter: Tensor = field(default_factory=_zero)
     uses: dict[str, int] = field(default_factory=dict)
+    repeats: dict[str, int] = field(default_factory=dict)
+    passes: int = 0
     hints: dict[str, Guesses] = field(default_factory=dict)
 
     @property
@@ -46,14 +50,19 @@ class NoiseClock:
 
     def tick(self) -> None:
         """A training pass begins."""
+        if not torch.compiler.is_compiling():
+            if in_backward():
+                return  # activation checkpointing runs the model again: with the same noise
+            self.passes = 1 if self.repeats else self.passes + 1
+            self.repeats = {}
         self.counter = self.counter + 1  # a new tensor: what awaits its backward keeps the old one
         self.uses = {}
 
-    def state_dict(self) -> dict[str, int]:
-        """Seed and step."""
-        return {"seed": self.seed, "step": self.step}
+    def state_dict(self) -> dict[str, Any]:
+        """Seed, step, and what was used in the pass, which goes on if only layers are called."""
+        return {"seed": self.seed, "step": self.step, "uses": dict(self.uses)}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state.
 
         Raises:
@@ -65,6 +74,12 @@ class NoiseClock:
                 f"{self.seed}; convert it with seed={state['seed']}"
             )
         self.counter = torch.full_like(self.counter, state["step"])
+        self.uses = dict(state.get("uses", {}))
+
+
+def in_backward() -> bool:
+    """Whether this runs inside a backward pass: activation checkpointing runs layers again."""
+    return torch._C._current_graph_task_id() != -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,18 +144,33 @@ class Site:
     def begin(self) -> int:
         """How many times the layer has run in this pass, so that each run has its own noise."""
         uses, key = self.clock.uses, f"{self.place} of {self.name}"
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            # Inside a backward pass: activation checkpointing runs the layer again, and must see
-            # the same noise. Which of several runs this one repeats, nobody says.
-            if uses.get(key, 0) > 1:
-                raise RuntimeError(
-                    f"layer {self.name!r} ran {uses[key]} times in one pass, so activation "
-                    f"checkpointing cannot repeat its noise; leave it out of the checkpoint"
-                )
+        if not torch.compiler.is_compiling() and in_backward():
+            self._repeat(key)
             return 0
         run = uses.get(key, 0)
         uses[key] = run + 1
         return run
+
+    def _repeat(self, key: str) -> None:
+        """Activation checkpointing runs the layer again, and must see the same noise.
+
+        Raises:
+            RuntimeError: of several runs, nobody says which one this repeats.
+        """
+        clock = self.clock
+        clock.repeats[key] = clock.repeats.get(key, 0) + 1
+        runs = clock.uses.get(key, 0)
+        if runs > 1:
+            raise RuntimeError(
+                f"layer {self.name!r} ran {runs} times in one pass, so activation checkpointing "
+                f"cannot repeat its noise; leave it out of the checkpoint"
+            )
+        if clock.repeats[key] > 1 and clock.passes > 1:
+            raise RuntimeError(
+                f"the model ran {clock.passes} times before layer {self.name!r} was repeated by "
+                f"activation checkpointing, which can repeat the noise of the last pass alone; "
+                f"call backward() after each pass"
+            )
 
 
 class _Site(torch.autograd.Function):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swalp.formats import BlockFloat, FixedPoint, Format, Microscaling
-from swalp.layers import QuantizedLayer, Site
+from swalp.layers import Quantized, QuantizedLayer, Site
 from swalp.layers.native import NativeLinear
 from swalp.layers.native_convolution import NativeConvolution
 from swalp.optim import SGD
@@ -66,9 +66,11 @@ def describe(
             # Integer products never call the sites; the simulation, with the same numbers, does.
             simulated = MethodType(QuantizedLayer.forward, module)
             module.forward = simulated  # type: ignore[method-assign]  # of this copy only
-        for attribute, value in list(vars(module).items()):
-            if isinstance(value, Site):
-                setattr(module, attribute, _Watch(value, name, errors.append))
+        if isinstance(module, Quantized):
+            for place in ("input_site", "output_site"):
+                site = getattr(module._swalp_layer, place)
+                if site is not None:
+                    setattr(module._swalp_layer, place, _Watch(site, name, errors.append))
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         nn.functional.cross_entropy(twin(x[:count]), y[:count]).backward()  # type: ignore[no-untyped-call]  # PyTorch ships no type
     averaged = dict(average.named_parameters())
