@@ -575,3 +575,95 @@ def test_momentum_that_is_off_for_a_while_is_kept(compiled, monkeypatch):
     train(model, optimizer)
     after = [state["momentum_buffer"].dequantize() for state in optimizer.state.values()]
     assert same(before, after)
+
+
+def test_consumed_gradients_follow_the_groups_of_a_loaded_state():
+    """PyTorch makes new groups of a loaded state, which schedulers and users then change."""
+    model = swalp.convert(network(), "native-8", packed=True)
+    optimizer = swalp.optim.SGD(model, 0.5, momentum=0.9, recipe="native-8")
+    optimizer.consume_gradients()
+    train(model, optimizer, 2)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = [p.dequantize() for p in model.parameters()]
+    train(model, optimizer, 2)
+    assert same(before, [p.dequantize() for p in model.parameters()])
+
+
+def test_consumed_gradients_twice_and_of_frozen_parameters():
+    runs = []
+    for again in (False, True):
+        model = network()
+        model[2].bias.requires_grad_(False)
+        optimizer = swalp.optim.SGD(model, 0.1, momentum=0.9, recipe="paper-small-block-8")
+        for _ in range(2 if again else 1):
+            optimizer.consume_gradients()
+        train(model, optimizer, 2)
+        frozen = model[2].bias.detach().clone()
+        assert torch.equal(frozen, network()[2].bias)
+        model[2].bias.requires_grad_(True)  # step() takes it
+        runs.append(train(model, optimizer, 2))
+        assert not torch.equal(model[2].bias, frozen)
+    assert same(*runs)
+
+
+def test_a_state_saved_under_other_names():
+    """A wrapper's names, as of a model saved inside another: the place of parameters counts."""
+    recipe = Recipe(
+        name="mine",
+        weight=Quantizer(BlockFloat(3), Nearest()),
+        overrides=(Override(layers="0", weight=None),),
+    )
+    model = network()
+    wrapped = nn.ModuleDict({"module": copy.deepcopy(model)})
+    other = swalp.optim.SGD(wrapped.named_parameters(), 0.1, momentum=0.9)
+    optimizer = swalp.optim.SGD(model, 0.1, momentum=0.9, recipe=recipe)
+    optimizer.load_state_dict(other.state_dict())
+    assert optimizer.param_groups[0]["param_names"] == [
+        name for name, _ in model.named_parameters()
+    ]
+    train(model, optimizer, 1)
+    assert len(model[0].weight.unique()) > 100  # float, as layer 0 is
+    unnamed = swalp.optim.SGD(list(model.parameters()), 0.1, momentum=0.9)
+    unnamed.load_state_dict(optimizer.state_dict())
+    assert "param_names" not in unnamed.param_groups[0]
+    named = list(model.named_parameters())
+    turned = swalp.optim.SGD(named[::-1], 0.1, momentum=0.9)
+    with pytest.raises(
+        ValueError, match=r"has '0\.weight' where this optimizer has '2\.bias'; give"
+    ):
+        turned.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "lacks"),
+    [
+        (torch.optim.SGD, swalp.optim.SGD, "'step'"),
+        (torch.optim.AdamW, swalp.optim.Adam, "'root'"),
+    ],
+)
+def test_a_state_of_another_optimizer_is_refused(theirs, ours, lacks):
+    model = network()
+    other = theirs(
+        model.parameters(), lr=0.1, **({"momentum": 0.9} if "SGD" in str(theirs) else {})
+    )
+    train(model, other, 1)
+    optimizer = ours(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=rf"lacks \[{lacks}\]: it is not of swalp\.optim\."):
+        optimizer.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="a saved group of parameters lacks"):
+        swalp.optim.Adam(model.parameters()).load_state_dict(
+            torch.optim.SGD(model.parameters(), lr=0.1).state_dict()
+        )
+
+
+def test_sparse_gradients_are_refused():
+    model = nn.Embedding(9, 4, sparse=True)
+    optimizer = swalp.optim.SGD(model, 0.1, recipe="paper-small-block-8")
+    model(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match="the gradient of 'weight' is sparse"):
+        optimizer.step()
+    plain = swalp.optim.SGD(model, 0.1)
+    before = model.weight.detach().clone()
+    plain.step()
+    assert (model.weight != before).any(1).tolist() == [i in (1, 2) for i in range(9)]

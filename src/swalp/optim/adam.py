@@ -101,6 +101,8 @@ class Adam(LowPrecisionOptimizer):
             no use for.
     """
 
+    kept_always = ("step", "exp_avg", "root")
+
     def __init__(
         self,
         params: Iterable[Any] | nn.Module,

@@ -27,7 +27,12 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
     The noise of a parameter is a function of seed, name, role, its step and the element alone.
     Without names (`model.parameters()`), its place among the parameters serves as its name.
     Overrides of the recipe go by names; those by the kind of a layer need the model.
+
+    Attributes:
+        kept_always: what the state of a parameter has after its first step.
     """
+
+    kept_always: tuple[str, ...] = ("step",)
 
     def __init__(
         self,
@@ -76,6 +81,41 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             self._recipes[name] = self.recipe.at(layer, parameter=parameter)
         return self._recipes[name]
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in PyTorch: by the place of parameters, which keep the names that they have here.
+
+        Raises:
+            ValueError: another kind of optimizer saved the state, or one with these names in
+                another order.
+        """
+        kind = type(self).__name__
+        needed = set(self.kept_always)
+        for state in state_dict["state"].values():
+            if state and (missing := needed - state.keys()):
+                raise ValueError(
+                    f"{kind}: the saved state of a parameter lacks {sorted(missing)}: it is not of "
+                    f"swalp.optim.{kind}; begin with a new state"
+                )
+        own = [group.get("param_names") for group in self.param_groups]
+        for names, group in zip(own, state_dict["param_groups"], strict=False):
+            if missing := self.defaults.keys() - group.keys():
+                raise ValueError(
+                    f"{kind}: a saved group of parameters lacks {sorted(missing)}: it is not of "
+                    f"swalp.optim.{kind}; begin with a new state"
+                )
+            saved = group.get("param_names")
+            if names and saved and names != saved and sorted(names) == sorted(saved):
+                first = next(pair for pair in zip(names, saved, strict=True) if len({*pair}) > 1)
+                raise ValueError(
+                    f"{kind}: the saved state has {first[1]!r} where this optimizer has "
+                    f"{first[0]!r}; give it the parameters in the order of the saved one"
+                )
+        super().load_state_dict(state_dict)
+        for names, group in zip(own, self.param_groups, strict=True):
+            group.pop("param_names", None)
+            if names is not None:
+                group["param_names"] = names
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._kernels = {}
@@ -112,24 +152,28 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         """Update each parameter as soon as its gradient is complete, and free the gradient.
 
         From then on `backward()` trains: gradients never all exist at once, and `step()` has
-        nothing left to do. Not for accumulating gradients over several backward passes.
+        nothing left to do, but for parameters that do not require a gradient now. Not for
+        accumulating gradients over several backward passes.
 
         Returns:
             The hooks' handles; `remove()` each to go back to `step()`.
         """
 
-        def hook(parameter: Tensor, name: str, group: dict[str, Any]) -> None:
-            assert parameter.grad is not None
-            with torch.no_grad():
-                self._update_group([(name, parameter, parameter.grad)], group)
+        def hook(parameter: Tensor, name: str, number: int) -> None:
+            if parameter.grad is None:  # another hook was first
+                return
+            with torch.no_grad():  # the group of now: loading a state makes new ones
+                update = [(name, parameter, parameter.grad)]
+                self._update_group(update, self.param_groups[number])
             parameter.grad = None
 
         return [
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]  # PyTorch has no type
-                lambda parameter, name=name, group=group: hook(parameter, name, group)
+                lambda parameter, name=name, number=number: hook(parameter, name, number)
             )
-            for group, parameters in self._groups()
+            for number, (_, parameters) in enumerate(self._groups())
             for name, parameter in parameters
+            if parameter.requires_grad
         ]
 
     def _update_group(
@@ -138,6 +182,11 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         """Update named parameters with gradients, in one compiled call as far as possible."""
         ready: dict[tuple[bool, bool], list[fused.Prepared]] = {}
         for name, parameter, gradient in parameters:
+            if gradient.layout is not torch.strided and self.recipe_of(name) is not None:
+                raise ValueError(
+                    f"{type(self).__name__}: the gradient of {name!r} is sparse, which no recipe "
+                    f"quantizes; make it dense, as with nn.Embedding(sparse=False)"
+                )
             prepared = self._kernel(name, parameter, gradient, group)
             if prepared is None:
                 self._update(name, parameter, gradient, group)
