@@ -320,3 +320,91 @@ def test_quantize_takes_packed_tensors_and_writes_to_them(many):
     assert torch.equal(run(x.dequantize(), out := pack(values(40, 30, seed=1), BYTE)), out)
     assert torch.equal(out.dequantize(), pack(expected, BYTE).dequantize())
     assert torch.equal(run(x, x).dequantize(), pack(expected, BYTE).dequantize())
+
+
+WRITES = {
+    "p[0] = .5": lambda p: p.__setitem__(0, 0.5),
+    "p[0:1] = 0": lambda p: p.__setitem__(slice(0, 1), 0.0),
+    "p[:, 2] = 0": lambda p: p.__setitem__((slice(None), 2), 0.0),
+    "p[p > 0] = 0": lambda p: p.__setitem__(p > 0, 0.0),
+    "p.data = floats": lambda p: setattr(p, "data", torch.zeros(4, 6)),
+    "p.data = packed": lambda p: setattr(p, "data", swalp.pack(torch.zeros(4, 6), p.format)),
+    "p.data[0] = 0": lambda p: p.data.__setitem__(0, 0.0),
+    "vector_to_parameters": lambda p: nn.utils.vector_to_parameters(torch.zeros(24), [p]),
+}
+VIEWS = {
+    "p[0]": lambda p: p[0],
+    "p[0:1]": lambda p: p[0:1],
+    "p.view(-1)": lambda p: p.view(-1),
+    "p.view(-1)[:3]": lambda p: p.view(-1)[:3],
+    "p.flatten()": lambda p: p.flatten(),
+    "p.unsqueeze(0)": lambda p: p.unsqueeze(0),
+    "p.chunk(2)[0]": lambda p: p.chunk(2)[0],
+    "p.diagonal()": lambda p: p.diagonal(),
+    "p.T": lambda p: p.T,
+}
+
+
+@pytest.mark.parametrize("fmt", [BlockFloat(8), FixedPoint(8, 4), BlockFloat(4, axes=(0,))])
+def test_writes_to_parts_are_kept_or_refused(fmt):
+    def packed():
+        torch.manual_seed(0)
+        return swalp.pack(torch.randn(4, 6), fmt)
+
+    for name, write in WRITES.items():
+        p, floats = packed(), packed().dequantize()
+        write(p)
+        write(floats) if name[-1].isdigit() else floats.zero_()
+        assert torch.equal(p.dequantize(), swalp.quantize(floats, fmt)), name
+    for name, view in VIEWS.items():
+        p = packed()
+        part = view(p)
+        for write in (torch.zero_, lambda x: x.copy_(torch.ones(x.shape)), lambda x: x.add_(1)):
+            with pytest.raises(RuntimeError, match=r"view of a packed tensor is read-only.*assign"):
+                write(part)
+        assert torch.equal(p.dequantize(), packed().dequantize())
+        assert torch.equal(part + 0, view(packed().dequantize())), name
+        if not isinstance(part, PackedTensor):
+            assert part.tolist() == view(packed().dequantize()).tolist()
+        assert torch.equal(copy.deepcopy(part) + 0, part + 0)
+    assert f"{packed()[0, 0]:.2f}" == f"{packed().dequantize()[0, 0]:.2f}"
+    with pytest.raises(RuntimeError, match="read-only"), torch.no_grad():
+        nn.init.orthogonal_(packed())
+
+
+def test_a_parameter_is_written_to_as_pytorch_has_it():
+    p = nn.Parameter(swalp.pack(torch.randn(4, 6), BlockFloat(8)))
+    with pytest.raises(RuntimeError, match="leaf Variable that requires grad"):
+        p[0] = 0.0
+    p.view(-1).square().sum().backward()  # of a view that autograd watches
+    assert torch.equal(p.grad, 2 * p.dequantize())
+    with torch.no_grad():
+        p[0] = 0.0
+    assert not p.dequantize()[0].any()
+    for change in (nn.Module.double, nn.Module.half):
+        model = swalp.convert(nn.Sequential(nn.Linear(4, 4)), "native-8", packed=True)
+        with pytest.raises(ValueError, match=r"acts as torch\.float32 .* become torch\.float"):
+            change(model)
+        assert model(torch.ones(2, 4)).dtype == torch.float32
+
+
+def test_shared_memory():
+    model = swalp.convert(nn.Sequential(nn.Linear(4, 4)), "native-8", packed=True)
+    before = model[0].weight.dequantize()
+    model.share_memory()
+    assert model[0].weight.codes.is_shared()
+    assert torch.equal(model[0].weight.dequantize(), before)
+    with pytest.raises(BufferError, match="no floats in memory to share"):
+        torch.from_dlpack(model[0].weight.detach())
+
+
+def test_inference_mode():
+    model = swalp.convert(nn.Sequential(nn.Linear(4, 4)), "native-8", packed=True)
+    average = swalp.WeightAverage(model)
+    with torch.inference_mode():
+        state = model.state_dict()
+        average.update_parameters(model)
+        inside = swalp.pack(torch.ones(3), BlockFloat(8))
+        assert inside.detach().is_inference()
+    assert torch.equal(state["0.weight"].dequantize(), model[0].weight.dequantize())
+    assert average.steps == 1

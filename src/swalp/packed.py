@@ -31,8 +31,8 @@ class PackedTensor(torch.Tensor):
     values, acts as a float32 tensor in every operation, and stays packed in those that only move
     numbers: detach, clone, slices, transposes, devices, copies of packed tensors. Any other
     operation sees the dequantized values. Operations that write into it round what they write:
-    `copy_` to nearest, arithmetic stochastically with a fresh key, so that ordinary optimizers make
-    progress.
+    `copy_`, assignment to elements and to `data` to nearest, arithmetic stochastically with a fresh
+    key, so that ordinary optimizers make progress. Views of it are read-only.
 
     Attributes:
         codes: int8, uint8 or int16 of that shape; for words of up to 4 bits uint8 with two codes to
@@ -62,6 +62,42 @@ class PackedTensor(torch.Tensor):
         # Set on results that share codes with another tensor but not its blocks' exponents.
         self.readonly = False
         self._found: tuple[weakref.ref[Tensor], int, bool] | None = None
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        values = self.dequantize()
+        values[index] = value
+        self.copy_(values)
+
+    @property
+    def data(self) -> Tensor:
+        """As in PyTorch; what is assigned is rounded to nearest, unless it is so packed already."""
+        data: Tensor = torch.Tensor.data.__get__(self)  # type: ignore[attr-defined]  # a descriptor
+        return data
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value.shape != self.shape or value.dtype != self.dtype or value.device != self.device:
+            raise ValueError(
+                f"a packed tensor acts as {self.dtype} {tuple(self.shape)} on {self.device}, and "
+                f"cannot become {value.dtype} {tuple(value.shape)} on {value.device}; those of "
+                f"swalp.to_float(model) can"
+            )
+        if not isinstance(value, PackedTensor):
+            self._write(value, Nearest())
+        elif value.format == self.format and not (self.readonly or value.readonly):
+            self.codes, self.exponents = value.codes, value.exponents
+        else:
+            self._write(value.dequantize(), Nearest())
+
+    def share_memory_(self) -> PackedTensor:
+        """Move codes and exponents to memory that processes share."""
+        for part in (self.codes, self.exponents):
+            if part is not None:
+                part.share_memory_()  # type: ignore[no-untyped-call]  # PyTorch has no type
+        return self
+
+    def __dlpack__(self, **_: Any) -> Any:
+        raise BufferError("a packed tensor has no floats in memory to share; dequantize() it first")
 
     def dequantize(self) -> Tensor:
         """The values: float32, a new tensor."""
@@ -102,10 +138,7 @@ class PackedTensor(torch.Tensor):
 
     def _write(self, values: Tensor, rounding: Rounding) -> None:
         if self.readonly:
-            raise RuntimeError(
-                "a slice or transpose of a packed tensor is read-only, as its exponents are shared "
-                "with the rest; write to the whole tensor, or dequantize() it first"
-            )
+            raise _read_only()
         packed = pack(values.expand(self.shape), self.format, rounding)
         self._assign(packed)
 
@@ -237,8 +270,89 @@ def joined(fmt: Format) -> bool:
     return fmt.bits <= 4
 
 
+def _read_only() -> RuntimeError:
+    return RuntimeError(
+        "a view of a packed tensor is read-only, as its exponents are shared with the rest; assign "
+        "to the tensor itself, as in weight[0] = 0, or dequantize() it first"
+    )
+
+
+class _View(torch.Tensor):
+    """Values of a part of a packed tensor: of floats that nobody holds, so that writes are refused.
+
+    Attributes:
+        floats: the values, plain.
+    """
+
+    floats: Tensor
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> _View:
+        result: _View = torch.Tensor._make_wrapper_subclass(
+            cls, values.shape, values.stride(), dtype=values.dtype, device=values.device
+        )
+        result.floats = values
+        return result
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """As a copy would have it."""
+        return self.floats.numpy(force=force)
+
+    def tolist(self) -> Any:
+        """Likewise."""
+        return self.floats.tolist()
+
+    def __format__(self, spec: str) -> str:
+        return self.floats.__format__(spec)  # type: ignore[no-untyped-call,no-any-return]  # likewise
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.floats.clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.floats.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # PyTorch has no type
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # untyped
+        return repr(self.floats)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # as PyTorch's own subclasses have it
+        kwargs = kwargs or {}
+        if any(isinstance(target, _View) for target in _targets(func, args, kwargs)):
+            raise _read_only()
+
+        def widen(argument: Any) -> Any:
+            return argument.floats if isinstance(argument, _View) else argument
+
+        result = func(*tree_map(widen, args), **tree_map(widen, kwargs))
+        return tree_map(_viewed, result) if _views(func) else result
+
+
+def _viewed(value: Any) -> Any:
+    return _View(value) if type(value) is Tensor else value
+
+
+def _views(func: Any) -> bool:
+    """Whether results share the memory of an argument that the operation does not write to."""
+    return any(
+        result.alias_info is not None and not result.alias_info.is_write
+        for result in func._schema.returns
+    )
+
+
+def _targets(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """What the operation writes to."""
+    found: list[Any] = []
+    for position, parameter in enumerate(func._schema.arguments):
+        if parameter.alias_info is None or not parameter.alias_info.is_write:
+            continue
+        given = args[position] if position < len(args) else kwargs.get(parameter.name)
+        found += given if isinstance(given, list | tuple) else [given]
+    return found
+
+
 def _detach(x: PackedTensor) -> PackedTensor:
-    result = x._like(lambda part: part)
+    with torch.inference_mode(x.is_inference()):  # it shares the version of x, if x has one
+        result = x._like(lambda part: part)
     result.readonly = x.readonly
     return result
 
@@ -345,15 +459,15 @@ def _through_floats(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return values.setdefault(id(argument), argument.dequantize())
 
     result = func(*tree_map(widen, args), **tree_map(widen, kwargs))
-    written: list[PackedTensor] = []
-    for position, parameter in enumerate(func._schema.arguments):
-        if parameter.alias_info is None or not parameter.alias_info.is_write:
-            continue
-        given = args[position] if position < len(args) else kwargs.get(parameter.name)
-        for target in given if isinstance(given, list | tuple) else [given]:
-            if isinstance(target, PackedTensor):
-                target._write(values[id(target)], Stochastic())
-                written.append(target)
+    written = [x for x in _targets(func, args, kwargs) if isinstance(x, PackedTensor)]
+    for target in written:
+        target._write(values[id(target)], Stochastic())
+    if _views(func):
+        # Autograd refuses writes to a view of what requires a gradient: such views may be plain.
+        watched = torch.is_grad_enabled() and any(
+            isinstance(x, Tensor) and x.requires_grad for x in args
+        )
+        return result if watched else tree_map(_viewed, result)
     packed = {id(values[id(target)]): target for target in written}
     return tree_map(lambda value: packed.get(id(value), value), result)
 
