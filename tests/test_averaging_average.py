@@ -368,3 +368,36 @@ def test_tied_parameters_stay_tied():
     with average.applied(model):
         assert torch.equal(model[1].weight, average.value("0.weight"))
     assert model[1].weight is model[0].weight
+
+
+def test_only_the_network_that_it_was_made_from():
+    """Names in a wrapper are others: nothing would be found, and nothing said."""
+    model = nn.Linear(2, 2)
+    average = WeightAverage(model, start=1)
+    message = (
+        r"^WeightAverage: OptimizedModule has other parameters than the network that the average "
+        r"was made from \(they differ in _orig_mod\.bias, _orig_mod\.weight, bias, weight\); pass "
+        r"that network, of a wrapper such as torch\.compile's its _orig_mod or module$"
+    )
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match=message):
+        average.update_parameters(compiled)  # at once, not after the steps before the start
+    assert (average.steps, average.count) == (0, 0)
+    average.update_parameters(model)
+    average.update_parameters(model)
+    with pytest.raises(ValueError, match=message):
+        average.update_parameters(compiled)
+    assert (average.steps, average.count) == (2, 1)
+    with pytest.raises(ValueError, match=message), average.applied(compiled):
+        pass
+    wider = nn.Linear(2, 2)
+    wider.scale = nn.Parameter(torch.ones(1))
+    with (
+        pytest.raises(ValueError, match=r"Linear has other parameters .*differ in scale\)"),
+        average.applied(wider),
+    ):
+        pass
+    average.update_parameters(compiled._orig_mod)
+    with average.applied(compiled._orig_mod):
+        pass
+    assert average.count == 2

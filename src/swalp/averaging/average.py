@@ -90,17 +90,23 @@ class WeightAverage:
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Count a call, and take `model`'s parameters into the average if it is time."""
+        """Count a call, and take `model`'s parameters into the average if it is time.
+
+        Raises:
+            ValueError: `model` has other parameters than the network that the average was made
+                from, as wrappers have, which put a name in front.
+        """
+        elapsed = self.steps + 1 - self.start
+        due = elapsed > 0 and elapsed % self.every == 0
+        if due or self.steps == 0:  # a mistake is told at once, not after the steps before `start`
+            parameters = self._parameters(model)
         self.steps += 1
-        elapsed = self.steps - self.start
-        if elapsed <= 0 or elapsed % self.every:
+        if not due:
             return
         if self._overlap is not None:
             self._overlap.wait()
-        if self._sharded:
-            reshard(model)
         weight, count = self._weight(), self.count
-        jobs = [(name, local(parameter.detach())) for name, parameter in model.named_parameters()]
+        jobs = [(name, local(parameter.detach())) for name, parameter in parameters.items()]
         if self._overlap is None:
             self._take(jobs, weight, count, torch.get_num_threads())
         else:
@@ -171,10 +177,13 @@ class WeightAverage:
         The averages stand there as floats, whatever the parameters are, in the type that the model
         computes in; a converted model goes on quantizing its activations. Buffers changed inside,
         such as recomputed batch-norm statistics, are put back too.
+
+        Raises:
+            RuntimeError: nothing has been averaged yet.
+            ValueError: `model` has other parameters than the network that the average was made
+                from, as wrappers have, which put a name in front.
         """
         self._require_iterates()
-        if self._sharded:
-            reshard(model)
         buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
         put_back: list[Any] = []
         try:
@@ -318,12 +327,25 @@ class WeightAverage:
 
     def _slots(self, model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor, Tensor]]:
         """(its module's dict, its key there, a parameter, its average), for each place of each."""
-        names = {parameter: name for name, parameter in model.named_parameters()}
+        names = {parameter: name for name, parameter in self._parameters(model).items()}
         for module in model.modules():
             for key, parameter in list(module._parameters.items()):
-                if parameter is not None and names[parameter] in self._state:
+                if parameter is not None:
                     average = self.value(names[parameter])
                     yield module._parameters, key, parameter, average
+
+    def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of `model` by name, or their shards; they must be those averaged."""
+        if self._sharded:
+            reshard(model)
+        parameters = dict(model.named_parameters())
+        if different := sorted(parameters.keys() ^ self._state.keys()):
+            raise ValueError(
+                f"WeightAverage: {type(model).__name__} has other parameters than the network that "
+                f"the average was made from (they differ in {', '.join(different[:5])}); pass that "
+                f"network, of a wrapper such as torch.compile's its _orig_mod or module"
+            )
+        return parameters
 
     def _require_iterates(self) -> None:
         self._settle()
