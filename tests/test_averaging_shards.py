@@ -85,6 +85,24 @@ def check_batchnorm(rank, world):
     for name, value in expected.state_dict().items():
         torch.testing.assert_close(model.state_dict()[name], value)
     assert model[1].num_batches_tracked == 5
+    check_rare_layers(rank, world)
+
+
+def check_rare_layers(rank, world):
+    """A layer that one process alone reaches, once, and one that none does."""
+    x = torch.randn(6, 7, generator=torch.Generator().manual_seed(4))
+    model = nn.ModuleList(nn.BatchNorm1d(7) for _ in range(3))
+    model[2].running_mean.fill_(100)
+    batches = [(x[:4], 0), (x[:4], 0)] if rank == 0 else [(x[4:], 0), (x, 1)]
+    swalp.recompute_batchnorm(
+        model, batches, forward=lambda model, batch: model[batch[1]](batch[0]),
+        group=dist.group.WORLD,
+    )  # fmt: skip
+    torch.testing.assert_close(model[0].running_mean, (2 * x[:4].sum(0) + x[4:].sum(0)) / 10)
+    torch.testing.assert_close(model[1].running_mean, x.mean(0))
+    torch.testing.assert_close(model[1].running_var, x.var(0))
+    assert model[2].running_mean.tolist() == [100] * 7
+    assert [int(layer.num_batches_tracked) for layer in model] == [3, 1, 0]
 
 
 def test_two_processes():

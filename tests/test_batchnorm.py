@@ -106,3 +106,68 @@ def test_progress(capsys):
     recompute_batchnorm(expected, torch.ones(20, 1, 6, 6).split(8))
     assert torch.equal(model[1].running_mean, expected[1].running_mean)
     assert capsys.readouterr().out == ""
+
+
+class Shared(nn.Module):
+    """One layer for both halves of a pair, the second of which has mean 10; one layer, by turns."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.late = nn.BatchNorm1d(3)
+        self.never = nn.BatchNorm1d(3)
+        for layer in (self.norm, self.late, self.never):
+            layer.running_mean.fill_(100)
+
+    def forward(self, pair, late):
+        y = self.norm(pair[:, 0]) + self.norm(pair[:, 1])
+        return self.late(y) if late else y
+
+
+def test_each_layer_weighs_what_it_has_seen():
+    """Used twice in a pass, or not in all: the mean over all that passed the layer."""
+    torch.manual_seed(0)
+    pairs = torch.randn(37, 2, 3)
+    pairs[:, 1] += 10
+    model = Shared()
+    late = []
+    model.late.register_forward_hook(lambda module, args, output: late.append(args[0]))
+    batches = [{"pair": part, "late": place > 0} for place, part in enumerate(pairs.split(10))]
+    recompute_batchnorm(model, batches)
+    torch.testing.assert_close(model.norm.running_mean, pairs.mean((0, 1)))
+    sizes = torch.tensor([10.0, 10.0, 7.0])[:, None]
+    for statistic, kept in (
+        ([x.mean(0) for x in late], model.late.running_mean),
+        ([x.var(0) for x in late], model.late.running_var),
+    ):
+        torch.testing.assert_close(kept, (torch.stack(statistic) * sizes).sum(0) / sizes.sum())
+    assert model.never.running_mean.tolist() == [100] * 3
+    assert [layer.momentum for layer in (model.norm, model.late, model.never)] == [0.1] * 3
+    counts = [layer.num_batches_tracked for layer in (model.norm, model.late)]
+    assert counts == [8, 3]
+    model(pairs, True)
+    assert model.norm.momentum == 0.1  # nothing is left that would set it
+
+
+def test_copies_of_layers_are_refused():
+    """`nn.DataParallel` runs copies, whose batches would each count."""
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    with pytest.raises(ValueError, match=r"runs copies of its layers.*pass its module"):
+        recompute_batchnorm(
+            model,
+            [torch.randn(4, 2)],
+            forward=lambda model, x: model[0]._replicate_for_data_parallel()(x),
+        )
+
+
+def test_a_compiled_network():
+    x = torch.randn(37, 1, 6, 6)
+    model, expected = network(), network()
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    expected(x)
+    for batches in (x.split(10), x[:20].split(5)):
+        recompute_batchnorm(compiled, batches)
+        recompute_batchnorm(expected, batches)
+        for name, value in expected.state_dict().items():
+            torch.testing.assert_close(model.state_dict()[name], value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,9 +29,11 @@ def recompute_batchnorm(
     """Recompute the batch-norm statistics of `model` from `batches`.
 
     Running means and variances become the averages of the batches' statistics, each batch weighted
-    by its size. Everything but batch norm runs as in `eval()`, so that the statistics fit the
-    network as it will be used: dropout off, a converted network's activations rounded to nearest.
-    If anything goes wrong, the old statistics stay. A model without batch norm is left alone.
+    by its size; of a layer that is used several times in a pass, or not in each, of what passed it.
+    A layer that is never used keeps its own. Everything but batch norm runs as in `eval()`, so that
+    the statistics fit the network as it will be used: dropout off, a converted network's
+    activations rounded to nearest. If anything goes wrong, the old statistics stay. A model without
+    batch norm is left alone.
 
     Args:
         model: the network.
@@ -47,7 +50,8 @@ def recompute_batchnorm(
             examples after each batch.
 
     Raises:
-        ValueError: there is no batch, or the size of one cannot be told.
+        ValueError: there is no batch, the size of one cannot be told, or `model` is an
+            `nn.DataParallel` that runs copies of its layers.
     """
     layers = [
         module
@@ -57,19 +61,58 @@ def recompute_batchnorm(
     if not layers:
         return
     run = forward or (lambda model, batch: _run(model, _inputs(batch), device))
-    with _statistics_replaced(model, layers), _shown(progress, batches) as show:
-        seen = 0
+    with (
+        _statistics_replaced(model, layers),
+        _weighed(layers) as seen,
+        _shown(progress, batches) as show,
+    ):
         for batch in batches:
-            examples = _size(batch) if size is None else size(batch)
-            seen += examples
-            for layer in layers:
-                layer.momentum = examples / seen
+            seen.batch = _size(batch) if size is None else size(batch)
+            seen.examples += seen.batch
             run(model, batch)
-            show(examples)
+            show(seen.batch)
         if group is not None:
-            seen = _reduce(layers, seen, group)
-        if seen == 0:
+            _reduce(seen, group)
+        if seen.examples == 0:
             raise ValueError("recompute_batchnorm: there is no batch to compute statistics from")
+
+
+@dataclass(slots=True)
+class _Seen:
+    """How many examples there were, and how many each layer has seen: one once for each use.
+
+    It is called before each use of a layer.
+
+    Attributes:
+        examples: in all batches, that which runs included.
+        batch: examples in the batch that runs.
+        by_layer: how many each layer has seen.
+    """
+
+    examples: int
+    batch: int
+    by_layer: dict[Any, int]
+
+    def __call__(self, layer: Any, args: object) -> None:
+        """Have `layer` weigh its next statistics as one of all batches that it has seen."""
+        if layer not in self.by_layer:
+            raise ValueError(
+                "recompute_batchnorm: nn.DataParallel runs copies of its layers, each on a part of "
+                "the batch; pass its module, on one device"
+            )
+        self.by_layer[layer] += self.batch
+        layer.momentum = self.batch / self.by_layer[layer]
+
+
+@contextmanager
+def _weighed(layers: Sequence[nn.Module]) -> Iterator[_Seen]:
+    seen = _Seen(0, 0, dict.fromkeys(layers, 0))
+    hooks = [layer.register_forward_pre_hook(seen) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _inputs(batch: Any) -> Any:
@@ -95,24 +138,23 @@ def _size(batch: Any) -> int:
     )
 
 
-def _reduce(layers: Sequence[Any], seen: int, group: dist.ProcessGroup) -> int:
-    """Statistics of all processes, weighted by their examples; returns all examples."""
-    device = layers[0].running_mean.device
-    total = torch.tensor([float(seen)], dtype=torch.float64, device=device)
-    dist.all_reduce(total, group=group)
-    examples = int(total.item())
-    for layer in layers:
+def _reduce(seen: _Seen, group: dist.ProcessGroup) -> None:
+    """Statistics of all processes, weighted by the examples that each layer has seen there."""
+    layers = list(seen.by_layer)
+    counts = [float(count) for count in (seen.examples, *seen.by_layer.values())]
+    totals = torch.tensor(counts, dtype=torch.float64, device=layers[0].running_mean.device)
+    dist.all_reduce(totals, group=group)
+    seen.examples, *all_seen = map(int, totals.tolist())
+    for layer, total in zip(layers, all_seen, strict=True):
+        if total == 0:
+            continue  # in no process: its old statistics stay
         for statistic in (layer.running_mean, layer.running_var):
             # A process without batches has statistics of nobody, and the weight 0.
-            share = statistic.to(torch.float64) * (seen / max(examples, 1))
+            share = statistic.to(torch.float64) * (seen.by_layer[layer] / total)
             dist.all_reduce(share, group=group)
             statistic.copy_(share)
-        count = layer.num_batches_tracked
-        if count is not None:
-            batches = (count if seen else torch.zeros_like(count)).clone()
-            dist.all_reduce(batches, group=group)
-            count.copy_(batches)
-    return examples
+        if layer.num_batches_tracked is not None:
+            dist.all_reduce(layer.num_batches_tracked, group=group)
 
 
 @contextmanager
