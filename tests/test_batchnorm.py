@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from torch import nn
 
 import swalp
 from swalp import recompute_batchnorm
+from swalp.recipes import fit
 
 
 def network():
@@ -171,3 +173,33 @@ def test_a_compiled_network():
         recompute_batchnorm(expected, batches)
         for name, value in expected.state_dict().items():
             torch.testing.assert_close(model.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("placement", ["input", "output"])
+def test_sites_of_batchnorm_itself_round_to_nearest(placement):
+    """As in evaluation, so that statistics are of the numbers that will be; and draw no noise."""
+    recipe = replace(
+        swalp.recipes.get("paper-big-block-4"),
+        overrides=(swalp.recipes.Override(kind="BatchNorm1d", placement=placement),),
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
+    swalp.convert(model, recipe, seed=3)
+    x = torch.randn(64, 4)
+    model(x)
+    uses = dict(swalp.noise_clock(model).uses)
+    sites = [(layer.input_site, layer.output_site) for layer in model]
+    recompute_batchnorm(model, [x])
+    model.eval()
+
+    def rounded(y, place):
+        fmt = recipe.activation.format
+        return swalp.quantize(y, fit(fmt, y.shape), swalp.Nearest()) if place == placement else y
+
+    y = rounded(model[0](x), "input")
+    torch.testing.assert_close(model[1].running_mean, y.mean(0))
+    y = nn.functional.batch_norm(y, None, None, model[1].weight, model[1].bias, training=True)
+    y = rounded(rounded(y, "output"), "input")
+    torch.testing.assert_close(model[2].running_mean, y.mean(0))
+    assert swalp.noise_clock(model).uses == uses
+    assert [(layer.input_site, layer.output_site) for layer in model] == sites

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from swalp.layers import Quantized, Site
+
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
@@ -179,8 +181,18 @@ def _shown(
 
 @contextmanager
 def _statistics_replaced(model: nn.Module, layers: Sequence[Any]) -> Iterator[None]:
-    """Only `layers` in training mode, nothing counted; on an error, their old statistics back."""
+    """Only `layers` in training mode, nothing counted; on an error, their old statistics back.
+
+    Their own sites are as in evaluation.
+    """
     modes = [(module, module.training) for module in model.modules()]
+    sites = [
+        (layer, place, site)
+        for layer in layers
+        if isinstance(layer, Quantized)
+        for place in ("input_site", "output_site")
+        if isinstance(site := getattr(layer, place), Site)
+    ]
     saved = [
         (layer.momentum, copy.deepcopy(dict(layer.named_buffers(recurse=False))))
         for layer in layers
@@ -190,6 +202,8 @@ def _statistics_replaced(model: nn.Module, layers: Sequence[Any]) -> Iterator[No
         layer.train()
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.zero_()
+    for layer, place, site in sites:
+        setattr(layer, place, site.in_evaluation())
     try:
         yield
     except BaseException:
@@ -200,6 +214,8 @@ def _statistics_replaced(model: nn.Module, layers: Sequence[Any]) -> Iterator[No
     finally:
         for layer, (momentum, _) in zip(layers, saved, strict=True):
             layer.momentum = momentum
+        for layer, place, site in sites:
+            setattr(layer, place, site)
         for module, training in modes:
             module.training = training
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -104,6 +104,10 @@ class Rule:
             rounding = Nearest() if step is None else rounding.at(step, call)
         return fit(self.format, shape), rounding
 
+    def in_evaluation(self) -> Rule:
+        """The same rule, to nearest at any step."""
+        return replace(self, rounding=Nearest()) if isinstance(self.rounding, Stochastic) else self
+
 
 @dataclass(slots=True)
 class Site:
@@ -140,6 +144,14 @@ class Site:
             step = self.clock.counter if torch.compiler.is_compiling() else self.clock.step
         result: Tensor = _Site.apply(x, self.activation, self.error, step, call)  # type: ignore[no-untyped-call]  # PyTorch ships no type
         return result
+
+    def in_evaluation(self) -> Site:
+        """A site of the same formats, to nearest in either mode, which leaves the clock alone."""
+        activation, error = (
+            None if rule is None else rule.in_evaluation() for rule in (self.activation, self.error)
+        )
+        clock = NoiseClock(self.clock.seed)
+        return replace(self, clock=clock, activation=activation, error=error)
 
     def begin(self) -> int:
         """How many times the layer has run in this pass, so that each run has its own noise."""
