@@ -1,4 +1,6 @@
 import copy
+import json
+import re
 from fractions import Fraction
 
 import pytest
@@ -401,3 +403,77 @@ def test_only_the_network_that_it_was_made_from():
     with average.applied(compiled._orig_mod):
         pass
     assert average.count == 2
+
+
+@pytest.mark.parametrize(
+    ("saved", "own", "message"),
+    [
+        (
+            {"accumulator": ExactSum(FixedPoint(8, 6))},
+            {"accumulator": ExactSum(FixedPoint(8, 4))},
+            "the saved average is Equal() in ExactSum(fixed8.6), this one Equal() in "
+            "ExactSum(fixed8.4); make it with the kind and accumulator of the saved one",
+        ),
+        (
+            {},
+            {"kind": Exponential(0.9)},
+            "is Equal() in torch.float32, this one Exponential(0.9) in torch.float32;",
+        ),
+        (
+            {"kind": Exponential(0.99)},
+            {"kind": Exponential(0.9)},
+            "is Exponential(0.99) in torch.float32, this one Exponential(0.9) in torch.float32;",
+        ),
+        (
+            {"accumulator": Quantizer(FixedPoint(24, 12), Nearest())},
+            {"accumulator": Quantizer(FixedPoint(24, 12), Stochastic())},
+            "is Equal() in Quantizer(fixed24.12, nearest), this one Equal() in "
+            "Quantizer(fixed24.12, stochastic32);",
+        ),
+        ({"kind": Window(2)}, {"kind": Window(3)}, "is Window(2), this one Window(3);"),
+    ],
+    ids=["format", "weights", "decay", "rounding", "length"],
+)
+def test_a_state_of_another_kind_is_refused(saved, own, message):
+    model = nn.Linear(2, 2)
+    nn.init.constant_(model.weight, 0.5)
+    nn.init.constant_(model.bias, 0.25)
+    average, other = WeightAverage(model, **saved), WeightAverage(model, **own)
+    average.update_parameters(model)
+    other.update_parameters(model)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=re.escape(message)):
+        other.load_state_dict(average.state_dict())
+    assert same_states(other.state_dict(), before)
+
+
+def test_a_state_is_tensors_numbers_and_strings():
+    model = network()
+    average = WeightAverage(model, accumulator=ExactSum(FixedPoint(8, 6)))
+    state = average.state_dict()
+    json.dumps({key: state[key] for key in state.keys() - {"average", "buffers"}})
+    assert all(isinstance(each, torch.Tensor) for each in state["buffers"].values())
+
+
+def test_a_state_from_before_kinds_were_saved_loads():
+    model = network()
+    average = WeightAverage(model, kind=Exponential(0.9))
+    average.update_parameters(model)
+    state = average.state_dict()
+    del state["kind"]
+    other = WeightAverage(model, kind=Exponential(0.9))
+    other.load_state_dict(state)
+    assert same_states(other.state_dict(), average.state_dict())
+
+
+def same_states(left, right):
+    tensors = [
+        {f"{name}/{key}": value for name, kept in state["average"].items()
+         for key, value in kept.items()} | state["buffers"]
+        for state in (left, right)
+    ]  # fmt: skip
+    return (
+        tensors[0].keys() == tensors[1].keys()
+        and all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
+        and (left["steps"], left["count"]) == (right["steps"], right["count"])
+    )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from swalp._validation import require_int
 from swalp.averaging import taking
-from swalp.averaging.kinds import Accumulator, Equal, Exponential, Kind, check
+from swalp.averaging.kinds import Accumulator, Equal, Exponential, Kind, check, describe
 from swalp.averaging.overlap import Overlap
 from swalp.averaging.shards import is_sharded, local, reshard, sharded_like, whole
 from swalp.convert import strip
@@ -218,9 +218,13 @@ class WeightAverage:
         return sum(each.nbytes for each in (*kept, *extra)) + copies
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on: counts, what is kept of each parameter, the buffers."""
+        """All that is needed to go on: counts, what is kept of each parameter, the buffers.
+
+        Beside tensors there are only numbers and strings.
+        """
         self._settle()
         return {
+            "kind": describe(self.kind, self.accumulator),
             "steps": self.steps,
             "count": self.count,
             "average": {
@@ -238,6 +242,12 @@ class WeightAverage:
             ValueError: it belongs to another network, or to another kind of average.
         """
         self._settle()
+        kind = describe(self.kind, self.accumulator)
+        if state.get("kind", kind) != kind:  # version 0.1.0 saved none
+            raise ValueError(
+                f"WeightAverage: the saved average is {state['kind']}, this one {kind}; make it "
+                f"with the kind and accumulator of the saved one"
+            )
         mine, theirs = _shapes(self._state), _shapes(state["average"])
         if mine != theirs:
             different = sorted(

@@ -84,3 +84,23 @@ def check(kind: Kind, accumulator: Accumulator) -> None:
                 )
         case _:
             assert_never(kind)
+
+
+def describe(kind: Kind, accumulator: Accumulator) -> str:
+    """Both in words that stay the same from version to version, as a saved average has them."""
+    match accumulator:
+        case ExactSum(fmt):
+            kept = f"ExactSum({fmt})"
+        case Quantizer(fmt, rounding):
+            kept = f"Quantizer({fmt}, {rounding})"
+        case _:
+            kept = str(accumulator)
+    match kind:
+        case Equal():
+            return f"Equal() in {kept}"
+        case Exponential(decay):
+            return f"Exponential({float(decay)}) in {kept}"
+        case Window(length):
+            return f"Window({length})"
+        case _:
+            assert_never(kind)
