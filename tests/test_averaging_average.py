@@ -477,3 +477,32 @@ def same_states(left, right):
         and all(torch.equal(value, tensors[1][name]) for name, value in tensors[0].items())
         and (left["steps"], left["count"]) == (right["steps"], right["count"])
     )
+
+
+class Tied(nn.Module):
+    """Weights, and statistics, with two names each; buffers that are saved, and that are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("places", torch.arange(3), persistent=False)
+        self.embedding, self.head = nn.Embedding(10, 6), nn.Linear(6, 10, bias=False)
+        self.head.weight = self.embedding.weight
+        self.norm = nn.BatchNorm1d(10)
+        self.again = self.norm
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_averaged_state_dict_has_the_names_of_the_networks_own(packed):
+    model = Tied()
+    if packed:
+        swalp.convert(model, swalp.recipes.get("paper-small-block-8"), packed=True)
+    average = WeightAverage(model)
+    wander(model, 1)
+    model.norm.running_mean.fill_(3)
+    average.update_parameters(model)
+    found = average.averaged_state_dict()
+    assert list(found) == list(model.state_dict()) == list(average.module.state_dict())
+    plain = Tied()
+    plain.load_state_dict(found)
+    for name, value in average.module.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], value)

@@ -85,6 +85,7 @@ class WeightAverage:
         self._buffers = {
             name: self._at_home(buffer.detach().clone()) for name, buffer in model.named_buffers()
         }
+        self._names = _saved_names(model)
         self._module = None if self._sharded else self._skeleton(model)
         self._stale = True
 
@@ -160,7 +161,9 @@ class WeightAverage:
     def averaged_state_dict(self) -> dict[str, Tensor]:
         """The averaged parameters, whole, and the latest buffers, for `nn.Module.load_state_dict`.
 
-        Of a sharded model all ranks must ask at once.
+        The keys are those of the model's own `state_dict`: a tied parameter has all its names, and
+        buffers that are not persistent are left out. Extra state, which is no tensor, is too. Of a
+        sharded model all ranks must ask at once.
 
         Raises:
             RuntimeError: nothing has been averaged yet.
@@ -168,7 +171,8 @@ class WeightAverage:
         self._require_iterates()
         averages = {name: self.value(name) for name in self._state}
         full = {name: whole(value) for name, value in averages.items()}
-        return full | {name: buffer.clone() for name, buffer in self._buffers.items()}
+        full |= {name: buffer.clone() for name, buffer in self._buffers.items()}
+        return {key: full[name] for key, name in self._names.items() if name in full}
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
@@ -375,6 +379,15 @@ class WeightAverage:
         if isinstance(self.kind, Exponential) and self.count > 0:
             return 1 - self.kind.decay
         return 1 / (self.count + 1)
+
+
+def _saved_names(model: nn.Module) -> dict[str, str]:
+    """Each key of the model's `state_dict`, with the first name of the parameter or buffer."""
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    names = {id(tensor): name for name, tensor in tensors}
+    # What a hook of the model's own made of a tensor has its name.
+    saved = model.state_dict(keep_vars=True)
+    return {key: names.get(id(value), key) for key, value in saved.items()}
 
 
 def _shapes(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
