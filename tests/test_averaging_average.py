@@ -377,9 +377,10 @@ def test_only_the_network_that_it_was_made_from():
     model = nn.Linear(2, 2)
     average = WeightAverage(model, start=1)
     message = (
-        r"^WeightAverage: OptimizedModule has other parameters than the network that the average "
-        r"was made from \(they differ in _orig_mod\.bias, _orig_mod\.weight, bias, weight\); pass "
-        r"that network, of a wrapper such as torch\.compile's its _orig_mod or module$"
+        r"^WeightAverage: OptimizedModule has parameters of other names or shapes than the network "
+        r"that the average was made from \(they differ in _orig_mod\.bias, _orig_mod\.weight, "
+        r"bias, weight\); pass that network, of a wrapper such as torch\.compile's its _orig_mod "
+        r"or module$"
     )
     compiled = torch.compile(model, backend="eager")
     with pytest.raises(ValueError, match=message):
@@ -395,7 +396,7 @@ def test_only_the_network_that_it_was_made_from():
     wider = nn.Linear(2, 2)
     wider.scale = nn.Parameter(torch.ones(1))
     with (
-        pytest.raises(ValueError, match=r"Linear has other parameters .*differ in scale\)"),
+        pytest.raises(ValueError, match=r"Linear has parameters of other .*differ in scale\)"),
         average.applied(wider),
     ):
         pass
@@ -506,3 +507,78 @@ def test_averaged_state_dict_has_the_names_of_the_networks_own(packed):
     plain.load_state_dict(found)
     for name, value in average.module.state_dict().items():
         assert torch.equal(plain.state_dict()[name], value)
+
+
+FIXED = FixedPoint(8, 6)
+SYMMETRIC = FixedPoint(8, 6, symmetric=True)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("accumulator", "packed", "bad", "message"),
+    [
+        (ExactSum(FIXED), None, 0.3, "bias is not on the grid of fixed8.6"),
+        (ExactSum(FIXED), None, torch.nan, "bias is not on the grid of fixed8.6"),
+        (ExactSum(FIXED), None, torch.inf, "bias is not on the grid of fixed8.6"),
+        (ExactSum(SYMMETRIC), SYMMETRIC, torch.nan, "bias is not on the grid of fixed8.6s"),
+        (ExactSum(FIXED), FixedPoint(9, 7), 3 / 128, "bias is not on the grid of fixed8.6"),
+        (Quantizer(FIXED, Nearest()), None, torch.nan, "bias has a NaN, and fixed8.6 no code"),
+        (Quantizer(FIXED, Stochastic()), SYMMETRIC, torch.nan, "bias has a NaN, and fixed8.6 no"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_an_iterate_is_taken_whole_or_not_at_all(accumulator, packed, bad, message, overlap):
+    model = nn.Linear(2, 2)
+    nn.init.constant_(model.weight, 0.5)
+    nn.init.constant_(model.bias, 0.25)
+    if packed is not None:
+        model.weight = nn.Parameter(swalp.pack(model.weight, packed))
+        model.bias = nn.Parameter(swalp.pack(model.bias, packed))
+    average = WeightAverage(model, accumulator=accumulator, overlap=overlap)
+    average.update_parameters(model)
+    before = average.state_dict()
+    with torch.no_grad():
+        model.bias.copy_(torch.tensor([0.25, bad]))
+    if overlap:  # a failure is told later, when its call has been counted
+        average.update_parameters(model)
+        before["steps"] += 1
+    with pytest.raises(ValueError, match=message):
+        average.update_parameters(model)
+    assert same_states(average.state_dict(), before)
+    with torch.no_grad():
+        model.bias.fill_(0.5)
+    average.update_parameters(model)
+    assert average.value("weight").tolist() == [[0.5, 0.5]] * 2
+    assert average.value("bias").tolist() == [0.375, 0.375]
+
+
+def test_other_shapes_are_refused_before_anything_is_taken():
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    average = WeightAverage(model)
+    average.update_parameters(model)
+    before = average.state_dict()
+    wander(model, 1)
+    other = copy.deepcopy(model)
+    other[1].bias = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match=r"parameters of other .* \(they differ in 1\.bias\)"):
+        average.update_parameters(other)
+    with pytest.raises(ValueError, match=r"they differ in 1\.bias"), average.applied(other):
+        pass
+    other = copy.deepcopy(model)
+    other.register_buffer("mask", torch.ones(2))
+    other[1].running_var = torch.ones(1)
+    with pytest.raises(ValueError, match=r"buffers of other .* \(they differ in 1\.running_var, m"):
+        average.update_parameters(other)
+    assert same_states(average.state_dict(), before)
+
+
+def test_a_state_of_other_buffers_is_refused_before_anything_is_loaded():
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    average, other = WeightAverage(model), WeightAverage(model)
+    average.update_parameters(model)
+    before = other.state_dict()
+    state = average.state_dict()
+    del state["buffers"]["1.running_var"]
+    with pytest.raises(ValueError, match=r"another network or kind; what differs: 1\.running_var"):
+        other.load_state_dict(state)
+    assert same_states(other.state_dict(), before)

@@ -85,6 +85,7 @@ class WeightAverage:
         self._buffers = {
             name: self._at_home(buffer.detach().clone()) for name, buffer in model.named_buffers()
         }
+        self._shapes = {name: each.shape for name, each in parameters.items()}
         self._names = _saved_names(model)
         self._module = None if self._sharded else self._skeleton(model)
         self._stale = True
@@ -93,19 +94,22 @@ class WeightAverage:
     def update_parameters(self, model: nn.Module) -> None:
         """Count a call, and take `model`'s parameters into the average if it is time.
 
+        If it raises, nothing has changed. With `overlap`, numbers that could not be taken are told
+        by the next call that needs the average, which is then without them.
+
         Raises:
-            ValueError: `model` has other parameters than the network that the average was made
-                from, as wrappers have, which put a name in front.
+            ValueError: `model` has other parameters or buffers than the network that the average
+                was made from, as wrappers have, which put a name in front; or `accumulator` cannot
+                take the numbers: an exact sum those off its grid, a format without NaN a NaN.
         """
         elapsed = self.steps + 1 - self.start
         due = elapsed > 0 and elapsed % self.every == 0
         if due or self.steps == 0:  # a mistake is told at once, not after the steps before `start`
-            parameters = self._parameters(model)
-        self.steps += 1
+            parameters, buffers = self._parameters(model), self._known_buffers(model)
         if not due:
+            self.steps += 1
             return
-        if self._overlap is not None:
-            self._overlap.wait()
+        self._settle()
         weight, count = self._weight(), self.count
         jobs = [(name, local(parameter.detach())) for name, parameter in parameters.items()]
         if self._overlap is None:
@@ -114,8 +118,9 @@ class WeightAverage:
             self._overlap.start(
                 jobs, lambda copies: self._take(copies, weight, count, 1), self._device
             )
-        for name, buffer in model.named_buffers():
+        for name, buffer in buffers.items():
             self._buffers[name].copy_(buffer)
+        self.steps += 1
         self.count += 1
         self._stale = True
 
@@ -252,7 +257,8 @@ class WeightAverage:
                 f"WeightAverage: the saved average is {state['kind']}, this one {kind}; make it "
                 f"with the kind and accumulator of the saved one"
             )
-        mine, theirs = _shapes(self._state), _shapes(state["average"])
+        mine = _layout(self._state, self._buffers)
+        theirs = _layout(state["average"], state["buffers"])
         if mine != theirs:
             different = sorted(
                 name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)
@@ -276,6 +282,8 @@ class WeightAverage:
     def _take(
         self, jobs: list[tuple[str, Tensor]], weight: float, count: int, threads: int
     ) -> None:
+        for name, parameter in jobs:
+            taking.check(parameter, self.accumulator, name)
         for name, parameter in jobs:
             taking.take(
                 {key: local(each) for key, each in self._state[name].items()},
@@ -353,13 +361,21 @@ class WeightAverage:
         if self._sharded:
             reshard(model)
         parameters = dict(model.named_parameters())
-        if different := sorted(parameters.keys() ^ self._state.keys()):
-            raise ValueError(
-                f"WeightAverage: {type(model).__name__} has other parameters than the network that "
-                f"the average was made from (they differ in {', '.join(different[:5])}); pass that "
-                f"network, of a wrapper such as torch.compile's its _orig_mod or module"
-            )
+        found, own = {name: each.shape for name, each in parameters.items()}, self._shapes
+        if found != own:
+            names = found.keys() | own.keys()
+            different = [name for name in names if found.get(name) != own.get(name)]
+            raise _another(model, "parameters", different)
         return parameters
+
+    def _known_buffers(self, model: nn.Module) -> dict[str, Tensor]:
+        """The buffers of `model` by name, each of which the average must have, too."""
+        buffers = dict(model.named_buffers())
+        own = {name: each.shape for name, each in self._buffers.items()}
+        different = [name for name, each in buffers.items() if own.get(name) != each.shape]
+        if different:
+            raise _another(model, "buffers", different)
+        return buffers
 
     def _require_iterates(self) -> None:
         self._settle()
@@ -370,15 +386,29 @@ class WeightAverage:
             )
 
     def _settle(self) -> None:
-        """Wait until the last iterate is taken."""
-        if self._overlap is not None:
+        """Wait until the last iterate is taken; if it could not be, it does not count."""
+        if self._overlap is None:
+            return
+        try:
             self._overlap.wait()
+        except Exception:
+            self.count -= 1
+            raise
 
     def _weight(self) -> float:
         """The weight of the next iterate."""
         if isinstance(self.kind, Exponential) and self.count > 0:
             return 1 - self.kind.decay
         return 1 / (self.count + 1)
+
+
+def _another(model: nn.Module, what: str, names: list[str]) -> ValueError:
+    """That `model` is not the network that the average was made from."""
+    return ValueError(
+        f"WeightAverage: {type(model).__name__} has {what} of other names or shapes than the "
+        f"network that the average was made from (they differ in {', '.join(sorted(names)[:5])}); "
+        f"pass that network, of a wrapper such as torch.compile's its _orig_mod or module"
+    )
 
 
 def _saved_names(model: nn.Module) -> dict[str, str]:
@@ -390,11 +420,15 @@ def _saved_names(model: nn.Module) -> dict[str, str]:
     return {key: names.get(id(value), key) for key, value in saved.items()}
 
 
-def _shapes(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
-    return {
+def _layout(
+    state: Mapping[str, Mapping[str, Tensor]], buffers: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """What a state must have in common with an average that goes on from it."""
+    averages = {
         name: {
             key: (value.shape, value.dtype, getattr(value, "format", None))
             for key, value in kept.items()
         }
         for name, kept in state.items()
     }
+    return averages | {name: buffer.shape for name, buffer in buffers.items()}

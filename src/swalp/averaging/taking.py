@@ -10,10 +10,13 @@ from swalp.averaging.kinds import Accumulator, ExactSum, Kind, Window
 from swalp.formats import FixedPoint
 from swalp.packed import PackedTensor, pack
 from swalp.quantize import quantize
+from swalp.quantize.codes import holds_nan
 from swalp.recipes import Quantizer, fit
 from swalp.rounding import Stochastic
 
 State = dict[str, Tensor]
+
+_PART = 1 << 18  # numbers looked at at a time: they stay in the cache
 
 
 def moving_mean(average: Tensor, iterate: Tensor, weight: float) -> Tensor:
@@ -63,6 +66,26 @@ def empty(
             return {"average": zeros(torch.float32)}
 
 
+def check(parameter: Tensor, accumulator: Accumulator, name: str) -> None:
+    """Raise where `take` could not take a parameter, so that nothing need have been taken.
+
+    Raises:
+        ValueError: an exact sum was asked for, and the parameter is not on the grid; or a format
+            without a code for NaN, and it has one.
+    """
+    match accumulator:
+        case ExactSum(fmt) if not _on_grid(parameter, fmt):
+            raise ValueError(
+                f"WeightAverage: {name} is not on the grid of {fmt}, so its sum would not be "
+                f"exact; give ExactSum the format of the weights, or average in torch.float64"
+            )
+        case Quantizer(fmt, _) if fmt.bits <= 16 and not holds_nan(fmt) and _has_nan(parameter):
+            raise ValueError(
+                f"WeightAverage: {name} has a NaN, and {fmt} no code for it; average in "
+                f"torch.float32, or in a format that has one"
+            )
+
+
 def take(
     state: State,
     parameter: Tensor,
@@ -79,7 +102,7 @@ def take(
 
     Args:
         state: as `empty` made it; changed in place.
-        parameter: of the iterate, packed or not, on any device.
+        parameter: of the iterate, packed or not, on any device; such as `check` allows.
         kind: of the average.
         accumulator: what it is kept in.
         weight: of the iterate; not used by a window or a sum.
@@ -87,9 +110,6 @@ def take(
         seed: of the run, for a stochastic accumulator.
         name: of the parameter.
         threads: of the compiled pass.
-
-    Raises:
-        ValueError: an exact sum was asked for, and the parameter is not on the grid.
     """
     if isinstance(kind, Window):
         state[str(count % kind.length)].copy_(parameter)
@@ -100,7 +120,8 @@ def take(
     if kernel.take(state, parameter, accumulator, weight, threads):
         return
     if isinstance(accumulator, ExactSum):
-        state["sum"] += _integers(parameter, accumulator.format, name).to(state["sum"].device)
+        integers = (_floats(parameter).to(torch.float64) / accumulator.format.gap).to(torch.int64)
+        state["sum"] += integers.to(state["sum"].device)
         return
     average = state["average"]
     values = _floats(parameter).to(average)
@@ -153,13 +174,18 @@ def _floats(x: Tensor) -> Tensor:
     return x.dequantize() if isinstance(x, PackedTensor) else x
 
 
-def _integers(parameter: Tensor, fmt: FixedPoint, name: str) -> Tensor:
-    """The integers of a parameter on the grid of `fmt`, int64."""
-    scaled = _floats(parameter).to(torch.float64) / fmt.gap
-    integers = scaled.to(torch.int64)
-    if not torch.equal(integers.to(torch.float64), scaled):
-        raise ValueError(
-            f"WeightAverage: {name} is not on the grid of {fmt}, so its sum would not be exact; "
-            f"give ExactSum the format of the weights, or average in torch.float64"
-        )
-    return integers
+def _has_nan(x: Tensor) -> bool:
+    if isinstance(x, PackedTensor):
+        return x.has_nan()
+    return x.numel() > 0 and bool(x.min().isnan())  # the least of numbers with a NaN is NaN
+
+
+def _on_grid(x: Tensor, fmt: FixedPoint) -> bool:
+    """Whether all numbers are integers times the gap of `fmt`."""
+    if isinstance(x, PackedTensor) and x.format == fmt:
+        return not x.has_nan()
+    for part in torch.split(_floats(x).reshape(-1), _PART):
+        scaled = part.to(torch.float64) / fmt.gap
+        if not torch.equal(scaled.to(torch.int64).to(torch.float64), scaled):
+            return False
+    return True
