@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from swalp.layers import Quantized, Site
+from swalp.layers import Quantized
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -186,13 +186,7 @@ def _statistics_replaced(model: nn.Module, layers: Sequence[Any]) -> Iterator[No
     Their own sites are as in evaluation.
     """
     modes = [(module, module.training) for module in model.modules()]
-    sites = [
-        (layer, place, site)
-        for layer in layers
-        if isinstance(layer, Quantized)
-        for place in ("input_site", "output_site")
-        if isinstance(site := getattr(layer, place), Site)
-    ]
+    lowered = [(layer, layer._swalp_layer) for layer in layers if isinstance(layer, Quantized)]
     saved = [
         (layer.momentum, copy.deepcopy(dict(layer.named_buffers(recurse=False))))
         for layer in layers
@@ -202,8 +196,8 @@ def _statistics_replaced(model: nn.Module, layers: Sequence[Any]) -> Iterator[No
         layer.train()
         if layer.num_batches_tracked is not None:
             layer.num_batches_tracked.zero_()
-    for layer, place, site in sites:
-        setattr(layer, place, site.in_evaluation())
+    for layer, own in lowered:
+        layer._swalp_layer = own.in_evaluation()
     try:
         yield
     except BaseException:
@@ -214,8 +208,8 @@ def _statistics_replaced(model: nn.Module, layers: Sequence[Any]) -> Iterator[No
     finally:
         for layer, (momentum, _) in zip(layers, saved, strict=True):
             layer.momentum = momentum
-        for layer, place, site in sites:
-            setattr(layer, place, site)
+        for layer, own in lowered:
+            layer._swalp_layer = own
         for module, training in modes:
             module.training = training
 

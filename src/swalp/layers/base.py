@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -33,6 +33,12 @@ class Lowered:
     simulated: str = ""
     weight_format: Format | None = None
     functions: dict[str, int] | None = None
+
+    def in_evaluation(self) -> Lowered:
+        """The same, with sites that round to nearest in either mode."""
+        sites = (self.input_site, self.output_site)
+        before, after = (None if site is None else site.in_evaluation() for site in sites)
+        return replace(self, input_site=before, output_site=after)
 
 
 class Quantized:
