@@ -299,6 +299,34 @@ def test_attention_whole_equals_its_two_products(mask):
     assert not swalp.noise_clock(low[1]).hints
 
 
+@pytest.mark.parametrize(
+    ("query", "key", "mask"),
+    [
+        ((1, 2), (3, 2), None),
+        ((3, 2), (1, 2), None),
+        ((3, 2), (3, 1), None),
+        ((1, 2), (1, 2), (3, 1, 5, 6)),
+        ((3, 1), (3, 1), (2, 5, 6)),
+        ((3, 2), (3, 2), (1, 3, 2, 5, 6)),
+    ],
+)
+def test_attention_that_broadcasts_is_the_simulations(query, key, mask):
+    torch.manual_seed(0)
+    operands = [torch.randn(*query, 5, 8), torch.randn(*key, 6, 8), torch.randn(*key, 6, 8)]
+    masks = [None] if mask is None else [torch.randn(mask), torch.rand(mask) > 0.2]
+    for attn_mask in masks:
+        results = []
+        for recipe in (NATIVE, SIMULATED):
+            tensors = [x.clone().requires_grad_() for x in operands]
+            y = swalp.convert(Masked(), recipe, seed=5)(*tensors, attn_mask=attn_mask)
+            y.square().sum().backward()
+            results.append((y.detach(), *(x.grad for x in tensors)))
+        plain = torch.broadcast_shapes((*query, 5, 8), (*key, 1, 1), (*(mask or (1,))[:-1], 1))
+        assert results[0][0].shape == plain
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a + 0.0, b + 0.0)
+
+
 def test_attention_keeps_codes_alone():
     kept = []
     model = swalp.convert(Masked(), NATIVE)

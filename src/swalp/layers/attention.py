@@ -77,12 +77,17 @@ def attention_on_integers(
 ) -> Tensor | None:
     """`attention` by `swalp.matmul.attention`, which keeps no probabilities: the same numbers.
 
-    None where that cannot be: with dropout, a mask to be learned, other dimensions than four.
+    None where that cannot be: with dropout, a mask to be learned, other dimensions than four,
+    operands or a mask that make the others larger (broadcasting).
     """
     tensors = (query, key, value)
     if dropout_p > 0 or enable_gqa or any(x.dim() != 4 or not x.numel() for x in tensors):
         return None
-    if attn_mask is not None and (is_causal or attn_mask.requires_grad or attn_mask.dim() > 4):
+    if any(x.shape[:2] != query.shape[:2] for x in tensors):
+        return None
+    if attn_mask is not None and (is_causal or attn_mask.requires_grad):
+        return None
+    if attn_mask is not None and not _fits(attn_mask, (*query.shape[:3], key.size(-2))):
         return None
     if not (products.native and all(integers(x) for x in tensors)):
         return None
@@ -100,6 +105,12 @@ def attention_on_integers(
         return x if attn_mask is None else x.add_(_of_sample(attn_mask, sample))
 
     return products.attend(query, key, value, scores, factor)
+
+
+def _fits(mask: Tensor, scores: Sequence[int]) -> bool:
+    """Whether scores of that shape keep it under the mask."""
+    pairs = zip(reversed(mask.shape), reversed(scores), strict=False)
+    return mask.dim() <= len(scores) and all(size in (1, whole) for size, whole in pairs)
 
 
 def _of_sample(mask: Tensor, sample: int) -> Tensor:
