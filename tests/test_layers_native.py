@@ -327,6 +327,23 @@ def test_attention_that_broadcasts_is_the_simulations(query, key, mask):
             assert torch.equal(a + 0.0, b + 0.0)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bool])
+def test_a_mask_that_changes_before_the_backward_pass(kind):
+    """One that is added is refused by autograd, as in PyTorch's own; of a boolean one is a copy."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 5, 8, requires_grad=True)
+    mask = torch.rand(5, 5).sub(0.3).round().to(kind)
+    model = swalp.convert(Masked(), NATIVE)
+    y = model(x, x, x, attn_mask=mask).square().sum()
+    (expected,) = torch.autograd.grad(y, x, retain_graph=True)
+    mask.fill_(1)
+    if kind == torch.bool:
+        assert torch.equal(torch.autograd.grad(y, x)[0], expected)
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.backward()
+
+
 def test_attention_keeps_codes_alone():
     kept = []
     model = swalp.convert(Masked(), NATIVE)

@@ -94,29 +94,13 @@ def attention_on_integers(
     factor = 1 / math.sqrt(query.size(-1)) if scale is None else scale
     if is_causal:
         attn_mask = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool).tril()
-    hidden = None
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        hidden = attn_mask.logical_not()
-
-    def scores(x: Tensor, sample: int) -> Tensor:
-        x.mul_(factor)
-        if hidden is not None:
-            return x.masked_fill_(_of_sample(hidden, sample), -math.inf)
-        return x if attn_mask is None else x.add_(_of_sample(attn_mask, sample))
-
-    return products.attend(query, key, value, scores, factor)
+    return products.attend(query, key, value, attn_mask, factor)
 
 
 def _fits(mask: Tensor, scores: Sequence[int]) -> bool:
     """Whether scores of that shape keep it under the mask."""
     pairs = zip(reversed(mask.shape), reversed(scores), strict=False)
     return mask.dim() <= len(scores) and all(size in (1, whole) for size, whole in pairs)
-
-
-def _of_sample(mask: Tensor, sample: int) -> Tensor:
-    if mask.dim() < 4:
-        return mask
-    return mask[sample if mask.size(0) > 1 else 0]
 
 
 def multi_head_attention(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -110,7 +110,7 @@ class Products:
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scores: Callable[[Tensor, int], Tensor],
+        mask: Tensor | None,
         factor: float,
     ) -> Tensor | None:
         """The two `matmul` of attention and what lies between, by `swalp.matmul.attention`.
@@ -119,8 +119,8 @@ class Products:
             query: (batch, heads, L, E).
             key: (batch, heads, S, E).
             value: (batch, heads, S, Ev).
-            scores: scales and masks the products of a sample, in place, given its number.
-            factor: by which it scales.
+            mask: of the scores, up to (batch, heads, L, S): boolean (True takes part) or added.
+            factor: of the scores.
 
         Returns:
             (batch, heads, L, Ev); None, and nothing has been done, if an operand has a NaN.
@@ -141,7 +141,7 @@ class Products:
         hints = self.operand.clock.hints
         guesses = hints.setdefault(f"{self.operand.name}, {uses}", Guesses())
         errors = first[2], second[2]
-        return attend(query, key, value, (q, k, v), second[0], errors, scores, factor, guesses)
+        return attend(query, key, value, (q, k, v), second[0], errors, mask, factor, guesses)
 
     def _moments(
         self, x: Sequence[int], y: Sequence[int]

@@ -16,8 +16,6 @@ from swalp.matmul.operands import Operand, gap_of
 from swalp.matmul.products import product
 from swalp.quantize import cpu
 
-Scale = Callable[[Tensor, int], Tensor]
-
 
 class Guesses:
     """The exponents that probabilities and their errors had last: likely the next ones, too.
@@ -37,13 +35,13 @@ def attend(
     operands: tuple[Operand, Operand, Operand],
     probabilities: Quantization,
     errors: tuple[Quantization, Quantization],
-    scores: Scale,
+    mask: Tensor | None,
     factor: float,
     guesses: Guesses,
 ) -> Tensor:
-    """``softmax(scores(query @ key.T)) @ value`` with all products on integers.
+    """``softmax(factor * query @ key.T + mask) @ value`` with all products on integers.
 
-    Autograd keeps the codes of queries, keys and values alone; scores and probabilities are
+    Autograd keeps the mask and the codes of queries, keys and values; scores and probabilities are
     computed again in the backward pass, with the same noise.
 
     Args:
@@ -53,12 +51,14 @@ def attend(
         operands: of query, key and the transpose of value: one exponent for each.
         probabilities: how they are rounded: one exponent for all.
         errors: how the gradients of the scores and of the result are.
-        scores: scales and masks the products of a sample, in place, given its number.
-        factor: by which it scales.
+        mask: up to (batch, heads, L, S), boolean (True takes part) or added; it has no gradient.
+        factor: of the scores.
         guesses: kept from call to call.
     """
+    if mask is not None and mask.dtype == torch.bool:
+        mask = mask.logical_not()  # True: hidden
     result: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
-        query, key, value, operands, probabilities, errors, scores, factor, guesses
+        query, key, value, operands, probabilities, errors, mask, factor, guesses
     )
     return result
 
@@ -73,20 +73,20 @@ class _Attention(torch.autograd.Function):
         operands: tuple[Operand, Operand, Operand],
         probabilities: Quantization,
         errors: tuple[Quantization, Quantization],
-        scores: Scale,
+        mask: Tensor | None,
         factor: float,
         guesses: Guesses,
     ) -> Tensor:
         q, k, v = operands
         ctx.gaps = [x.gap for x in operands]
-        ctx.save_for_backward(*(part for x in operands for part in (x.codes, x.exponents)))
-        ctx.settings = probabilities, errors, scores, factor, guesses
+        ctx.save_for_backward(mask, *(part for x in operands for part in (x.codes, x.exponents)))
+        ctx.settings = probabilities, errors, factor, guesses
         out = buffers.empty(*query.shape[:-1], value.shape[-1])
 
         def run(guess: int) -> int:
             most = -(1 << 15)
             for i in range(len(out)):
-                p = _softmax(q, k, scores, i)
+                p = _softmax(q, k, mask, factor, i)
                 codes, exponent = _block(p, probabilities, i, guess)
                 most = max(most, exponent)
                 out[i] = product(codes, _sample(v, i).transpose())
@@ -98,9 +98,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        mask, *saved = ctx.saved_tensors
         q, k, v = (Operand(saved[2 * i], saved[2 * i + 1], gap) for i, gap in enumerate(ctx.gaps))
-        probabilities, (score_error, error), scores, factor, guesses = ctx.settings
+        probabilities, (score_error, error), factor, guesses = ctx.settings
         codes, exponents, has_nan = cpu.pack_integers(grad, *error)
         dq, dk = buffers.empty(*q.codes.shape), buffers.empty(*k.codes.shape)
         dv = buffers.empty(*v.codes.shape[:2], v.codes.shape[3], v.codes.shape[2])
@@ -114,7 +114,7 @@ class _Attention(torch.autograd.Function):
         def run(guess: int) -> int:
             most = -(1 << 15)
             for i in range(len(dq)):
-                p = _softmax(q, k, scores, i)
+                p = _softmax(q, k, mask, factor, i)
                 p_codes, _ = _block(p, probabilities, i, ctx.exponent)
                 dv[i] = product(p_codes.transpose(), _sample(e, i))
                 dp = product(_sample(e, i), _sample(v, i))
@@ -144,9 +144,11 @@ def _sample(x: Operand, i: int) -> Operand:
     return x._replace(codes=x.codes[i])
 
 
-def _softmax(q: Operand, k: Operand, scores: Scale, i: int) -> Tensor:
-    product_ = product(_sample(q, i), _sample(k, i).transpose())
-    p = scores(product_, i)
+def _softmax(q: Operand, k: Operand, mask: Tensor | None, factor: float, i: int) -> Tensor:
+    p = product(_sample(q, i), _sample(k, i).transpose()).mul_(factor)
+    if mask is not None:
+        part = mask if mask.dim() < 4 else mask[i if mask.size(0) > 1 else 0]
+        p = p.masked_fill_(part, -math.inf) if part.dtype == torch.bool else p.add_(part)
     hidden = p.amax(-1, keepdim=True) == -math.inf  # rows of which nothing takes part: zeros
     torch.ops.aten._softmax.out(p, -1, False, out=p)
     return p.masked_fill_(hidden, 0.0) if bool(hidden.any()) else p
