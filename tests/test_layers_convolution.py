@@ -91,6 +91,24 @@ def test_batch_normalization_computes_its_input_again():
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize(
+    ("layer", "features", "shape", "message"),
+    [
+        (nn.Conv2d(4, 6, 3), 6, (1, 4, 3, 3), "more than 1 value per channel"),
+        (nn.Conv2d(4, 6, 3), 5, (2, 4, 5, 5), "6 elements not 5"),
+        (nn.Conv1d(4, 6, 3), 6, (2, 4, 5), "expected 4D input"),
+    ],
+)
+def test_batch_normalization_refuses_what_pytorchs_refuses(layer, features, shape, message):
+    model = nn.Sequential(copy.deepcopy(layer), nn.BatchNorm2d(features))
+    model = swalp.convert(model, NATIVE)
+    before = model[1].running_var.clone()
+    y = model[0](torch.randn(shape))
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        model[1](y)
+    assert torch.equal(model[1].running_var, before)
+
+
 def test_a_changed_output_is_not_computed_again():
     model = swalp.convert(nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), NATIVE)
     y = model[0](torch.randn(3, 4, 6, 6))

@@ -105,6 +105,7 @@ class LeanMaxPool(QuantizedLayer):
 class LeanBatchNorm(QuantizedLayer):
     """Mixin over `torch.nn.BatchNorm2d`, of use right after a native convolution."""
 
+    num_features: int
     weight: Tensor | None
     bias: Tensor | None
     running_mean: Tensor | None
@@ -117,8 +118,9 @@ class LeanBatchNorm(QuantizedLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The parent's forward."""
         again = again_of(x)
-        if not (self.training and again is not None and _plain(x) and _keeps(x)):
-            return super().forward(x, *args, **kwargs)
+        allowed = x.dim() == 4 and x.shape[1] == self.num_features and x.numel() > x.shape[1]
+        if not (self.training and again is not None and allowed and _plain(x) and _keeps(x)):
+            return super().forward(x, *args, **kwargs)  # which refuses what is not allowed
         share = 0.0 if self.momentum is None else self.momentum
         if self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
