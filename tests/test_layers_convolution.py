@@ -213,6 +213,23 @@ def test_an_image_that_is_too_large_is_simulated():
     assert y.grad_fn.name() != "_ConvolveBackward"
 
 
+@pytest.mark.parametrize("dimensions", [1, 2])
+@pytest.mark.parametrize("size", [3, 4, 1])
+def test_an_image_smaller_than_the_window_is_refused_as_by_pytorch(dimensions, size):
+    kind = nn.Conv1d if dimensions == 1 else nn.Conv2d
+    layer = swalp.convert(nn.Sequential(kind(4, 4, 3, stride=2, dilation=2)), NATIVE)
+    assert isinstance(layer[0], NativeConvolution)
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater than actual input size"):
+        layer(torch.randn(1, 4, *[size] * dimensions))
+    assert layer(torch.randn(1, 4, *[5] * dimensions)).numel() == 4
+
+
+def test_a_window_larger_than_most_images():
+    layer = swalp.convert(nn.Sequential(nn.Conv1d(4, 4, 100)), NATIVE)
+    assert isinstance(layer[0], NativeConvolution)
+    assert layer(torch.randn(1, 4, 120)).grad_fn.name() == "_ConvolveBackward"
+
+
 def test_a_single_image_without_a_batch():
     layer = swalp.convert(nn.Sequential(nn.Conv2d(4, 6, 3)), NATIVE)
     assert layer(torch.randn(4, 9, 9)).shape == (6, 7, 7)

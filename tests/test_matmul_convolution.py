@@ -168,6 +168,9 @@ def test_what_is_simulated_says_why():
     deep = convolution.unsupported(8, (32, 32), (64, 1 << 15, 3, 3), window)
     assert "131072 products" in deep
     assert "positions" in convolution.unsupported(1, (400, 400), (64, 64, 3, 3), window)
+    assert "larger than the padded image" in convolution.unsupported(
+        1, (9, 2), (64, 64, 3, 5), window
+    )
     grouped = Window((1, 1), (1, 1), (1, 1), groups=64)
     assert "float is faster" in convolution.unsupported(8, (32, 32), (64, 1, 3, 3), grouped)
     volume = Window((1,) * 3, (0,) * 3, (1,) * 3)

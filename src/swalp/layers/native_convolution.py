@@ -87,5 +87,7 @@ def unable(layer: nn.Conv1d | nn.Conv2d) -> str:
     if layer.padding == "same" and uneven:
         return "it pads one side more than the other"
     shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-    size = [64] * len(layer.kernel_size)  # those of the input are looked at when it comes
-    return convolution.unsupported(1, size, shape, window_of(layer))
+    window = window_of(layer)
+    pairs = zip(layer.kernel_size, window.dilation, strict=True)
+    size = [dilation * (taps - 1) + 1 for taps, dilation in pairs]  # the window's; others may come
+    return convolution.unsupported(1, size, shape, window)

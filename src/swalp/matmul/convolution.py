@@ -115,10 +115,13 @@ def unsupported(batch: int, in_size: Sequence[int], weight: Sequence[int], windo
     taps = math.prod(weight[2:])
     if max(out, per_group) * taps > DEEPEST:
         return f"int32 holds sums of at most {DEEPEST} products of 8-bit codes"
-    if math.prod(window.out_size(in_size, weight[2:])) > DEEPEST:
+    out_size = window.out_size(in_size, weight[2:])
+    if math.prod(out_size) > DEEPEST:
         return f"an image has more than {DEEPEST} positions: its weight gradient overflows int32"
     if batch * math.prod(in_size) == 0:
         return "it is empty"
+    if min(out_size) < 1:
+        return "its window is larger than the padded image"
     return ""
 
 
