@@ -1,3 +1,4 @@
+import copy
 import itertools
 import math
 
@@ -59,6 +60,56 @@ def test_as_a_pytorch_scheduler(schedule):
         assert double == pytest.approx(2 * schedule(step))
         optimizer.step()
         scheduler.step()
+
+
+def two_groups(lr=0.1):
+    first, second = nn.Linear(1, 1), nn.Linear(1, 1)
+    groups = [{"params": first.parameters()}, {"params": second.parameters(), "lr": 2 * lr}]
+    return torch.optim.SGD(groups, lr=lr)
+
+
+def rates(optimizer):
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def advance(optimizer, scheduler, steps):
+    for _ in range(steps):
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("loads_first", [True, False])
+def test_a_scheduler_resumes_whichever_is_loaded_first(loads_first):
+    optimizer = two_groups()
+    scheduler = as_scheduler(optimizer, Cosine(**ENDS))
+    advance(optimizer, scheduler, 8)
+    states = copy.deepcopy((optimizer.state_dict(), scheduler.state_dict()))
+    optimizer = two_groups()
+    if loads_first:
+        optimizer.load_state_dict(states[0])
+    scheduler = as_scheduler(optimizer, Cosine(**ENDS))
+    if not loads_first:
+        optimizer.load_state_dict(states[0])
+    scheduler.load_state_dict(states[1])
+    advance(optimizer, scheduler, 1)
+    rate = Cosine(**ENDS)(9)
+    assert rates(optimizer) == pytest.approx([rate, 2 * rate])
+
+
+def test_a_second_schedule_on_one_optimizer():
+    optimizer = two_groups()
+    advance(optimizer, as_scheduler(optimizer, Cosine(**ENDS)), 10)
+    scheduler = as_scheduler(optimizer, Linear(start=4, learning_rate=0.5, averaging_rate=0.1))
+    assert rates(optimizer) == pytest.approx([0.5, 1.0])
+    advance(optimizer, scheduler, 4)
+    assert rates(optimizer) == pytest.approx([0.1, 0.2])
+
+
+def test_a_rate_that_is_a_tensor():
+    optimizer = two_groups(lr=torch.tensor(0.1))
+    scheduler = as_scheduler(optimizer, Cosine(**ENDS))
+    advance(optimizer, scheduler, 5)
+    assert rates(optimizer) == pytest.approx([0.06, 0.12])
 
 
 def test_mistakes():

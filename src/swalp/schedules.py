@@ -152,13 +152,15 @@ def as_scheduler(
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """A PyTorch scheduler that sets the rate of all groups to ``schedule(number of its steps)``.
 
-    The groups' own rates count as factors, relative to the first group's.
+    The groups' own rates count as factors, relative to the first group's. An earlier scheduler, or
+    the loaded state of an optimizer that had one, keeps those as "initial_lr": they count then.
 
     Args:
         optimizer: its groups' `lr` are replaced from now on.
         schedule: any function of the step.
     """
-    base = optimizer.param_groups[0]["lr"]
+    first = optimizer.param_groups[0]
+    base = float(first.get("initial_lr", first["lr"]))  # of which `LambdaLR` takes multiples
     if base == 0:
         raise ValueError(
             "as_scheduler: the first group has lr=0, to which nothing is relative; give it any "
