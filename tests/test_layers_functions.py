@@ -111,6 +111,69 @@ def test_operands_are_quantized(name):
     assert not torch.equal(given, call(model))
 
 
+HEADS = BATCH.unsqueeze(1)
+GROUPS = {"offs": torch.tensor([2, 5], dtype=torch.int32)}
+KEYWORDS = {
+    "matmul": (torch.matmul, {"input": X, "other": Y.mT}, {}),
+    "mm": (torch.mm, {"input": X, "mat2": Y.mT}, {}),
+    "bmm": (torch.bmm, {"input": BATCH, "mat2": OTHER}, {}),
+    "mv": (torch.mv, {"input": X, "vec": Y[0]}, {}),
+    "addmm": (torch.addmm, {"input": torch.ones(5), "mat1": X, "mat2": Y.mT}, {"alpha": 2}),
+    "addmv": (torch.addmv, {"input": torch.ones(5), "mat": X, "vec": Y[0]}, {}),
+    "baddbmm": (torch.baddbmm, {"input": BATCH[0, :, :3], "batch1": BATCH, "batch2": OTHER}, {}),
+    "addbmm": (torch.addbmm, {"input": BATCH[0, :, :3], "batch1": BATCH, "batch2": OTHER}, {}),
+    "method": (X[:, :1].expand(5, 5).addmm, {"mat1": X, "mat2": Y.mT}, {"beta": 0.5}),
+    "inner": (torch.inner, {"input": X, "other": Y}, {}),
+    "tensordot": (torch.tensordot, {"a": X, "b": Y.mT}, {"dims": 1}),
+    "linear": (F.linear, {"input": X, "weight": Y, "bias": Z[:, 0]}, {}),
+    "bilinear": (F.bilinear, {"input1": X, "input2": Y, "weight": torch.ones(2, 4, 4)}, {}),
+    "conv1d": (F.conv1d, {"input": BATCH, "weight": torch.randn(3, 5, 2)}, {"padding": 1}),
+    "conv2d": (F.conv2d, {"input": IMAGES, "weight": torch.randn(2, 3, 2, 2)}, {}),
+    "conv_transpose2d": (
+        F.conv_transpose2d,
+        {"input": IMAGES, "weight": torch.randn(3, 2, 2, 2)},
+        {"stride": 2},
+    ),
+    "attention": (
+        F.scaled_dot_product_attention,
+        {"query": HEADS, "key": HEADS, "value": HEADS, "attn_mask": X[:, :1] > 0},
+        {},
+    ),
+}
+for _owner, _name, *_names in (
+    (F, "grouped_mm", "mat_a", "mat_b"),
+    (torch, "_grouped_mm", "input", "mat2"),
+):
+    if hasattr(_owner, _name):
+        operands = dict(zip(_names, (X, torch.randn(2, 4, 4)), strict=True))
+        KEYWORDS[_name] = (getattr(_owner, _name), operands, GROUPS)
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_arguments_by_name_are_those_by_place(name):
+    function, named, others = KEYWORDS[name]
+
+    def quantized(call):
+        return swalp.convert(Calls(call), recipe())()
+
+    expected = quantized(lambda m: function(*named.values(), **others))
+    assert torch.equal(quantized(lambda m: function(**named, **others)), expected)
+    first, *rest = named
+    left = {name: named[name] for name in reversed(rest)}
+    assert torch.equal(quantized(lambda m: function(named[first], **others, **left)), expected)
+    assert not torch.equal(function(**named, **others), expected)
+
+
+def test_names_that_only_pytorch_knows_are_refused_where_something_is_quantized():
+    def call(m):
+        return torch.matmul(x1=X, x2=Y.mT)
+
+    with pytest.raises(TypeError, match=r"got 0 .* and x1, x2; give input, other by place or name"):
+        swalp.convert(Calls(call), recipe())()
+    off = swalp.convert(Calls(call), lossless(activation=None, error=None))
+    assert torch.equal(off(), X @ Y.mT)
+
+
 # Not sums of products of numbers: positions times frequencies above all must stay exact.
 UNTOUCHED = {
     "an outer product": lambda m: X[:, :1] @ Y[:1, :],

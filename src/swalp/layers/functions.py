@@ -123,22 +123,26 @@ def _multi_head_attention(products: Products, func: Any, *args: Any, **kwargs: A
     return multi_head_attention(products, *args, **kwargs)
 
 
-def _product(function: str, *names: str, first: int = 0, matrices: bool = True) -> Handler:
+def _product(function: str, *names: str, matrices: bool = True) -> Handler:
     """The handler of a function with two operands.
 
     Args:
         function: its name.
-        names: of the operands.
-        first: place of the first of them among the arguments.
+        names: of its first arguments, the last two of which are the operands.
         matrices: whether it is a product of matrices: the second has the dimension that is summed
             in the last place but one.
     """
+    first = len(names) - 2
 
     def handler(products: Products, func: Any, *args: Any, **kwargs: Any) -> Any:
-        given = list(args)
-        for place, name in enumerate(names, start=first):
-            if place == len(given) and name in kwargs:
-                given.append(kwargs.pop(name))
+        given = [*args, *(kwargs.pop(name) for name in names[len(args) :] if name in kwargs)]
+        if len(given) < len(names):
+            if products.off(function):
+                return func(*given, **kwargs)
+            raise TypeError(
+                f"{function} in a converted network got {len(given)} of its first arguments and "
+                f"{', '.join(kwargs) or 'no more'}; give {', '.join(names)} by place or name"
+            )
         x, y = given[first : first + 2]
         numbers = x.is_floating_point() and y.is_floating_point()
         # Positions, say, or a sum of one product, which is none.
@@ -178,12 +182,11 @@ _matmul = _product("matmul", "input", "other")
 _mm = _product("mm", "input", "mat2")
 _bmm = _product("bmm", "input", "mat2")
 _mv = _product("mv", "input", "vec")
-_addmm = _product("addmm", "mat1", "mat2", first=1)
-_addmv = _product("addmv", "mat", "vec", first=1)
-_baddbmm = _product("baddbmm", "batch1", "batch2", first=1)
-_addbmm = _product("addbmm", "batch1", "batch2", first=1)
+_addmm = _product("addmm", "input", "mat1", "mat2")
+_addmv = _product("addmv", "input", "mat", "vec")
+_baddbmm = _product("baddbmm", "input", "batch1", "batch2")
+_addbmm = _product("addbmm", "input", "batch1", "batch2")
 _inner = _product("inner", "input", "other", matrices=False)
-_grouped_mm = _product("grouped_mm", "mat_a", "mat_b")
 
 
 def _weighted(function: str) -> Handler:
@@ -224,9 +227,12 @@ _HANDLERS: dict[Any, Handler] = {
     F.bilinear: _product("bilinear", "input1", "input2", matrices=False),
 }
 # Of the experts in a mixture; not in every version of PyTorch.
-for _owner, _name in ((F, "grouped_mm"), (torch, "_grouped_mm")):
+for _owner, _name, *_operands in (
+    (F, "grouped_mm", "mat_a", "mat_b"),
+    (torch, "_grouped_mm", "input", "mat2"),
+):
     if hasattr(_owner, _name):
-        _HANDLERS[getattr(_owner, _name)] = _grouped_mm
+        _HANDLERS[getattr(_owner, _name)] = _product("grouped_mm", *_operands)
 
 
 def _know_other_libraries() -> None:
