@@ -582,3 +582,23 @@ def test_a_state_of_other_buffers_is_refused_before_anything_is_loaded():
     with pytest.raises(ValueError, match=r"another network or kind; what differs: 1\.running_var"):
         other.load_state_dict(state)
     assert same_states(other.state_dict(), before)
+
+
+def test_an_interrupted_wait_is_waited_for_again(monkeypatch):
+    """Else the next iterate would be copied over the one that is still being taken."""
+    model = nn.Linear(3, 2)
+    average = WeightAverage(model, overlap=True)
+    average.update_parameters(model)
+    running = average._overlap._running
+
+    def interrupted(timeout=None):
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(running, "exception", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        average.update_parameters(model)
+    assert average._overlap._running is running
+    average.update_parameters(model)
+    assert (average.steps, average.count) == (2, 2)
+    torch.testing.assert_close(average.value("weight"), model.weight.detach())

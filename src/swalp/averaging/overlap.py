@@ -52,9 +52,12 @@ class Overlap:
 
     def wait(self) -> None:
         """Return when the work is done; what it raised, this raises."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
+        if self._running is None:
+            return
+        error = self._running.exception()  # if Ctrl-C ends the wait, the work still runs
+        self._running = None
+        if error is not None:
+            raise error
 
     @property
     def nbytes(self) -> int:
