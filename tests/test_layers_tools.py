@@ -1,6 +1,8 @@
 """PyTorch's tools on converted networks: compile, export, checkpointing, autocast, accumulation."""
 
 import copy
+import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -186,3 +188,75 @@ def test_functional_calls_with_other_parameters():
     model = swalp.convert(mlp(), lossless(activation=None, error=None)).eval()
     zero = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     assert torch.func.functional_call(model, zero, (X,)).abs().sum() == 0
+
+
+def at_start(model):
+    """`model`, as before its first pass."""
+    swalp.noise_clock(model).load_state_dict({"seed": 1, "step": 0})
+    return model
+
+
+@pytest.fixture(params=["paper-small-block-8", "native-8"])
+def quantized(request):
+    def convert(name, training):
+        return swalp.convert(NETWORKS[name](), request.param, seed=1).train(training)
+
+    return convert
+
+
+TRANSFORMED = [("mlp", True), ("mlp", False), ("attention", True), ("encoder", True)]
+
+
+@pytest.mark.parametrize(("name", "training"), TRANSFORMED)
+def test_transforms_of_functions_are_eager_mode_bit_for_bit(quantized, name, training):
+    """Slices of `vmap` are passes of their own with the same noise."""
+    model = quantized(name, training)
+
+    def loss(x):
+        return at_start(model)(x).square().sum()
+
+    xs = X.repeat(3, 1, 1).unflatten(0, (3, 2)) * torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1)
+    outputs, gradients = [], []
+    for x in xs:
+        given = x.clone().requires_grad_()
+        y = at_start(model)(given)
+        outputs.append(y.detach())
+        gradients += torch.autograd.grad(y.square().sum(), given)
+    assert torch.equal(torch.func.vmap(at_start(model))(xs), torch.stack(outputs))
+    assert torch.equal(torch.func.grad(loss)(xs[1]), gradients[1])
+    assert torch.equal(torch.func.vmap(torch.func.grad(loss))(xs), torch.stack(gradients))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own use
+@pytest.mark.parametrize("training", [True, False])
+def test_tangents_pass_straight_through(training):
+    recipe = replace(PAPER, quantize_input=True)
+    model = swalp.convert(mlp()[:1], recipe, seed=1).train(training)
+    x = X[0]
+    direction = torch.randn_like(x)
+    y, tangent = torch.func.jvp(at_start(model), (x,), (direction,))
+    assert torch.equal(y, at_start(model)(x))
+    torch.testing.assert_close(tangent, direction @ model[0].weight.mT)
+    forward = torch.func.jacfwd(at_start(model))(x)
+    torch.testing.assert_close(forward.sum((1, 2)), model[0].weight.sum(0).expand(5, 8))
+    hessian = torch.func.hessian(lambda x: at_start(model)(x).square().sum())(x[0])
+    torch.testing.assert_close(hessian, 2 * model[0].weight.mT @ model[0].weight)
+
+
+def test_gradients_of_each_sample_for_parameters_leave_the_noise_in_order():
+    model = swalp.convert(mlp(), "native-8", seed=1)
+
+    def loss(parameters, x):
+        return torch.func.functional_call(model, parameters, (x,)).square().sum()
+
+    parameters = dict(model.named_parameters())
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, X)
+    assert swalp.noise_clock(model).step == 1
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model)))  # which no wrapper of PyTorch's can be
+    assert swalp.noise_clock(twin).step == 1
+    for i, x in enumerate(X):
+        for name, gradient in torch.func.grad(loss)(parameters, x).items():
+            assert gradient.shape == found[name][i].shape
+    at_start(model)(X[0]).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.grad, found[name][0])

@@ -537,6 +537,22 @@ def test_gradients_of_each_sample(fmt, gradient):
     assert same(torch.stack([torch.func.grad(loss)(row) for row in x]), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # PyTorch's own use
+@pytest.mark.parametrize("gradient", ["straight-through", "clipped"])
+def test_tangents(gradient):
+    """What gradients are multiplied by, tangents are."""
+    x = torch.tensor([0.3, -9.0, 1.7, 100.0])
+
+    def low(x):
+        return quantize(x, FixedPoint(8, 4), gradient=gradient)
+
+    y, tangent = torch.func.jvp(low, (x,), (torch.full((4,), 3.0),))
+    assert same(y, low(x))
+    passed = torch.tensor([1.0, 0.0, 1.0, 0.0] if gradient == "clipped" else [1.0] * 4)
+    assert same(tangent, 3 * passed)
+    assert same(torch.func.jacfwd(low)(x), passed.diag())
+
+
 def test_vmap_over_the_noise_alone():
     x = torch.rand(50)
     rows = torch.func.vmap(

@@ -24,7 +24,7 @@ class NativeLinear(QuantizedLayer):
 
     The numbers are those of `QuantizedLayer`, up to the rounding of sums that float32 cannot hold;
     `swalp.matmul.products` has the bounds. What the integers cannot do, this simulates: other
-    devices and types, autocast, compiled graphs and transforms of PyTorch.
+    devices and types, autocast, compiled graphs and transforms of `torch.func`.
     """
 
     weight: Tensor

@@ -20,6 +20,13 @@ def _zero() -> Tensor:
     return torch.zeros((), dtype=torch.int64, device="cpu")
 
 
+def _unwrapped(x: Tensor) -> Tensor:
+    """What is left of a tensor when the transforms of `torch.func` around it have ended."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
 @dataclass(slots=True)
 class NoiseClock:
     """Where a converted model stands in its noise: the run's seed, and training passes so far.
@@ -50,12 +57,14 @@ class NoiseClock:
 
     def tick(self) -> None:
         """A training pass begins."""
+        counter = self.counter + 1  # a new tensor: what awaits its backward keeps the old one
         if not torch.compiler.is_compiling():
             if in_backward():
                 return  # activation checkpointing runs the model again: with the same noise
             self.passes = 1 if self.repeats else self.passes + 1
             self.repeats = {}
-        self.counter = self.counter + 1  # a new tensor: what awaits its backward keeps the old one
+            counter = _unwrapped(counter)
+        self.counter = counter
         self.uses = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -142,7 +151,9 @@ class Site:
             if call is None:
                 call = self.begin()
             step = self.clock.counter if torch.compiler.is_compiling() else self.clock.step
-        result: Tensor = _Site.apply(x, self.activation, self.error, step, call)  # type: ignore[no-untyped-call]  # PyTorch ships no type
+        transformed = torch._C._are_functorch_transforms_active()
+        function: Any = _TransformableSite if transformed else _Site
+        result: Tensor = function.apply(x, self.activation, self.error, step, call)
         return result
 
     def in_evaluation(self) -> Site:
@@ -210,3 +221,29 @@ class _Site(torch.autograd.Function):
             saved = ctx.saved_tensors
             grad = ctx.error(grad, saved[0] if saved else ctx.step, ctx.call)
         return grad, None, None, None, None
+
+
+class _TransformableSite(torch.autograd.Function):
+    """`_Site` for `torch.func`: it takes longer to apply, and Dynamo does not know it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        activation: Rule | None,
+        error: Rule | None,
+        step: int | None,
+        call: int,
+    ) -> Tensor:
+        return x.clone() if activation is None else activation(x, step, call)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, ctx.error, ctx.step, ctx.call = inputs
+
+    backward = staticmethod(_Site.backward)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return tangent.clone()  # straight through

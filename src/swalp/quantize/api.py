@@ -301,7 +301,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, fmt, *_, clipped = inputs
     ctx.inputs = len(inputs)
     if clipped:
-        ctx.save_for_backward(reference.in_range(x, parse_format(fmt)))
+        mask = reference.in_range(x, parse_format(fmt))
+        ctx.save_for_backward(mask)
+        ctx.save_for_forward(mask)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -320,6 +322,12 @@ class _Transformable(torch.autograd.Function):
     forward = staticmethod(torch.ops.swalp.quantize)
     setup_context = staticmethod(_save)
     backward = staticmethod(_backward)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        passed = _backward(ctx, tangent)[0]
+        assert passed is not None
+        return passed.clone()
 
 
 @_operator.register_vmap
