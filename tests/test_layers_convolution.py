@@ -233,3 +233,10 @@ def test_a_window_larger_than_most_images():
 def test_a_single_image_without_a_batch():
     layer = swalp.convert(nn.Sequential(nn.Conv2d(4, 6, 3)), NATIVE)
     assert layer(torch.randn(4, 9, 9)).shape == (6, 7, 7)
+
+
+def test_several_gradients_at_once_are_refused():
+    layer = swalp.convert(nn.Sequential(nn.Conv2d(4, 6, 3)), NATIVE)
+    y = layer(torch.randn(2, 4, 9, 9))
+    with pytest.raises(RuntimeError, match="native layers take back one gradient at a time"):
+        torch.autograd.grad(y, layer[0].weight, torch.randn(3, *y.shape), is_grads_batched=True)

@@ -505,3 +505,36 @@ def test_rows_of_which_nothing_takes_part_are_zeros_as_in_the_simulation():
         found.append([y.detach(), given.grad, model.qkv.weight.grad])
     assert (found[0][0][:, 3] == 0).all()
     assert all(torch.equal(one + 0.0, other + 0.0) for one, other in zip(*found, strict=True))
+
+
+class Product(nn.Module):
+    def forward(self, x):
+        return x @ x.mT
+
+
+class Itself(nn.Module):
+    def forward(self, x):
+        return nn.functional.scaled_dot_product_attention(x, x, x)
+
+
+LAYERS = {
+    "linear": lambda: nn.Linear(8, 8),
+    "relu": lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU()),
+    "gelu": lambda: nn.Sequential(nn.Linear(8, 8), nn.GELU()),
+    "norm": lambda: nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)),
+    "product": Product,
+    "attention": lambda: nn.Sequential(nn.Unflatten(0, (2, 1)), Itself()),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_several_gradients_at_once_are_refused(name):
+    torch.manual_seed(0)
+    model = swalp.convert(nn.Sequential(LAYERS[name]()), NATIVE)
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    y = model(x)
+    gradients = torch.randn(3, *y.shape)
+    with pytest.raises(RuntimeError, match="native layers take back one gradient at a time"):
+        torch.autograd.grad(y, x, gradients, is_grads_batched=True)
+    simulated = swalp.convert(nn.Sequential(LAYERS[name]()), SIMULATED)
+    torch.autograd.grad(simulated(x), x, gradients, is_grads_batched=True)

@@ -260,3 +260,20 @@ def test_gradients_of_each_sample_for_parameters_leave_the_noise_in_order():
     at_start(model)(X[0]).square().sum().backward()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.grad, found[name][0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_several_gradients_at_once_are_a_loop(training):
+    model = swalp.convert(Attends(), PAPER, seed=1).train(training)
+    x = X.clone().requires_grad_()
+    y = model(x)
+    gradients = torch.randn(3, *y.shape)
+    (found,) = torch.autograd.grad(y, x, gradients, retain_graph=True, is_grads_batched=True)
+    for one, gradient in zip(found, gradients, strict=True):
+        assert torch.equal(one, torch.autograd.grad(y, x, gradient, retain_graph=True)[0])
+
+
+def test_vectorized_jacobians():
+    model = swalp.convert(mlp(), PAPER, seed=1).eval()
+    jacobian = torch.autograd.functional.jacobian
+    assert torch.equal(jacobian(model, X, vectorize=True), jacobian(model, X))

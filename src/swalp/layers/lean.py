@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from swalp import buffers
 from swalp.layers.owned import alone, references
 from swalp.layers.single import QuantizedLayer
 from swalp.matmul.again import Again, again_of
+from swalp.matmul.once import once
 from swalp.packed import PackedTensor
 from swalp.quantize import plans, storage
 
@@ -198,7 +198,7 @@ class _ReLU(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         mine = references(grad) == ctx.alone
         (passed,) = ctx.saved_tensors
@@ -223,7 +223,7 @@ class _GELU(torch.autograd.Function):
         return torch.ops.aten.gelu.out(x, approximate=approximate, out=y)  # type: ignore[no-any-return]  # PyTorch ships no type
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         mine = references(grad) == ctx.alone
         result, kept = _place(grad, mine), ctx.saved_tensors
@@ -256,7 +256,7 @@ class _LayerNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, own_scale, scale, shift = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])
@@ -289,7 +289,7 @@ class _MaxPool(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (taps,) = ctx.saved_tensors
         batch, channels, height, width = ctx.pooling[:4]
@@ -324,7 +324,7 @@ class _BatchNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scale, mean, own_scale, *tensors = ctx.saved_tensors
         x = ctx.compute(*tensors)

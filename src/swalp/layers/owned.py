@@ -9,7 +9,7 @@ else depends on PyTorch and Python alone, and is found by trial.
         ctx.alone = alone()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx, grad):
         mine = references(grad) == ctx.alone
 """
@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from swalp.matmul.once import once
 
 
 class References(NamedTuple):
@@ -39,7 +40,7 @@ _UNKNOWN = References(-1, -1, -1, -1)
 
 
 def references(gradient: Tensor) -> References:
-    """Those of an argument of a backward function, `once_differentiable`, which calls this."""
+    """Those of an argument of a backward function, `once`, which calls this."""
     if not _COUNTS:
         return _UNKNOWN
     storage: Any = gradient.untyped_storage()
@@ -82,7 +83,7 @@ class _Counts(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.found.append(references(grad))
         return grad.clone(), None

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from swalp import buffers
 from swalp.matmul.linear import Quantization
+from swalp.matmul.once import once
 from swalp.matmul.operands import Operand, gap_of
 from swalp.matmul.products import product
 from swalp.quantize import cpu
@@ -96,7 +96,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, *saved = ctx.saved_tensors
         q, k, v = (Operand(saved[2 * i], saved[2 * i + 1], gap) for i, gap in enumerate(ctx.gaps))

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from swalp.matmul.linear import Quantization, operand, transpose
+from swalp.matmul.once import once
 from swalp.matmul.operands import Operand
 from swalp.matmul.products import product
 
@@ -62,7 +62,7 @@ class _Matmul(torch.autograd.Function):
         return product(a, transpose(b))
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         a, b = (

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from swalp.formats import Format
 from swalp.matmul import convolution
@@ -24,6 +23,7 @@ from swalp.matmul.linear import (
     operand,
     weight_operand,
 )
+from swalp.matmul.once import once
 from swalp.matmul.operands import Operand, values
 from swalp.matmul.products import channel_sums
 from swalp.packed import PackedTensor
@@ -113,7 +113,7 @@ class _Convolve(torch.autograd.Function):
         )
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, (weight,) = kept(ctx)
         window: Window = ctx.window

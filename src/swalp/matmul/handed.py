@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from swalp.matmul.once import once
 from swalp.matmul.operands import Operand
 
 SMALL = 1 << 18  # floats of an input and an output that may as well be alive at once
@@ -83,7 +83,7 @@ class _Errors(torch.autograd.Function):
         return y.detach()  # an alias, but no view
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.handed._errors = ctx.handed.round(grad)
         return _stand_in(grad.shape), None
@@ -96,7 +96,7 @@ class _Gradient(torch.autograd.Function):
         return x.detach()
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         compute, ctx.handed._compute = ctx.handed._compute, None
         return compute().detach(), None  # no view

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from swalp import buffers
 from swalp.formats import Format
 from swalp.matmul.again import Again, carry
 from swalp.matmul.handed import Handed
+from swalp.matmul.once import once
 from swalp.matmul.operands import Operand, of_packed, quantized
 from swalp.matmul.products import channel_sums, product
 from swalp.packed import PackedTensor
@@ -146,7 +146,7 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, (weight,) = kept(ctx)
         errors = ctx.handed.take_errors(grad)

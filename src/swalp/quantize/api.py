@@ -79,7 +79,7 @@ def quantize(
     if out is not None:
         _check_out(x, out)
         x = x.detach()
-    if not torch.compiler.is_compiling() and _is_plain(x):
+    if not torch.compiler.is_compiling() and _is_plain(x) and not x.is_meta:
         if x.dtype is torch.float32 and not isinstance(fmt, Binary):  # it has no rule toward zero
             plans.plan_of(fmt).checked = plans.knows(fmt)
         if out is None or type(out) in _PLAIN:
@@ -238,15 +238,19 @@ def _check_out(x: Tensor, out: Tensor) -> None:
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether nobody watches: no gradient to record, no mode, no transformation of functions."""
+    """Whether nobody watches: no gradient to record, no mode, no transformation of functions.
+
+    Of several gradients that autograd takes back at once, PyTorch tells by the storage alone.
+    """
     return (
         type(x) in _PLAIN
         and not (x.requires_grad and torch.is_grad_enabled())
-        and not x.is_meta
+        and _has_storage(x)
         and not _is_watched()
     )
 
 
+_has_storage = torch._C._has_storage
 _PLAIN = {Tensor, torch.nn.Parameter}  # whose memory is what they are
 
 
