@@ -162,6 +162,31 @@ def test_a_residual_sum_is_rounded_where_an_identity_stands():
     assert not torch.equal(tight, loose)
 
 
+class Residuals(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block1, self.block2 = Residual(), Residual()
+
+    def forward(self, x):
+        return self.block2(self.block1(x))
+
+
+def test_a_pattern_of_names_gives_no_site_but_with_a_kind_it_does():
+    at = Override(layers="block*.total", kind="Identity", placement="output")
+    model = swalp.convert(Residuals(), recipe(overrides=[at]))
+    inner = model.block1.inner, model.block2.inner
+    assert model.block1.total._swalp_layer.output_site is not None
+    assert model.block2.total._swalp_layer.output_site is not None
+    assert all(layer._swalp_layer.output_site is None for layer in inner)
+    with pytest.raises(ValueError, match=r"gives none of 2 layers a place .*'block1\.total'.*kind"):
+        swalp.convert(
+            Residuals(), recipe(overrides=[Override(layers="block*.total", placement="output")])
+        )
+    broad = recipe(overrides=[Override(layers="block*", placement="output")])
+    model = swalp.convert(Residuals(), broad)
+    assert model.block1.inner._swalp_layer.output_site is not None
+
+
 def test_a_named_container_is_no_site():
     with pytest.raises(ValueError, match=r"matches no layer, but what holds some"):
         swalp.convert(

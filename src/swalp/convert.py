@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TypeVar
@@ -138,6 +138,7 @@ def convert(
         )
         for name, module in model.named_modules()
     }
+    _check_placements(recipe, resolved, layer_names(model), places)
     _check_parameters(model, resolved)
     for name, module in list(model.named_modules()):
         kind, (before, after) = kinds[name], places[name]
@@ -340,6 +341,30 @@ def _named(recipe: Recipe, name: str, kind: str) -> bool:
         )
         for override in recipe.overrides
     )
+
+
+def _check_placements(
+    recipe: Recipe,
+    resolved: Recipe,
+    layers: Sequence[LayerName],
+    places: Mapping[str, tuple[Site | None, Site | None]],
+) -> None:
+    """Raise if an override of the placement leaves every layer that it matches without a site."""
+    for override in recipe.overrides:
+        if not override.required or override.placement in (KEEP, recipe.placement):
+            continue
+        matched = [layer.name for layer in layers if override.matches(layer)]
+        quantize = [
+            name
+            for name in matched
+            if resolved.at(name).activation is not None or resolved.at(name).error is not None
+        ]
+        if quantize and all(places[name] == (None, None) for name in matched):
+            raise ValueError(
+                f"convert: recipe {recipe.name!r}: {override} gives none of {len(matched)} layers "
+                f"a place to quantize, {matched[0]!r} among them; for layers without products "
+                f"name their kind, too, such as kind='Identity', or one layer by its whole name"
+            )
 
 
 def _check_parameters(model: nn.Module, recipe: Recipe) -> None:

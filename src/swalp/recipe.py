@@ -120,6 +120,17 @@ class Override:
                 f"parameter={self.parameter!r}"
             )
 
+    def matches(self, layer: LayerName) -> bool:
+        """Whether it changes something at that layer."""
+        return (
+            fnmatchcase(layer.name, self.layers)
+            and fnmatchcase(layer.kind, self.kind)
+            and (
+                self.parameter == "*"
+                or any(fnmatchcase(name, self.parameter) for name in layer.parameters)
+            )
+        )
+
     def changes(self) -> Iterator[tuple[str, Quantizer | Placement | None]]:
         """Each setting that it changes, with the new value."""
         for name in (*ROLES, "placement"):
@@ -235,7 +246,7 @@ class Recipe:
         """
         found: list[Override] = []
         for override in self.overrides:
-            matched = [layer for layer in layers if _matches(override, layer)]
+            matched = [layer for layer in layers if override.matches(layer)]
             if not matched and override.required:
                 raise ValueError(f"recipe {self.name!r}: {_mismatch(override, layers)}")
             if override.kind == "*":
@@ -252,17 +263,6 @@ class LayerName(NamedTuple):
     name: str
     kind: str
     parameters: tuple[str, ...] = ()
-
-
-def _matches(override: Override, layer: LayerName) -> bool:
-    return (
-        fnmatchcase(layer.name, override.layers)
-        and fnmatchcase(layer.kind, override.kind)
-        and (
-            override.parameter == "*"
-            or any(fnmatchcase(name, override.parameter) for name in layer.parameters)
-        )
-    )
 
 
 def _mismatch(override: Override, layers: Sequence[LayerName]) -> str:
