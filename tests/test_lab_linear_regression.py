@@ -62,7 +62,11 @@ def test_the_slope_and_the_bound_are_computed_from_rows():
     rows = [{"method": "problem", "smallest_curvature": 0.5, "features": 16, "nearest": 0}]
     for n in (10, 100, 1000):
         rows.append({"method": "SWALP", "averaged": n, "step": n, "squared_distance": 3 / n})
-    assert claim.slope(SMALL, rows) == pytest.approx(-1)
+    assert claim.slope(rows) == (pytest.approx(-1), 0.0)
+    more = [row | {"squared_distance": 4.0 / row["averaged"] ** 1.2} for row in rows[1:]]
+    fitted, error = claim.slope([*rows, *more])  # of two seeds that leaves one each
+    assert -1.2 < fitted < -1
+    assert error == pytest.approx(0.1)
     for step, variance in ((1, 99.0), (SMALL.warmup_steps, 2.0), (SMALL.steps, 4.0)):
         found = {"method": "SGD-LP", "step": step, "gradient_variance": variance}
         rows.append({**found, "squared_distance": 7.0})

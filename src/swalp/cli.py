@@ -231,7 +231,7 @@ def reproduce(
     ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the claims.")] = False,
     quick: Annotated[
-        bool, typer.Option("--quick", help="Smaller: less than a minute on two cores.")
+        bool, typer.Option("--quick", help="Smaller: a minute or two on two cores.")
     ] = False,
     seeds: Annotated[
         int | None, typer.Option(help="How many seeds to run; default: the claim's own.")

@@ -57,7 +57,7 @@ class Claim:
         title: a line for lists and headings.
         statement: what is claimed, by whom, and what is measured for it.
         full: the settings, a frozen dataclass with ``seeds``, how many there are.
-        quick: the same, for less than a minute on two cores.
+        quick: the same, for a minute or two on two cores.
         run: settings and context to rows, which are a function of the settings alone.
         table: rows to a Markdown table.
         plot: settings and rows to a picture.
