@@ -1,9 +1,11 @@
 """Claims from settings to records: what is written, when nothing is, and what is refused."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +136,64 @@ def test_out_that_is_a_file_or_damaged(tmp_path, capsys):
     (out / "record.json").write_text(json.dumps({"version": 99}))
     assert run("squares", "--out", out) == 2
     assert "version 1" in capsys.readouterr().err
+
+
+def no_space(descriptor):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_record_is_written_before_anything_is_said(tmp_path, monkeypatch):
+    written = []
+
+    def hear(*words, **options):
+        written.append((tmp_path / "record" / "README.md").exists())
+
+    monkeypatch.setattr("builtins.print", hear)
+    assert run("squares", "--out", tmp_path / "record") == 0
+    assert written == [True, True]
+
+
+def test_a_record_that_cannot_be_written_is_said_all_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "fsync", no_space)
+    assert run("squares", "--out", tmp_path / "record") == 2
+    out, err = capsys.readouterr()
+    assert "Holds: 2 rows." in out
+    assert err == (
+        f"swalp: {tmp_path}/record: cannot write the record: No space left on device; choose "
+        f"another place with --out\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["/proc/none", "/proc/none/deep", "file/record", "/proc"])
+def test_a_place_that_cannot_be_written_is_told_at_once(place, tmp_path, monkeypatch, capsys):
+    never = dataclasses.replace(CLAIM, run=None)
+    monkeypatch.setattr(reproduce, "CLAIMS", {"squares": never})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert run("squares", "--out", place) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"swalp: {place}: ")
+    assert "with --out" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.ismount("/dev/shm"), reason="needs a mount point")
+def test_a_mount_point_cannot_be_replaced(monkeypatch):
+    with pytest.raises(UserError, match="a mount point, which cannot be replaced"):
+        record.require_writable(Path("/dev/shm"))
+
+
+@pytest.mark.parametrize("place", [".", "link"])
+def test_a_record_goes_where_the_path_leads(place, tmp_path, monkeypatch):
+    target = tmp_path / "target"
+    target.mkdir()
+    (tmp_path / "link").symlink_to(target)
+    monkeypatch.chdir(target if place == "." else tmp_path)
+    assert run("squares", "--out", place) == 0
+    assert record.read(target)["verdict"]["holds"]
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_a_claim_that_does_not_hold_is_told_by_the_exit_status(tmp_path, monkeypatch):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from swalp.training.mistakes import UserError
 
 VERSION = 1
 FILES = ("record.json", "rows.jsonl", "plot.png", "README.md")
+_ROOM = 2**21  # bytes, of which a record takes fewer
 
 
 def require_free(path: Path, claim: Claim, settings: Any) -> None:
@@ -48,6 +51,24 @@ def require_free(path: Path, claim: Claim, settings: Any) -> None:
             f"{path}: holds a record of {_difference(theirs, mine)}; choose another directory with "
             f"--out, or remove that one"
         )
+
+
+def require_writable(path: Path) -> None:
+    """Raise unless there is room for a record at `path`; nothing is left there.
+
+    Raises:
+        UserError: one cannot be written.
+    """
+    with _writing(path):
+        place = path.resolve()
+        if place.is_mount():
+            raise UserError(
+                f"{path}: a mount point, which cannot be replaced; choose a directory in it "
+                f"with --out"
+            )
+        above = next(each for each in place.parents if each.exists())
+        with tempfile.TemporaryFile(dir=above) as file:
+            file.write(bytes(_ROOM))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -96,7 +117,7 @@ def write(
     """Write a record, whole or not at all, in place of one of the same settings.
 
     Raises:
-        UserError: something else came to be there meanwhile.
+        UserError: something else came to be there meanwhile, or it cannot be written.
     """
     require_free(path, claim, settings)
     record = {
@@ -118,7 +139,20 @@ def write(
     }
     contents = {name: text.encode() for name, text in files.items()}
     contents["plot.png"] = plots.png(claim.plot(settings, rows))
-    write_directory(path, contents)
+    with _writing(path):
+        write_directory(path.resolve(), contents)  # what a link names is replaced, not the link
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A failure of the machine, as the user's line about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write the record: {error.strerror or error}; choose another place "
+            f"with --out"
+        ) from None
 
 
 def readme(record: dict[str, Any], table: str) -> str:

@@ -66,7 +66,10 @@ def reproduce(
     stopped: Callable[[], bool],
     say: Callable[[str], None],
 ) -> Verdict:
-    """Run a claim, say what came out, and write its record to `out`.
+    """Run a claim, write its record to `out`, and say what came out.
+
+    Nothing is said before the record is written, as nobody may be there to hear it; if it cannot
+    be written, what came out is said all the same.
 
     Args:
         claim: which.
@@ -80,10 +83,11 @@ def reproduce(
         say: called with what the user should read.
 
     Raises:
-        UserError: `out` holds something else, or data is missing.
+        UserError: `out` holds something else or cannot be written, or data is missing.
         Stopped: `stopped` said so.
     """
     record.require_free(out, claim, settings)
+    record.require_writable(out)
     before = record.read_rows(out) if (out / "record.json").exists() else None
     context = Context(data_dir, download, progress, stopped, workers=os.cpu_count() or 1)
     began, threads = time.monotonic(), torch.get_num_threads()
@@ -94,8 +98,11 @@ def reproduce(
         torch.set_num_threads(threads)
     seconds = time.monotonic() - began
     verdict = claim.verdict(settings, rows)
-    say(f"{claim.table(settings, rows)}\n\n{verdict.text}\n")
-    record.write(out, claim, settings, rows, verdict, command=shlex.join(command), seconds=seconds)
+    words = shlex.join(command)
+    try:
+        record.write(out, claim, settings, rows, verdict, command=words, seconds=seconds)
+    finally:
+        say(f"{claim.table(settings, rows)}\n\n{verdict.text}\n")
     if before is not None:
         same = before == rows
         say(f"The rows {'equal' if same else 'differ from'} those of the record that was there.")
