@@ -1,5 +1,7 @@
 """Formats as tables, facts and pictures."""
 
+import resource
+
 import pytest
 import typer
 from rich.console import Console
@@ -154,6 +156,17 @@ def test_pictures_overwrite_nothing(tmp_path):
     assert path.read_text() == "mine"
     with pytest.raises(ValueError, match="No such file or directory; name a file that can be"):
         run("bfp8", "--plot", str(tmp_path / "nowhere" / "x.png"))
+
+
+def test_a_picture_that_finds_no_room_leaves_nothing(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"x\.png: File too large; name a file that can be"):
+            plot_format(parse_format("bfp8"), tmp_path / "x.png")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

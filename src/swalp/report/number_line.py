@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from swalp.formats import BlockFloat, Format, Microscaling, Minifloat
 from swalp.quantize import quantize
 from swalp.rounding import Nearest, TowardNegative, TowardPositive
+from swalp.training.durable import write_file
 
 _FEW = 64  # strokes that are drawn thick
 _STAIRS = 40  # values whose staircase is drawn whole
@@ -32,12 +34,11 @@ def plot_format(fmt: Format, path: str | Path) -> None:
     Raises:
         ValueError: `path` exists or cannot be written, or the format has too many values to list.
     """
+    if os.path.lexists(path):
+        raise ValueError(f"{path} exists and is not overwritten; name another file")
     picture = _picture(fmt)
     try:
-        with Path(path).open("xb") as file:
-            file.write(picture)
-    except FileExistsError:
-        raise ValueError(f"{path} exists and is not overwritten; name another file") from None
+        write_file(Path(path), picture)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; name a file that can be written") from None
 
