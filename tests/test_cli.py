@@ -159,6 +159,16 @@ def test_export_of_a_graph(run_swalp, tmp_path, old_run):
     assert max(values) - min(values) < 2
 
 
+def test_graphs_with_and_without_activations_lie_side_by_side(run_swalp, tmp_path):
+    pytest.importorskip("onnxruntime")
+    run = finished(tmp_path / "run", arms=("paper-small-block-8",))
+    folder = run.path / "models" / "paper-small-block-8" / "seed-0"
+    for words, name in (([], "average.onnx"), (["--activations"], "average-activations.onnx")):
+        status, out, err = run_swalp("export", run.path, "--format", "onnx", *words)
+        assert (status, err) == (0, "")
+        assert f"Saved in {folder / name}: " in out
+
+
 def test_export_goes_beside_the_average(run_swalp, tmp_path):
     run = finished(tmp_path / "run", averages=("every=epoch",))
     assert run_swalp("export", run.path)[0] == 0
@@ -202,6 +212,7 @@ MISTAKES = [
     (["export", "OLD", "--arm", "flot"], "--arm flot: this run has float, paper-small-block-8"),
     (["export", "OLD", "--seed", "7"], "--seed 7: this run has 0"),
     (["export", "OLD", "--average", "best"], "--average best: this run has average"),
+    (["export", "OLD", "--average", "x"], "swalp: --average x: this run has average\n"),
     (["export", "OLD", "--activations"], "--activations is for --format onnx"),
     (["evaluate", "none"], "none: not a run directory (it has no run.json)"),
     (["evaluate"], "Missing argument"),

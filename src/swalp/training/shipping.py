@@ -81,7 +81,7 @@ def export(
         )
     if not onnx:
         config = config.model_copy(update={"export_format": _format(fmt)})
-    path = out or _default(run, arm, seed, model, config, onnx)
+    path = out or _default(run, arm, seed, model, _kind(config, onnx, activations))
     if path.exists():
         raise UserError(f"{path}: is there already; choose another file with --out")
     with study.threads(config.threads):
@@ -159,7 +159,8 @@ def _row(rows: list[Record], config: RunConfig, arm: str, seed: int, model: str)
     ):
         if value not in allowed:
             shown = ", ".join(str(each).removeprefix("average ") for each in allowed)
-            raise UserError(f"{name} {value}: this run has {shown}")
+            given = str(value).removeprefix("average ")
+            raise UserError(f"{name} {given}: this run has {shown}")
     return next(row for row in rows if (row["arm"], row["model"]) == (arm, model))
 
 
@@ -173,10 +174,13 @@ def _format(text: str) -> str:
     return str(fmt)
 
 
-def _default(
-    run: RunDirectory, arm: str, seed: int, model: str, config: RunConfig, onnx: bool
-) -> Path:
+def _default(run: RunDirectory, arm: str, seed: int, model: str, kind: str) -> Path:
     saved = run.model_path(arm, seed, model)
+    return saved.with_name(saved.stem + kind)
+
+
+def _kind(config: RunConfig, onnx: bool, activations: bool) -> str:
+    """How the file's name ends: what differs in content differs in name."""
     if onnx:
-        return saved.with_name(f"{saved.stem}.onnx")
-    return saved.with_name(f"{saved.stem}-{config.export_format}.safetensors")
+        return "-activations.onnx" if activations else ".onnx"
+    return f"-{config.export_format}.safetensors"
