@@ -44,12 +44,17 @@ def test_toml_is_the_recipe(capsys, tmp_path):
     ("words", "message"),
     [
         (["papre-big-block-8"], "did you mean paper-big-block-8"),
+        (["nosuch"], r"swalp: unknown recipe 'nosuch'; recipes: paper-big-block-8, .*mxfp4$"),
+        (["paper"], "did you mean paper-big-block-8 or paper-small-block-8"),
         (["fixed-99"], r"the word length of fixed-W may be 4\.\.16"),
         (["none.toml"], r"none\.toml: No such file"),
+        (["binary.toml"], r"binary\.toml: not UTF-8 text \(byte 4\)"),
         (["--toml"], "--toml needs a recipe"),
     ],
 )
-def test_mistakes_are_one_line(capsys, words, message):
+def test_mistakes_are_one_line(capsys, words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "binary.toml").write_bytes(b"a = \xff")
     status, _, err = run(capsys, *words)
     assert status == 2
     assert re.search(message, err)

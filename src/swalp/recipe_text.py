@@ -31,14 +31,16 @@ def to_toml(recipe: Recipe) -> str:
     return "\n".join(lines) + "\n"
 
 
-def settings_of(text: str, source: str) -> dict[str, Any]:
+def settings_of(content: bytes, source: str) -> dict[str, Any]:
     """The keys of a recipe in TOML.
 
     Raises:
         ValueError: malformed; `source` says in the text where it came from.
     """
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(content.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not UTF-8 text (byte {error.start})") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{source}: malformed TOML: {error}") from None
 

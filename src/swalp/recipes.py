@@ -269,7 +269,7 @@ def get(name: str) -> Recipe:
             * ``mxint8``, ``mxfp8``, ``mxfp6``, ``mxfp4``: OCP microscaling.
 
     Raises:
-        ValueError: no such recipe; the text names the nearest ones.
+        ValueError: no such recipe; the text names those that there are.
     """
     if name in _SINGLE:
         return _SINGLE[name](name)
@@ -282,8 +282,10 @@ def get(name: str) -> Recipe:
             f"unknown recipe {name!r}: the word length of {family}-W may be "
             f"{widths[0]}..{widths[-1]}"
         )
-    near = difflib.get_close_matches(name, names(), n=2, cutoff=0.4) or list(names())
-    raise ValueError(f"unknown recipe {name!r}; did you mean {' or '.join(near)}?")
+    near = [known for known in names() if name and known.startswith(name)]
+    near = near or difflib.get_close_matches(name, names(), n=2, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise ValueError(f"unknown recipe {name!r}; {hint}recipes: {', '.join(names())}")
 
 
 def load(path: str | Path) -> Recipe:
@@ -298,7 +300,7 @@ def load(path: str | Path) -> Recipe:
         ValueError: no recipe; the text names the file, the key and the mend.
     """
     source = str(path)
-    settings = settings_of(Path(path).read_text(encoding="utf-8"), source)
+    settings = settings_of(Path(path).read_bytes(), source)
     base = settings.pop("base", None)
     start = Recipe(name=Path(path).stem) if base is None else _base(base, source)
     return from_settings({"name": Path(path).stem} | settings, start, source)
