@@ -68,8 +68,21 @@ def run(words: list[str]) -> int:
     except Exception as error:
         # Typer's usage errors; the module of their class differs from version to version.
         if hasattr(error, "format_message"):
-            return _fail(f"{' '.join(error.format_message().split())} (see swalp --help)")
+            message = _value_mistake(error, words) or " ".join(error.format_message().split())
+            return _fail(f"{message} (see swalp --help)")
         raise
+
+
+def _value_mistake(error: Exception, words: list[str]) -> str:
+    """What is wrong with an option's value, and the value; empty if `error` is another one."""
+    names = getattr(getattr(error, "param", None), "opts", ())
+    given = ""
+    for word, after in zip(words, [*words[1:], ""], strict=False):
+        name, equals, value = word.partition("=")
+        if name in names:
+            given = f"{name} {value if equals else after}"
+    message = getattr(error, "message", "").removeprefix("Input ")
+    return f"{given}: {message}" if given and message else ""
 
 
 def _version(value: bool) -> None:
