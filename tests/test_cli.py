@@ -66,6 +66,21 @@ def test_train_and_evaluate(run_swalp, tmp_path):
     assert f"Every error equals the one in {made}." in again
 
 
+def test_a_stream_without_our_letters_gets_question_marks(old_run):
+    command = [sys.executable, "-c", "from swalp.cli import main; main()", "evaluate", old_run]
+    said = [
+        subprocess.run(
+            command,
+            capture_output=True,
+            check=True,
+            env=os.environ | {"PYTHONIOENCODING": encoding},
+        ).stdout.decode()
+        for encoding in ("utf-8", "ascii")
+    ]
+    assert "±" in said[0]
+    assert said[1] == said[0].encode("ascii", "replace").decode()
+
+
 def test_train_makes_a_directory_of_its_own(run_swalp, tmp_path):
     assert run_swalp("train", *TINY, "--set", 'arms=["float"]')[0] == 0
     (made,) = (tmp_path / "runs").iterdir()

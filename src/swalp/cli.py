@@ -9,6 +9,7 @@ import time
 import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,6 +51,10 @@ TensorBoard = Annotated[
 
 def main() -> None:
     """Run the command line: exit status 0, 2 on a mistake, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        # Where "±" has no code, a "?" stands for it, in place of an error.
+        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))
 
 
