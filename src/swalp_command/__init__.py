@@ -1,0 +1,14 @@
+"""Where the console script begins: outside `swalp`, whose import takes seconds, for PyTorch."""
+
+import sys
+
+
+def main() -> None:
+    """The command line; also while it is being imported, Ctrl-C ends it in one line."""
+    try:
+        from swalp import cli
+
+        cli.main()
+    except KeyboardInterrupt:
+        print("swalp: interrupted", file=sys.stderr)
+        sys.exit(130)  # as `swalp.cli` does

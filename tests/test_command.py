@@ -1,0 +1,38 @@
+"""The console script before the command line is there."""
+
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_interrupted_while_importing(tmp_path):
+    (tmp_path / "swalp").mkdir()
+    slow = "import time; print('importing', flush=True); time.sleep(60)"
+    (tmp_path / "swalp" / "__init__.py").write_text(slow)
+    module, _, name = PROJECT["project"]["scripts"]["swalp"].partition(":")
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from {module} import {name}; {name}()"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "swalp: interrupted\n")
+
+
+def test_what_the_script_needs_is_shipped():
+    module = PROJECT["project"]["scripts"]["swalp"].partition(":")[0]
+    packages = PROJECT["tool"]["scikit-build"]["wheel"]["packages"]
+    assert f"src/{module}" in packages
+    assert all((ROOT / package / "__init__.py").exists() for package in packages)
