@@ -195,6 +195,29 @@ def test_export_goes_beside_the_average(run_swalp, tmp_path):
     assert run_swalp("evaluate", run.path)[0] == 0
 
 
+def test_a_run_stands_without_its_recipe_files(run_swalp, tmp_path, monkeypatch):
+    (tmp_path / "my3.toml").write_text('base = "paper-small-block-8"\n')
+    run = tmp_path / "run"
+    words = [*TINY, "--set", 'arms=["my3.toml"]', "--out", run]
+    status, out, err = run_swalp("train", *words)
+    assert (status, err) == (0, "")
+    assert re.search("^my3.toml SGD", out, re.M)
+    assert (run / "models" / "my3.toml" / "seed-0" / "average.safetensors").exists()
+    (tmp_path / "my3.toml").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert run_swalp("train", run / "config.toml", "--out", "again")[0] == 0
+    for name in ("summary.json", "metrics.jsonl", "config.toml", "run.json"):
+        assert (run / name).read_bytes() == Path("again", name).read_bytes()
+    (run / "summary.json").unlink()
+    (run / "diagnostics.jsonl").unlink()
+    assert run_swalp("report", run, "--out", "half.html")[0] == 0
+    assert "bfp8" in Path("half.html").read_text()
+    for words in (["resume"], ["evaluate"], ["export"]):
+        status, _, err = run_swalp(*words, run)
+        assert (status, err) == (0, "")
+
+
 MISTAKES = [
     (["train", "digts"], "unknown preset 'digts'; did you mean 'digits'?"),
     (["train", ""], "unknown preset ''; presets: cifar10-"),

@@ -3,8 +3,10 @@ import re
 
 import pytest
 
+from swalp import recipes
 from swalp.report import records
 from swalp.report.records import Claim, RecordError, Run, load
+from swalp.training import kept_recipes
 
 CONFIG = '# the data set\ndata = "digits"\n# how many seeds\nseeds = 2\nepochs = 3\n'
 METRIC = {"arm": "float", "seed": 0, "epoch": 1, "step": 5, "test_error": 4.0}
@@ -47,6 +49,16 @@ def test_a_run(tmp_path):
     assert run.metrics == [METRIC]
     assert run.summary == {"data": "digits", "rows": [ROW]}
     assert (run.sessions, run.diagnostics, run.picture) == ([], [], None)
+
+
+def test_a_run_keeps_recipes(tmp_path):
+    recipe = recipes.get("fp8")
+    said = kept_recipes.save(write_run(tmp_path), {"my.toml": recipe})
+    write_run(tmp_path, **{"run.json": json.dumps(said)})
+    assert load(str(tmp_path)).recipes == {"my.toml": recipe}
+    (tmp_path / "recipes" / "my.toml").write_text("")
+    with pytest.raises(RecordError, match=r"my\.toml: not the recipe that the run began with"):
+        load(str(tmp_path))
 
 
 def test_an_unfinished_run_may_end_in_half_a_line(tmp_path):

@@ -11,7 +11,8 @@ OWN = {"start": 4, "every": 3, "per_epoch": 10}
 
 
 def begun(text, arm="float"):
-    return averages.parse(text).begin(nn.Linear(1, 1), arm, **OWN, seed=0)
+    recipe = None if arm == "float" else swalp.recipes.get(arm)
+    return averages.parse(text).begin(nn.Linear(1, 1), recipe, **OWN, seed=0)
 
 
 @pytest.mark.parametrize(

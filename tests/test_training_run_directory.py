@@ -1,12 +1,14 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 import swalp
-from swalp.training import run_directory
+from swalp.training import config, data, run_directory, study
 from swalp.training.mistakes import UserError
-from tiny_runs import settings
+from tiny_runs import finished, settings, train
 
 
 @pytest.fixture
@@ -114,3 +116,84 @@ def test_sessions_are_lines(run):
     run.append_session({"a": 2})
     lines = (run.path / "sessions.jsonl").read_text().splitlines()
     assert [json.loads(line)["a"] for line in lines] == [1, 2]
+
+
+RECIPE = 'base = "paper-small-block-8"\nerror = "float"\n\n[[overrides]]\nkind = "Linear"\n'
+RECIPE += 'activation = "bfp4 nearest"\n'
+
+
+@pytest.fixture
+def own_recipe(tmp_path, monkeypatch):
+    """A recipe file of the user's, by its path from where the user is."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("mine") / "my3.toml"
+    path.parent.mkdir()
+    path.write_text(RECIPE)
+    return path
+
+
+def test_a_run_keeps_its_recipe_files(own_recipe, monkeypatch):
+    arm = str(own_recipe)
+    run = run_directory.create(Path("run").absolute(), settings(arms=("float", arm)))
+    recipe = swalp.recipes.load(own_recipe)
+    assert swalp.recipes.load(run.path / "recipes" / "mine-my3.toml") == recipe
+    own_recipe.write_text('base = "fp8"\n')
+    assert run.config().recipe(arm) == recipe
+    own_recipe.unlink()
+    monkeypatch.chdir("/")
+    assert run.config().recipe(arm) == recipe
+    assert run.config().recipe("float") is None
+    assert run.config().arms == ("float", arm)
+    again = config.load(str(run.path / "config.toml"))
+    assert (again, again.recipe(arm)) == (run.config(), recipe)
+
+
+def test_a_run_goes_on_with_the_recipe_that_it_began_with(own_recipe):
+    changes = {"arms": (str(own_recipe),), "averages": ("precision=float64",)}
+    finished(Path("whole"), **changes)
+    run = run_directory.create(Path("run"), settings(**changes))
+    with pytest.raises(study.Stopped):
+        train(run, stop_at=7)
+    own_recipe.write_text('base = "fp8"\n')
+    train(run)
+    for name in ("metrics.jsonl", "summary.json"):
+        assert (run.path / name).read_bytes() == (Path("whole") / name).read_bytes()
+    own_recipe.unlink()
+    assert study.evaluate(run, data.load("digits")) == run.summary()
+
+
+def test_settings_read_a_recipe_file_once(own_recipe):
+    chosen = settings(arms=(str(own_recipe),))
+    recipe = swalp.recipes.load(own_recipe)
+    own_recipe.unlink()
+    assert chosen.recipe(str(own_recipe)) == recipe
+    assert run_directory.create(Path("run"), chosen).config() == chosen
+
+
+def test_a_kept_recipe_is_checked(own_recipe):
+    run = run_directory.create(Path("run"), settings(arms=(str(own_recipe),)))
+    kept = run.path / "recipes" / "mine-my3.toml"
+    kept.write_bytes(kept.read_bytes().replace(b"bfp4", b"bfp6"))
+    with pytest.raises(UserError, match=r"mine-my3\.toml: not the recipe that the run began with"):
+        run.config()
+    kept.unlink()
+    with pytest.raises(UserError, match=r"mine-my3\.toml: cannot read: No such file"):
+        run.config()
+
+
+def test_a_run_that_kept_no_recipes_reads_the_file(own_recipe):
+    run = run_directory.create(Path("run"), settings(arms=(str(own_recipe),)))
+    (run.path / "run.json").write_text('{"version": 1}\n')
+    shutil.rmtree(run.path / "recipes")
+    assert run.config().recipe(str(own_recipe)) == swalp.recipes.load(own_recipe)
+    own_recipe.unlink()
+    with pytest.raises(UserError, match="cannot read the recipe: No such file"):
+        run.config()
+
+
+def test_arms_that_would_share_a_folder_are_refused(own_recipe):
+    Path("mine-my3.toml").write_text('base = "fp8"\n')
+    arms = (str(own_recipe), "mine-my3.toml")
+    with pytest.raises(UserError, match=r"would share the folder models/mine-my3\.toml; rename"):
+        run_directory.create(Path("run"), settings(arms=arms))
+    assert not Path("run").exists()

@@ -93,7 +93,7 @@ def train(
     start = training.averaging_start
     kept = {
         text: averages.parse(text).begin(
-            model, "float", start=start, every=1, per_epoch=per_epoch, seed=seed
+            model, None, start=start, every=1, per_epoch=per_epoch, seed=seed
         )
         for text in texts
     }

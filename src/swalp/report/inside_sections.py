@@ -73,7 +73,7 @@ def _roles(run: Run) -> dict[str, dict[str, list[str]]]:
                 chosen[row["role"]].append(row["format"])
         if not chosen and arm != "float":
             try:
-                recipe = recipes.named(arm, "arms")
+                recipe = run.recipes.get(arm) or recipes.named(arm, "arms")
             except (ValueError, OSError):
                 continue  # a recipe of another version of swalp, or a file that is gone
             for role in recipes.ROLES:

@@ -14,6 +14,10 @@ from typing import Any
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from swalp.recipes import Recipe
+from swalp.training import kept_recipes
+from swalp.training.mistakes import UserError
+
 Row = dict[str, Any]
 
 # Where a claim that is given by its name is looked for, first where experiments are kept.
@@ -33,6 +37,7 @@ class Run:
         name: of its directory.
         path: as it was given.
         settings: names and values, in order.
+        recipes: of files, by arm, as the run keeps them.
         meanings: what settings are, by name, from the comments of the settings file.
         metrics: one for each arm, seed and epoch, in order.
         sessions: beginnings and ends of the processes that worked on it.
@@ -44,6 +49,7 @@ class Run:
     name: str
     path: Path
     settings: Row
+    recipes: dict[str, Recipe]
     meanings: dict[str, str]
     metrics: list[Row]
     sessions: list[Row]
@@ -144,6 +150,7 @@ def _run(path: Path) -> Run:
         name=path.resolve().name,
         path=path,
         settings=settings,
+        recipes=_recipes(path),
         meanings=_comments(text),
         metrics=_lines(path / "metrics.jsonl"),
         sessions=_optional_lines(path / "sessions.jsonl"),
@@ -159,6 +166,13 @@ def _run(path: Path) -> Run:
             raise RecordError(f"{summary_file}: damaged: it has no rows")
         _require(summary_file, rows, ("arm", "model", "test_error"))
     return run
+
+
+def _recipes(path: Path) -> dict[str, Recipe]:
+    try:
+        return kept_recipes.load(path)
+    except UserError as error:
+        raise RecordError(str(error)) from None
 
 
 def _claim(path: Path) -> Claim:

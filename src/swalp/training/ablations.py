@@ -110,7 +110,7 @@ def averaging(
         kept = {
             text: averages.parse(text).begin(
                 trajectory.model,
-                arm,
+                config.recipe(arm),
                 start=config.averaging_start,
                 every=config.average_steps(per_epoch),
                 per_epoch=per_epoch,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from swalp import Stochastic, WeightAverage, parse_format, recipes
+from swalp import Stochastic, WeightAverage, parse_format
 from swalp.averaging import Accumulator, Equal, ExactSum, Exponential, Kind, Window
 from swalp.formats import FixedPoint, Format
-from swalp.recipes import Quantizer
+from swalp.recipes import Quantizer, Recipe
 
 FORM = (
     "words such as every=20, every=epoch, start=10, decay=0.99, window=5, precision=float64, "
@@ -40,14 +41,14 @@ class AverageSetting:
     kind: Kind
     precision: torch.dtype | Format | str
 
-    def check(self, arms: tuple[str, ...], epochs: int) -> None:
-        """Raise ValueError if it does not fit the run's arms and epochs."""
+    def check(self, arms: Mapping[str, Recipe | None], epochs: int) -> None:
+        """Raise ValueError if it does not fit the run's arms, with their recipes, and epochs."""
         if self.start is not None and self.start >= epochs:
             raise ValueError(f"{self.text!r}: start must be less than epochs = {epochs}")
         if self.precision != "exact":
             return
-        for arm in arms:
-            if not isinstance(_weight_format(arm), FixedPoint):
+        for arm, recipe in arms.items():
+            if not isinstance(_weight_format(recipe), FixedPoint):
                 raise ValueError(
                     f"{self.text!r}: precision=exact needs weights in fixed point, and the arm "
                     f"{arm!r} has none; precision=float64 takes any"
@@ -66,22 +67,29 @@ class AverageSetting:
         return (start if self.start is None else self.start) * per_epoch, every
 
     def begin(
-        self, model: nn.Module, arm: str, *, start: int, every: int, per_epoch: int, seed: int
+        self,
+        model: nn.Module,
+        recipe: Recipe | None,
+        *,
+        start: int,
+        every: int,
+        per_epoch: int,
+        seed: int,
     ) -> WeightAverage:
-        """The average, empty, of `model` of that arm; the other arguments as of `when`."""
+        """The average, empty, of `model` with that recipe; the other arguments as of `when`."""
         start, every = self.when(start, every, per_epoch)
         return WeightAverage(
             model,
             start=start,
             every=every,
             kind=self.kind,
-            accumulator=self._accumulator(arm),
+            accumulator=self._accumulator(recipe),
             seed=seed,
         )
 
-    def _accumulator(self, arm: str) -> Accumulator:
+    def _accumulator(self, recipe: Recipe | None) -> Accumulator:
         if self.precision == "exact":
-            fmt = _weight_format(arm)
+            fmt = _weight_format(recipe)
             assert isinstance(fmt, FixedPoint)  # `check`
             return ExactSum(fmt)
         if isinstance(self.precision, torch.dtype):
@@ -158,8 +166,5 @@ def _precision(text: str, name: str) -> torch.dtype | Format | str:
         ) from None
 
 
-def _weight_format(arm: str) -> Format | None:
-    if arm == "float":
-        return None
-    weight = recipes.named(arm, "arms").weight
-    return None if weight is None else weight.format
+def _weight_format(recipe: Recipe | None) -> Format | None:
+    return None if recipe is None or recipe.weight is None else recipe.weight.format

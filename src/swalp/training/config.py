@@ -11,17 +11,30 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from swalp import parse_format, recipes
-from swalp.training import averages
+from swalp.recipes import Recipe
+from swalp.training import averages, kept_recipes
 from swalp.training.mistakes import UserError
 
 FLOAT = "float"  # the arm without a recipe
 
 
 class RunConfig(BaseModel):
-    """One run: every arm trained from every seed, with the same settings."""
+    """One run: every arm trained from every seed, with the same settings.
+
+    Recipe files are read once, when the value is made.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -98,15 +111,28 @@ class RunConfig(BaseModel):
         default=2, ge=1, description="how many of the last checkpoints stay; two survive a bad disk"
     )
 
+    _file_recipes: dict[str, Recipe] = PrivateAttr(default_factory=dict)
+
+    @property
+    def file_recipes(self) -> dict[str, Recipe]:
+        """The recipes of those arms that are files, by arm."""
+        return dict(self._file_recipes)
+
+    def recipe(self, arm: str) -> Recipe | None:
+        """The recipe of an arm; None: it trains in float."""
+        if arm == FLOAT:
+            return None
+        return self._file_recipes.get(arm) or recipes.named(arm, "arms")
+
     def average_steps(self, per_epoch: int) -> int:
         """`average_every` in steps, of which an epoch has `per_epoch`."""
         return per_epoch if self.average_every == "epoch" else self.average_every
 
     @field_validator("arms")
     @classmethod
-    def _known_arms(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
+    def _known_arms(cls, arms: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         for arm in arms:
-            if arm != FLOAT:
+            if arm != FLOAT and arm not in (info.context or {}):
                 try:
                     recipes.named(arm, "arms")
                 except OSError as error:
@@ -132,6 +158,16 @@ class RunConfig(BaseModel):
         return str(fmt)
 
     @model_validator(mode="after")
+    def _reads_recipes(self, info: ValidationInfo) -> RunConfig:
+        kept: Mapping[str, Recipe] = info.context or {}
+        self._file_recipes = {
+            arm: kept[arm] if arm in kept else recipes.load(arm)
+            for arm in self.arms
+            if arm.endswith(".toml")
+        }
+        return self
+
+    @model_validator(mode="after")
     def _augments_what_may_be_flipped(self) -> RunConfig:
         if self.augment and self.data in ("digits", "mnist"):
             raise ValueError(
@@ -148,7 +184,7 @@ class RunConfig(BaseModel):
                 f"epochs = {self.epochs}, or nothing is averaged"
             )
         for text in self.averages:
-            averages.parse(text).check(self.arms, self.epochs)
+            averages.parse(text).check({arm: self.recipe(arm) for arm in self.arms}, self.epochs)
         return self
 
 
@@ -163,7 +199,8 @@ def load(source: str, changes: Sequence[str] = ()) -> RunConfig:
 
     Args:
         source: a preset's name, or the path of a TOML file. A file has all keys of `RunConfig`, or
-            those that differ from a preset that it names: ``preset = "digits"``.
+            those that differ from a preset that it names: ``preset = "digits"``. Beside the
+            config.toml of a run, the recipes that the run keeps stand for the files of its arms.
         changes: each ``key=value``, the value as in TOML; text needs no quotes.
 
     Whoever changes `epochs` of a preset or file, and not `averaging_start`, moves that in
@@ -172,18 +209,21 @@ def load(source: str, changes: Sequence[str] = ()) -> RunConfig:
     Raises:
         UserError: no such preset, file or key, malformed TOML, or a value out of range.
     """
+    kept: Mapping[str, Recipe] = {}
     if source.endswith(".toml") or "/" in source or "\\" in source:
         path = Path(source)
         try:
             settings = parse(path.read_bytes(), source)
         except OSError as error:
             raise UserError(f"{source}: cannot read the settings: {error.strerror}") from None
+        if path.name == "config.toml":
+            kept = kept_recipes.load(path.parent)
         base = settings.pop("preset", None)
         if base is not None:
             settings = _changed(_preset(str(base), source), settings)
     else:
         settings = _preset(source, None)
-    return validated(_changed(settings, dict(map(_split, changes))), source)
+    return validated(_changed(settings, dict(map(_split, changes))), source, kept)
 
 
 def parse(content: bytes, source: str) -> dict[str, Any]:
@@ -196,10 +236,21 @@ def parse(content: bytes, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: malformed TOML: {_one_line(str(error))}") from None
 
 
-def validated(settings: Mapping[str, Any], source: str) -> RunConfig:
-    """`settings` as a `RunConfig`; `source` says in errors where they came from."""
+def validated(
+    settings: Mapping[str, Any], source: str, kept: Mapping[str, Recipe] | None = None
+) -> RunConfig:
+    """`settings` as a `RunConfig`.
+
+    Args:
+        settings: by key.
+        source: says in errors where they came from.
+        kept: recipes by arm; the files of other arms are read.
+
+    Raises:
+        UserError: a value is out of range, or a key unknown or missing.
+    """
     try:
-        return RunConfig(**settings)
+        return RunConfig.model_validate(dict(settings), context=kept)
     except ValidationError as error:
         first, *others = error.errors()
         more = f" (and {len(others)} more)" if others else ""

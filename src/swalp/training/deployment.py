@@ -9,7 +9,7 @@ from swalp import Nearest, parse_format, recipes
 from swalp.packed import storage_bytes
 from swalp.recipes import Quantizer, Recipe, fit
 from swalp.training.augmentation import Draws
-from swalp.training.config import FLOAT, RunConfig
+from swalp.training.config import RunConfig
 from swalp.training.data import Dataset, evaluation_batches
 
 # What is tried beside the float average, with its row in the table.
@@ -25,7 +25,7 @@ def recipe(config: RunConfig, arm: str, model: str) -> Recipe:
     weight = Quantizer(parse_format(config.export_format), Nearest())
     if model == "quantized":
         return Recipe(name="quantized average", weight=weight)
-    trained = recipes.named("paper-small-block-8" if arm == FLOAT else arm, "arms")
+    trained = config.recipe(arm) or recipes.get("paper-small-block-8")
     activation = trained.activation
     return Recipe(
         name="quantized average and activations",

@@ -95,9 +95,9 @@ def network(config: RunConfig, data: Dataset, arm: str, seed: int) -> nn.Module:
         classes=data.classes,
         seed=seed,
     )
-    if arm == FLOAT:
+    recipe = config.recipe(arm)
+    if recipe is None:
         return model
-    recipe = swalp.recipes.named(arm, "arms")
     packed = recipe.weight is not None and recipe.weight.format.bits <= 16
     try:
         return swalp.convert(model, recipe, seed=seed, packed=packed)
@@ -108,12 +108,13 @@ def network(config: RunConfig, data: Dataset, arm: str, seed: int) -> nn.Module:
 def begin(config: RunConfig, data: Dataset, arm: str, seed: int) -> Trajectory:
     """A trajectory at step 0."""
     model = network(config, data, arm, seed)
+    recipe = config.recipe(arm)
     optimizer = SGD(
         model,
         lr=config.learning_rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
-        recipe=None if arm == FLOAT else arm,
+        recipe=recipe,
         seed=seed,
     )
     per_epoch = steps_per_epoch(config, data)
@@ -122,7 +123,7 @@ def begin(config: RunConfig, data: Dataset, arm: str, seed: int) -> Trajectory:
     further = {
         text: averages.parse(text).begin(
             model,
-            arm,
+            recipe,
             start=config.averaging_start,
             every=every,
             per_epoch=per_epoch,

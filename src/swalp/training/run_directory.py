@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -20,18 +19,20 @@ from torch import Tensor
 
 from swalp.packed import from_plain, to_plain
 from swalp.training import config as settings
+from swalp.training import kept_recipes, reading
 from swalp.training.config import RunConfig
 from swalp.training.durable import write_file
 from swalp.training.mistakes import UserError
+from swalp.training.reading import Record
 
 VERSION = 1
-
-Record = dict[str, Any]
 
 _README = """\
 This directory is one training run of swalp (https://arxiv.org/abs/1904.11943 has the method).
 
 config.toml      the settings, complete: `swalp train config.toml` does the same run again
+recipes/         what the recipe files among the arms said when the run began: it is read here ever
+                 after, `swalp train config.toml` included
 metrics.jsonl    one line per arm, seed and epoch: training loss, learning rate, test error (%) of
                  the iterate and of the average so far (and of the further averages, of held-out
                  examples, of the quantized average); a function of the settings, without times
@@ -49,7 +50,7 @@ sessions.jsonl   one line when a process began to work here, with versions and m
                  it ended (none if it was killed), with seconds and outcome
 checkpoints/     the last states, from which `swalp resume` goes on: each a directory of tensors,
                  JSON, and a manifest with their SHA-256
-run.json         the version of this layout
+run.json         the version of this layout, and the SHA-256 of each of the recipes
 
 Low-precision models are stored as integer codes and shared exponents; swalp.packed.from_plain reads
 them. `swalp evaluate` with this directory computes every error of the table again; `swalp export`
@@ -71,7 +72,8 @@ class RunDirectory:
     def config(self) -> RunConfig:
         """The settings of the run."""
         path = self.path / "config.toml"
-        return settings.validated(settings.parse(_read(path), str(path)), str(path))
+        found = settings.parse(reading.content(path), str(path))
+        return settings.validated(found, str(path), kept_recipes.load(self.path))
 
     @property
     def finished(self) -> bool:
@@ -88,7 +90,7 @@ class RunDirectory:
             raise UserError(
                 f"{self.path}: the run is not finished; go on with: swalp resume {self.path}"
             )
-        return _record(self._summary)
+        return reading.record(self._summary)
 
     def finish(self, summary: Record) -> None:
         """Write the summary, which marks the run as finished."""
@@ -100,7 +102,7 @@ class RunDirectory:
 
     def metrics(self) -> list[Record]:
         """All records so far."""
-        return [json.loads(line) for line in _read(self._metrics).splitlines()]
+        return [json.loads(line) for line in reading.content(self._metrics).splitlines()]
 
     def append_metrics(self, record: Record) -> None:
         """Add a record."""
@@ -131,7 +133,8 @@ class RunDirectory:
     def diagnostics(self) -> list[Record]:
         """What was measured at the end of trajectories, in order."""
         path = self._diagnostics
-        return [json.loads(line) for line in _read(path).splitlines()] if path.exists() else []
+        content = reading.content(path) if path.exists() else b""
+        return [json.loads(line) for line in content.splitlines()]
 
     def append_diagnostics(self, record: Record) -> None:
         """Add what was measured for an arm and a seed, in place of an older record of them."""
@@ -143,13 +146,13 @@ class RunDirectory:
         write_file(self._diagnostics, "".join(lines).encode())
 
     def _session_lines(self) -> bytes:
-        return _read(self._sessions) if self._sessions.exists() else b""
+        return reading.content(self._sessions) if self._sessions.exists() else b""
 
     def model_path(self, arm: str, seed: int, model: str) -> Path:
         """Where one model is saved: "sgd", "last", "average", "best" or "average TEXT"."""
         name = re.sub(r"[^\w.=,\[\]-]+", "-", model)
-        folder = re.sub(r"[/\\:]+", "-", arm)  # it may be the path of a recipe
-        return self.path / "models" / folder / f"seed-{seed}" / f"{name}.safetensors"
+        folder = self.path / "models" / kept_recipes.file_name(arm)
+        return folder / f"seed-{seed}" / f"{name}.safetensors"
 
     def save_model(self, path: Path, state: dict[str, Tensor]) -> None:
         """Save a state dict, packed tensors as codes and exponents."""
@@ -165,7 +168,7 @@ class RunDirectory:
         Raises:
             UserError: it is missing, or not the file that was saved.
         """
-        content = _read(path)
+        content = reading.content(path)
         if hashlib.sha256(content).hexdigest() != sha256:
             raise UserError(f"{path}: damaged: it does not match the SHA-256 in {self._summary}")
         with safetensors.safe_open(path, framework="pt") as file:
@@ -208,8 +211,10 @@ def create(path: Path, config: RunConfig) -> RunDirectory:
     """A new run in `path`, which must not be there yet, or be empty.
 
     Raises:
-        UserError: it cannot be written, and is as it was, or something is there.
+        UserError: it cannot be written, and is as it was, something is there, or two arms cannot be
+            told apart there.
     """
+    _require_own_folders(config.arms)
     there = path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -223,7 +228,8 @@ def create(path: Path, config: RunConfig) -> RunDirectory:
             write_file(path / "README.txt", _README.encode())
             write_file(path / "config.toml", settings.to_toml(config).encode())
             write_file(path / "metrics.jsonl", b"")
-            write_file(path / "run.json", json.dumps({"version": VERSION}).encode() + b"\n")
+            layout = {"version": VERSION, **kept_recipes.save(path, config.file_recipes)}
+            write_file(path / "run.json", json.dumps(layout).encode() + b"\n")
         except BaseException:
             _clear(path)
             if not there:
@@ -232,6 +238,17 @@ def create(path: Path, config: RunConfig) -> RunDirectory:
     except OSError as error:
         raise UserError(f"{path}: cannot make the run directory: {error.strerror}") from None
     return RunDirectory(path)
+
+
+def _require_own_folders(arms: tuple[str, ...]) -> None:
+    owners: dict[str, str] = {}
+    for arm in arms:
+        name = kept_recipes.file_name(arm)
+        other = owners.setdefault(name, arm)
+        if other != arm:
+            raise UserError(
+                f"arms: {other} and {arm} would share the folder models/{name}; rename one of them"
+            )
 
 
 def _clear(path: Path) -> None:
@@ -250,27 +267,10 @@ def open_run(path: Path) -> RunDirectory:
     """
     if not (path / "run.json").is_file():
         raise UserError(f"{path}: not a run directory (it has no run.json)")
-    version = _record(path / "run.json").get("version")
+    version = reading.record(path / "run.json").get("version")
     if version != VERSION:
         raise UserError(
             f"{path}: a run directory of version {version}; this swalp reads version {VERSION}: "
             f"use the swalp that made it"
         )
     return RunDirectory(path)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read: {error.strerror}") from None
-
-
-def _record(path: Path) -> Record:
-    try:
-        record = json.loads(_read(path))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged: {error}") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{path}: damaged: not a JSON object")
-    return record

@@ -17,7 +17,8 @@ from swalp.training.config import FLOAT, RunConfig
 from swalp.training.data import Dataset, evaluation_batches, hold_out
 from swalp.training.durable import write_file
 from swalp.training.mistakes import UserError
-from swalp.training.run_directory import Record, RunDirectory
+from swalp.training.reading import Record
+from swalp.training.run_directory import RunDirectory
 
 ONNX = "onnx"
 _CALIBRATION = 1000  # training images

@@ -25,7 +25,8 @@ from swalp.training.config import RunConfig
 from swalp.training.data import Dataset, hold_out
 from swalp.training.loop import Trajectory
 from swalp.training.mistakes import UserError
-from swalp.training.run_directory import Record, RunDirectory
+from swalp.training.reading import Record
+from swalp.training.run_directory import RunDirectory
 
 
 class Stopped(Exception):  # noqa: N818  (not an error)

@@ -8,7 +8,8 @@ from typing import Any
 from swalp.training import deployment, loop
 from swalp.training.config import RunConfig
 from swalp.training.data import Dataset
-from swalp.training.run_directory import Record, RunDirectory
+from swalp.training.reading import Record
+from swalp.training.run_directory import RunDirectory
 
 _FURTHER = "average "  # and the text of its setting
 
