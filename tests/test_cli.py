@@ -12,8 +12,9 @@ import pytest
 
 import swalp
 from swalp import cli
-from swalp.training import config, data, loop, models
-from tiny_runs import finished, settings
+from swalp.training import config, data, loop, models, run_directory, study
+from swalp.training.mistakes import UserError
+from tiny_runs import finished, settings, train
 
 ROOT = Path(__file__).parent.parent
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -218,6 +219,62 @@ def test_a_run_stands_without_its_recipe_files(run_swalp, tmp_path, monkeypatch)
         assert (status, err) == (0, "")
 
 
+EDITS = [
+    ([("epochs = 4", "epochs = 5")], "epochs was 4 when the run began and is 5 now; put it back"),
+    ([("epochs = 4", "epochs = 3")], "epochs was 4 when the run began and is 3 now; put it back"),
+    (
+        [("averaging_start = 2", "averaging_start = 1"), ('data = "digits"', 'data = "mnist"')],
+        'data was "digits" when the run began and is "mnist" now, averaging_start was 2 when the '
+        "run began and is 1 now; put them back",
+    ),
+    (
+        [('arms = ["float", "paper-small-block-8"]', 'arms = ["float"]')],
+        'arms was ["float", "paper-small-block-8"] when the run began and is ["float"] now; '
+        "put it back",
+    ),
+]
+
+
+@pytest.fixture
+def stopped_run(tmp_path):
+    run = run_directory.create(tmp_path / "run", settings(epochs=4))
+    with pytest.raises(study.Stopped):
+        train(run, stop_at=7)
+    return run
+
+
+@pytest.mark.parametrize(("edits", "message"), EDITS)
+def test_edited_settings_are_not_gone_on_with(run_swalp, stopped_run, edits, message):
+    path = stopped_run.path / "config.toml"
+    text = path.read_text()
+    for old, new in edits:
+        assert f"{old}\n" in text
+        text = text.replace(f"{old}\n", f"{new}\n")
+    path.write_text(text)
+    status, out, err = run_swalp("resume", stopped_run.path)
+    assert (status, out) == (2, "")
+    assert err == (f"swalp: {path}: {message}, or start anew with: swalp train {path} --out DIR\n")
+    with pytest.raises(UserError, match="when the run began"):
+        train(stopped_run)
+
+
+def test_settings_on_which_no_result_depends_may_be_edited(run_swalp, stopped_run):
+    path = stopped_run.path / "config.toml"
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    text = "# mine\n" + "\n\n".join(reversed(lines)).replace(
+        "learning_rate = 0.1", "learning_rate=1e-1"
+    )
+    text = text.replace("checkpoint_seconds = 1000.0", "checkpoint_seconds = 10")
+    path.write_text(text.replace("keep_checkpoints = 2", "keep_checkpoints = 3"))
+    assert stopped_run.config().keep_checkpoints == 3
+    assert run_swalp("resume", stopped_run.path)[0] == 0
+
+
+def test_a_run_that_kept_no_settings_goes_on(run_swalp, stopped_run):
+    (stopped_run.path / "run.json").write_text('{"version": 1}\n')
+    assert run_swalp("resume", stopped_run.path)[0] == 0
+
+
 MISTAKES = [
     (["train", "digts"], "unknown preset 'digts'; did you mean 'digits'?"),
     (["train", ""], "unknown preset ''; presets: cifar10-"),
@@ -317,8 +374,6 @@ def test_our_own_defects_are_not_hidden(run_swalp, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_resumed(tmp_path, run_swalp, number):
-    from swalp.training import run_directory
-
     path = tmp_path / "run"
     (tmp_path / "long.toml").write_text(config.to_toml(settings(epochs=4, seeds=100)))
     process = subprocess.Popen(

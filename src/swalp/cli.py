@@ -147,6 +147,7 @@ def train(
             )
         directory = run_directory.open_run(resume)
         settings = directory.config()
+        directory.require_settings(settings)
         examples = data.load(settings.data, data_dir, download=download)
     else:
         source = "digits" if source is None else source

@@ -267,6 +267,11 @@ def to_toml(config: RunConfig) -> str:
     return "\n".join(lines) + "\n"
 
 
+def decisive(config: RunConfig) -> dict[str, Any]:
+    """The settings that results depend on, by key, as JSON reads them."""
+    return config.model_dump(mode="json", exclude={"checkpoint_seconds", "keep_checkpoints"})
+
+
 def _presets() -> Any:
     return files("swalp.training") / "presets"
 

@@ -50,7 +50,9 @@ sessions.jsonl   one line when a process began to work here, with versions and m
                  it ended (none if it was killed), with seconds and outcome
 checkpoints/     the last states, from which `swalp resume` goes on: each a directory of tensors,
                  JSON, and a manifest with their SHA-256
-run.json         the version of this layout, and the SHA-256 of each of the recipes
+run.json         the version of this layout, the SHA-256 of each of the recipes, and the settings
+                 that the run began with: `swalp resume` refuses a config.toml with others, but for
+                 checkpoint_seconds and keep_checkpoints, on which no result depends
 
 Low-precision models are stored as integer codes and shared exponents; swalp.packed.from_plain reads
 them. `swalp evaluate` with this directory computes every error of the table again; `swalp export`
@@ -74,6 +76,26 @@ class RunDirectory:
         path = self.path / "config.toml"
         found = settings.parse(reading.content(path), str(path))
         return settings.validated(found, str(path), kept_recipes.load(self.path))
+
+    def require_settings(self, config: RunConfig) -> None:
+        """Raise UserError if the run began with other settings on which its results depend.
+
+        A run that began before they were noted may have any.
+        """
+        now = settings.decisive(config)
+        began = reading.record(self.path / "run.json").get("settings", {})
+        differing = [key for key, was in began.items() if key in now and now[key] != was]
+        if differing:
+            path = self.path / "config.toml"
+            changes = (
+                f"{key} was {json.dumps(began[key])} when the run began and is "
+                f"{json.dumps(now[key])} now"
+                for key in differing
+            )
+            raise UserError(
+                f"{path}: {', '.join(changes)}; put {'them' if differing[1:] else 'it'} back, or "
+                f"start anew with: swalp train {path} --out DIR"
+            )
 
     @property
     def finished(self) -> bool:
@@ -228,8 +250,12 @@ def create(path: Path, config: RunConfig) -> RunDirectory:
             write_file(path / "README.txt", _README.encode())
             write_file(path / "config.toml", settings.to_toml(config).encode())
             write_file(path / "metrics.jsonl", b"")
-            layout = {"version": VERSION, **kept_recipes.save(path, config.file_recipes)}
-            write_file(path / "run.json", json.dumps(layout).encode() + b"\n")
+            began = {
+                "version": VERSION,
+                **kept_recipes.save(path, config.file_recipes),
+                "settings": settings.decisive(config),
+            }
+            write_file(path / "run.json", json.dumps(began).encode() + b"\n")
         except BaseException:
             _clear(path)
             if not there:

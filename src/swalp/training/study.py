@@ -80,9 +80,11 @@ def train(
 
     Raises:
         Stopped: `stop` said so.
-        UserError: the loss is not finite, or the disk fails; the text names the last checkpoint.
+        UserError: the settings are not those that the run began with; or the loss is not finite, or
+            the disk fails, and the text names the last checkpoint.
     """
     config = run.config()
+    run.require_settings(config)
     data = hold_out(data, config.validation_examples)
     examples = len(data.train.labels)
     if config.batch_size > examples:
