@@ -22,6 +22,12 @@ pytestmark = [  # Dynamo's own, about what it does
 PAPER = swalp.recipes.get("paper-small-block-8")
 
 
+@pytest.fixture(autouse=True)
+def dynamo():
+    """Without what it compiled, and gave up, in other tests."""
+    torch._dynamo.reset()
+
+
 class Attends(nn.Module):
     """Layers, attention as a function, and a product of two activations."""
 

@@ -19,7 +19,7 @@ from swalp.training.mistakes import UserError
 
 VERSION = 1
 FILES = ("record.json", "rows.jsonl", "plot.png", "README.md")
-_ROOM = 2**21  # bytes, of which a record takes fewer
+_ROOM = 2**23  # bytes, of which a record takes fewer
 
 
 def require_free(path: Path, claim: Claim, settings: Any) -> None:
