@@ -17,17 +17,20 @@ def test_interrupted_while_importing(tmp_path):
     (tmp_path / "swalp" / "__init__.py").write_text(slow)
     module, _, name = PROJECT["project"]["scripts"]["swalp"].partition(":")
     process = subprocess.Popen(
-        [sys.executable, "-c", f"from {module} import {name}; {name}()"],
+        # Without site: an editable install finds its own swalp before the one here.
+        [sys.executable, "-S", "-c", f"from {module} import {name}; {name}()"],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "importing\n"
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    with process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert first == "importing\n", err
     assert (process.returncode, err) == (130, "swalp: interrupted\n")
 
 
