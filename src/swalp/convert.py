@@ -129,7 +129,8 @@ def convert(
         )
     if packed and recipe.weight is None:
         raise ValueError(f"convert: packed=True needs a weight format; {recipe.name!r} has none")
-    resolved = recipe.resolve(layer_names(model))
+    layers = layer_names(model)
+    resolved = recipe.resolve(layers)
     clock = NoiseClock(seed)
     entry = None if recipe.quantize_input else _entry(kinds)
     places = {
@@ -138,7 +139,7 @@ def convert(
         )
         for name, module in model.named_modules()
     }
-    _check_placements(recipe, resolved, layer_names(model), places)
+    _check_placements(recipe, resolved, layers, places)
     _check_parameters(model, resolved)
     for name, module in list(model.named_modules()):
         kind, (before, after) = kinds[name], places[name]

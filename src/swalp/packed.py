@@ -79,8 +79,8 @@ class PackedTensor(torch.Tensor):
         if value.shape != self.shape or value.dtype != self.dtype or value.device != self.device:
             raise ValueError(
                 f"a packed tensor acts as {self.dtype} {tuple(self.shape)} on {self.device}, and "
-                f"cannot become {value.dtype} {tuple(value.shape)} on {value.device}; those of "
-                f"swalp.to_float(model) can"
+                f"cannot become {value.dtype} {tuple(value.shape)} on {value.device}; take "
+                f"swalp.to_float(model), whose parameters can"
             )
         if not isinstance(value, PackedTensor):
             self._write(value, Nearest())
