@@ -1,6 +1,7 @@
 """The claims on networks, on the scanned digits: rows, tables, pictures, verdicts both ways."""
 
 import dataclasses
+import math
 import os
 
 import pytest
@@ -121,6 +122,39 @@ def test_formats_of_related_work():
         if row["model"] == "average" and row["rounding"] == "stochastic":
             row["test_error"] += 100
     assert not related_work.verdict(FORMATS, rows).holds
+
+
+def test_gains_from_averaging_are_judged_by_their_scatter():
+    gains = dict.fromkeys(related_work.SCHEMES, (0.4, 0.2, 0.3))
+
+    def rows(gains):
+        rows = [
+            {"scheme": scheme, "bits": 8, "rounding": rounding, "model": model, "seed": seed,
+             "test_error": 13 + seed - (gain if model == "average" else 0)}
+            for scheme, values in gains.items()
+            for rounding in related_work.ROUNDINGS
+            for seed, gain in enumerate(values)
+            for model in ("SGD", "average")
+        ]  # fmt: skip
+        float_row = {"scheme": "float", "bits": 32, "rounding": "", "seed": 0, "test_error": 11}
+        return rows + [float_row | {"model": model} for model in ("SGD", "average")]
+
+    def verdict(**changed):
+        return related_work.verdict(settings, rows(gains | changed))
+
+    settings = dataclasses.replace(FORMATS, bits=(8,), seeds=3)
+    only = {"scheme": "MX", "bits": 8, "rounding": "stochastic"}
+    mean, error = related_work.gain(rows(gains), **only)
+    assert mean == pytest.approx(0.3)
+    assert error == pytest.approx(0.1 / math.sqrt(3))
+    assert verdict().holds
+    undecided = verdict(MX=(-0.3, 0.3, -0.06))
+    assert undecided.holds
+    assert "in 4 of them, and hurts by as much in none" in undecided.sentence
+    hurt = verdict(MX=(-0.3, -0.2, -0.25))
+    assert not hurt.holds
+    assert "hurts by as much in MX" in hurt.sentence
+    assert not verdict(**dict.fromkeys(related_work.SCHEMES, (-0.9, 1.2, 0.3))).holds
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -360,7 +360,7 @@ HOUSING = Claim(
     statement=_STATEMENT + " Real data: 20,433 blocks of the 1990 census (Pace & Barry 1997).",
     full=Settings(
         data=housing.NAME, features=9, examples=20433, steps=10_000_000, warmup_steps=50_000,
-        learning_rate=3e-3, word_length=8, frac_bits=6, seeds=100, judged_at=3_000_000, points=10,
+        learning_rate=3e-3, word_length=8, frac_bits=6, seeds=100, judged_at=3_000_000, points=5,
     ),
     quick=Settings(
         data=housing.NAME, features=9, examples=20433, steps=3_000_000, warmup_steps=50_000,
