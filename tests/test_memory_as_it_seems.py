@@ -189,6 +189,16 @@ def test_parts_of_packed_tensors_see_nan_in_the_whole(part):
     assert piece.has_nan()
 
 
+def test_packed_tensors_in_shared_memory_see_nan_that_another_process_wrote():
+    ours = pack(values(4, 4), BYTE).share_memory_()
+    assert not ours.has_nan()
+    # As another process has it: other tensors, with versions of their own, on the same memory.
+    codes, exponents = (torch.from_numpy(part.numpy()) for part in (ours.codes, ours.exponents))
+    theirs = swalp.PackedTensor(codes, exponents, BYTE, (4, 4))
+    theirs.copy_(torch.full((4, 4), torch.nan))
+    assert ours.has_nan()
+
+
 def test_deep_copies_of_packed_tensors_look_for_nan_themselves():
     whole = pack(values(4, 4), BYTE)
     for _ in range(3):

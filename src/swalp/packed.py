@@ -115,8 +115,9 @@ class PackedTensor(torch.Tensor):
             return False
         if isinstance(self.format, Minifloat | Microscaling):
             return bool(self.dequantize().isnan().any())
-        # Slices have no version that tells of writes to the whole.
-        known = not (self.readonly or self.codes.is_inference())
+        # Slices have no version that tells of writes to the whole, nor has what processes share.
+        shared = self.codes.untyped_storage().is_shared()
+        known = not (self.readonly or shared or self.codes.is_inference())
         version = self.codes._version if known else -1
         found = self._found
         if known and found is not None and found[0]() is self.codes and found[1] == version:
