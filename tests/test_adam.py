@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,55 @@ def test_equals_pytorch_bit_for_bit(settings, recipe):
         assert torch.equal(mine, other)
 
 
+def test_parameters_may_be_at_different_steps():
+    ours, theirs = network(), network()
+    optimizers = (
+        swalp.optim.Adam(ours.named_parameters(), 0.01),
+        torch.optim.Adam(theirs.parameters(), 0.01),
+    )
+    for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+        model[0].requires_grad_(False)
+        train(model, optimizer, steps=3)
+        model[0].requires_grad_(True)
+        train(model, optimizer, steps=3)
+    assert optimizers[0].state[ours[0].weight]["step"] == 3
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("fmt", ["bfp8", "bfp8[0]", "bfp16", "mxfp8_e4m3", "e5m2", "fixed8.7"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_roots_of_any_format_equal_the_definition(fmt, packed, monkeypatch):
+    root = Quantizer(swalp.parse_format(fmt), Stochastic())
+    recipe = dataclasses.replace(
+        swalp.recipes.get("paper-big-block-8"), name="root", second_moment=root
+    )
+    found = []
+    for compiled in (True, False):
+        model = swalp.convert(network(), recipe, packed=packed)
+        optimizer = swalp.optim.Adam(model.named_parameters(), lr=0.01, eps=0.1, recipe=recipe)
+        if not compiled:
+            monkeypatch.setattr(optimizer, "_kernel", lambda *_: None)
+        train(model, optimizer)
+        states = [state["root"] for state in optimizer.state.values()]
+        found.append([x.detach().to(torch.float64) for x in (*model.parameters(), *states)])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_momentum_of_more_than_16_bits_stays_float():
+    wide = Quantizer(swalp.BlockFloat(20), Stochastic())
+    recipe = dataclasses.replace(
+        swalp.recipes.get("paper-big-block-8"), name="wide", momentum=wide, second_moment=wide
+    )
+    for kind in (swalp.optim.Adam, swalp.optim.SGD):
+        found = []
+        for packed in (False, True):
+            model = swalp.convert(network(), recipe, packed=packed)
+            train(model, kind(model.named_parameters(), lr=0.01, recipe=recipe))
+            found.append([torch.Tensor.detach(p).to(torch.float64) for p in model.parameters()])
+        assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_packed_training_is_the_same_and_learns(decoupled):
     recipe = swalp.recipes.get("paper-small-block-8")
@@ -77,3 +128,6 @@ def test_mistakes():
         swalp.optim.Adam(parameters, eps=-1)
     with pytest.raises(ValueError, match="'a' has an accumulator, which only SGD keeps"):
         swalp.optim.Adam(parameters, recipe=Recipe(name="a", accumulator=WIDE))
+    override = swalp.recipes.Override(layers="0", accumulator=WIDE)
+    with pytest.raises(ValueError, match="'b' has an accumulator, which only SGD keeps"):
+        swalp.optim.Adam(parameters, recipe=Recipe(name="b", weight=WIDE, overrides=(override,)))

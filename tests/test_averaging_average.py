@@ -227,6 +227,31 @@ def test_every_kind_goes_on_from_its_state(kind, accumulator):
         assert torch.equal(left, right)
 
 
+@pytest.mark.parametrize("kind", [Equal(), Exponential(0.5), Window(2)], ids=str)
+@pytest.mark.parametrize("accumulator", [torch.float32, torch.float64])
+def test_a_state_stays_as_it_was_saved_and_is_seen_at_once(kind, accumulator):
+    model = network()
+    average = WeightAverage(model, kind=kind, accumulator=accumulator)
+    average.update_parameters(model)
+    saved = average.state_dict()
+    then = {name: value.clone() for name, value in average.module.state_dict().items()}
+    wander(model, 1)
+    average.update_parameters(model)
+    assert not torch.equal(average.module[0].weight, then["0.weight"])
+    average.load_state_dict(saved)
+    for name, value in average.module.state_dict().items():
+        assert torch.equal(value, then[name]), name
+
+
+def test_the_average_of_a_float64_network_is_float64():
+    model = network().double()
+    average = WeightAverage(model, accumulator=torch.float64)
+    average.update_parameters(model)
+    for mine, own in zip(average.module.parameters(), model.parameters(), strict=True):
+        assert mine.dtype == torch.float64
+        assert torch.equal(mine, own)
+
+
 def test_combinations_that_make_no_sense_are_refused():
     grid = FixedPoint(8, 4)
     with pytest.raises(ValueError, match="Exponential average has no exact integer sum"):
@@ -235,6 +260,8 @@ def test_combinations_that_make_no_sense_are_refused():
         WeightAverage(network(), kind=Window(2), accumulator=Quantizer(grid, Nearest()))
     with pytest.raises(ValueError, match=r"decay=1\.5 must lie between"):
         Exponential(1.5)
+    with pytest.raises(TypeError, match=r"kind=3 must be Equal\(\), Exponential"):
+        WeightAverage(network(), kind=3)
     with pytest.raises(TypeError, match="must be the FixedPoint of the weights"):
         ExactSum(swalp.BlockFloat(8))
 

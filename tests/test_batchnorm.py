@@ -33,6 +33,15 @@ def test_batchnorm_weighs_samples_not_batches():
     assert model[3].training
 
 
+def test_batches_are_counted_from_zero():
+    model = network()
+    for _ in range(5):
+        model(torch.randn(4, 1, 6, 6))
+    assert model[1].num_batches_tracked == 5
+    recompute_batchnorm(model, torch.randn(30, 1, 6, 6).split(10))
+    assert model[1].num_batches_tracked == 3
+
+
 def test_batchnorm_in_every_batch_form():
     class Keyword(nn.Module):
         def __init__(self):

@@ -1,3 +1,4 @@
+import math
 import sys
 
 import pytest
@@ -84,8 +85,22 @@ def test_activations_are_quantized_before_every_product_but_the_first(network, t
         exact = model(X)
         close = (run(path, X) - exact).abs().max()
     assert 1e-5 < close < 0.05 * exact.abs().max()
-    # The same quantizers, of PyTorch, at the same places.
+    # The finest power of two that holds what was seen, all of it above zero where nothing is below.
     ranges = graph._ranges(model, [X])
+    stored = {
+        each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer
+    }
+    for name in ("second", "mix", "last"):
+        (low, high), zero = ranges[name], int(stored[f"{name}.input.zero_point"])
+        step = float(stored[f"{name}.input.scale"])
+        assert zero == (0 if low >= 0 else 128)
+        assert math.frexp(step)[0] == 0.5
+        assert -zero * step <= low
+        assert high <= (255 - zero) * step
+        assert low < -zero * step / 2 or high > (255 - zero) * step / 2
+    assert ranges["second"][0] == 0
+    assert ranges["mix"][0] < 0
+    # The same quantizers, of PyTorch, at the same places.
 
     def hook(name):
         low, high = ranges[name]

@@ -36,6 +36,17 @@ def test_the_plain_network_gets_the_rounded_weights(text, tmp_path):
     assert isinstance(packed["0.weight"], swalp.PackedTensor)
 
 
+def test_both_names_of_a_tied_weight_are_rounded(tmp_path):
+    model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 16, bias=False))
+    model[1].weight = model[0].weight
+    fmt = swalp.parse_format("bfp4[0]")
+    swalp.save_quantized(model, tmp_path / "model.safetensors", fmt)
+    expected = swalp.quantize(model[0].weight.detach(), fmt)
+    for value in swalp.load_quantized(tmp_path / "model.safetensors").values():
+        assert torch.equal(value, expected)
+    assert sorted(swalp.load_quantized(tmp_path / "model.safetensors")) == ["0.weight", "1.weight"]
+
+
 def test_one_byte_a_weight(tmp_path):
     model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 512, bias=False))
     path = tmp_path / "model.safetensors"

@@ -182,6 +182,12 @@ def test_a_pattern_of_names_gives_no_site_but_with_a_kind_it_does():
         swalp.convert(
             Residuals(), recipe(overrides=[Override(layers="block*.total", placement="output")])
         )
+    # Nor where it says what the recipe says: a layer without products needs its kind named.
+    with pytest.raises(ValueError, match=r"gives none of 2 layers a place"):
+        swalp.convert(
+            Residuals(),
+            recipe(overrides=[Override(layers="block*.total", placement=recipe().placement)]),
+        )
     broad = recipe(overrides=[Override(layers="block*", placement="output")])
     model = swalp.convert(Residuals(), broad)
     assert model.block1.inner._swalp_layer.output_site is not None

@@ -41,6 +41,33 @@ def test_the_weight_may_change_before_the_gradient_of_the_input_is_computed():
     assert gradients[0][0].abs().max() > 0
 
 
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_so_it_may_where_an_error_is_nan(kind):
+    """What has no integers goes through float, where the weight is used as it lies."""
+    gradients = []
+    for consume in (False, True):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(16, 8) if kind == "linear" else torch.nn.Conv2d(4, 8, 3)
+        x = torch.randn(8, 16) if kind == "linear" else torch.randn(8, 4, 6, 6)
+        before = torch.nn.Identity()
+        recipe = swalp.recipes.get("native-8")
+        # Only what is finite changes the weight.
+        model = swalp.convert(torch.nn.Sequential(before, layer), recipe, packed=True)
+        optimizer = swalp.optim.SGD(model.named_parameters(), lr=0.5, recipe=recipe)
+        if consume:
+            optimizer.consume_gradients()
+        x.requires_grad_()
+        y = model(x)
+        errors = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+        errors[0] = torch.nan
+        y.backward(errors)
+        optimizer.step()
+        gradients.append(x.grad)
+    assert gradients[0][1:].abs().max() > 0
+    assert gradients[0][0].isnan().any()
+    assert torch.equal(gradients[0].nan_to_num(), gradients[1].nan_to_num())
+
+
 def test_a_graph_that_is_kept_gives_the_same_gradients_again():
     model = _model(packed=False)
     x = torch.randn(32, 16, generator=torch.Generator().manual_seed(1), requires_grad=True)

@@ -136,6 +136,25 @@ def test_slices_and_transposes_share_codes_and_are_read_only():
     assert packed.t().format == BlockFloat(8, axes=(1,))
 
 
+def test_what_is_assigned_shares_no_codes_with_a_whole():
+    whole = pack(values(8, 6), BYTE)
+    before = whole.dequantize()
+    other = pack(values(2, 6, seed=1), BYTE)
+    other.data = whole[2:4]
+    assert torch.equal(other.dequantize(), before[2:4])
+    other.zero_()
+    assert torch.equal(whole.dequantize(), before)
+
+
+@pytest.mark.parametrize("fmt", ["bfp8/4", "bfp8[0]/4", "mxfp8_e4m3"])
+def test_slices_that_cut_through_tiles_have_the_values(fmt):
+    packed = pack(values(64, 64), parse_format(fmt))
+    full = packed.dequantize()
+    for start, end in ((0, 32), (32, 64), (0, 6), (2, 32), (32, 38), (1, 2)):
+        assert torch.equal(packed[:, start:end] + 0, full[:, start:end])
+        assert torch.equal(packed[start:end] + 0, full[start:end])
+
+
 def test_acts_as_float():
     packed, other = pack(values(5, 5), BYTE), values(5, 5, seed=1)
     full = packed.dequantize()
@@ -342,6 +361,8 @@ VIEWS = {
     "p.chunk(2)[0]": lambda p: p.chunk(2)[0],
     "p.diagonal()": lambda p: p.diagonal(),
     "p.T": lambda p: p.T,
+    "p[0:1].detach()": lambda p: p[0:1].detach(),
+    "p[0:1].data": lambda p: p[0:1].data,
 }
 
 

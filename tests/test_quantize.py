@@ -414,7 +414,7 @@ def test_the_clipped_gradient_is_zero_beyond_the_grid(fmt):
         x[:, 0], x[:, 1], x[:, 2] = fmt.largest, values[0], 1.01 * values[0]
     x[:, 3] = torch.nan
     x.requires_grad_()
-    (gradient,) = torch.autograd.grad(quantize(x, fmt, gradient="clipped").nan_to_num().sum(), x)
+    (gradient,) = torch.autograd.grad(quantize(x, fmt, gradient="clipped").sum(), x)
     lowest = values[0] if getattr(fmt, "signed", True) else 0.0
     inside = (x >= lowest) & (x <= values[-1])
     assert same(gradient.bool(), inside)

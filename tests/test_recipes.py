@@ -35,6 +35,24 @@ def test_paper_big_block_has_one_exponent_per_tensor():
     assert {getattr(recipe, role).format for role in roles} == {big}
 
 
+def test_fixed_point_reaches_as_far_as_documented():
+    reach = {"weight": 2, "activation": 8, "error": 2**-7, "gradient": 2**-3, "momentum": 0.5}
+    for bits in (4, 8):
+        recipe = recipes.get(f"fixed-{bits}")
+        for role, most in reach.items():
+            fmt = getattr(recipe, role).format
+            assert (fmt.bits, fmt.values()[0]) == (bits, -most), role
+
+
+def test_microscaling_shares_along_what_is_summed_over():
+    recipe = recipes.get("mxfp8")
+    layers = [recipe.at("a", kind) for kind in ("Linear", "Conv2d", "Conv1D")]
+    for role in ("weight", "gradient", "momentum"):
+        assert {getattr(layer, role).format.axis for layer in layers} == {1}
+    for role in ("activation", "error"):
+        assert [getattr(layer, role).format.axis for layer in layers] == [-1, 1, -1]
+
+
 @pytest.mark.parametrize("name", recipes.names())
 def test_names_are_known(name):
     assert recipes.get(name).name == name

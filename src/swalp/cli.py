@@ -50,7 +50,11 @@ TensorBoard = Annotated[
 
 
 def main() -> None:
-    """Run the command line: exit status 0, 2 on a mistake, 130 when interrupted."""
+    """Run the command line.
+
+    The exit status is 0; 1 if a claim does not hold, or an evaluated model differs from its record;
+    2 on a mistake; 130 when interrupted, and 143 when terminated.
+    """
     for stream in (sys.stdout, sys.stderr):
         # Where "±" has no code, a "?" stands for it, in place of an error.
         if isinstance(stream, TextIOWrapper) and stream.errors == "strict":

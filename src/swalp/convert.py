@@ -226,7 +226,7 @@ def to_float(model: _Module) -> _Module:
     """A copy of `model` with the same parameters and no quantizers; of a float model, a copy.
 
     Raises:
-        ValueError: as `strip`.
+        ValueError: a layer's class is another than `convert` gave it.
     """
     return strip(copy.deepcopy(model))
 
@@ -352,7 +352,7 @@ def _check_placements(
 ) -> None:
     """Raise if an override of the placement leaves every layer that it matches without a site."""
     for override in recipe.overrides:
-        if not override.required or override.placement in (KEEP, recipe.placement):
+        if not override.required or override.placement == KEEP:
             continue
         matched = [layer.name for layer in layers if override.matches(layer)]
         quantize = [

@@ -62,7 +62,11 @@ Accumulator = torch.dtype | ExactSum | Quantizer
 
 
 def check(kind: Kind, accumulator: Accumulator) -> None:
-    """Raise ValueError for a combination that makes no sense."""
+    """Raise TypeError for what is no kind, ValueError for a combination that makes no sense."""
+    if not isinstance(kind, Kind):
+        raise TypeError(
+            f"WeightAverage: kind={kind!r} must be Equal(), Exponential(decay) or Window(length)"
+        )
     if accumulator not in (torch.float32, torch.float64) and not isinstance(
         accumulator, ExactSum | Quantizer
     ):
