@@ -67,6 +67,23 @@ def test_parameters_may_be_at_different_steps():
         assert torch.equal(mine, other)
 
 
+def test_roots_are_rounded_to_nearest_however_long_the_tensor(monkeypatch):
+    recipe = dataclasses.replace(LOSSLESS, second_moment=WIDE)
+    found = []
+    for compiled in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(64, 1026)
+        optimizer = swalp.optim.Adam(model.named_parameters(), lr=0.01, recipe=recipe)
+        if not compiled:
+            monkeypatch.setattr(optimizer, "_kernel", lambda *_: None)
+        for _ in range(3):
+            model.weight.grad, model.bias.grad = torch.rand(1026, 64) * 10, torch.rand(1026)
+            optimizer.step()
+        root = optimizer.state[model.weight]["root"]
+        found += [root, model.weight.detach(), model.bias.detach()]
+    assert all(torch.equal(one, other) for one, other in zip(found[:3], found[3:], strict=True))
+
+
 @pytest.mark.parametrize("fmt", ["bfp8", "bfp8[0]", "bfp16", "mxfp8_e4m3", "e5m2", "fixed8.7"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_roots_of_any_format_equal_the_definition(fmt, packed, monkeypatch):

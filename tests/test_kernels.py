@@ -502,6 +502,16 @@ def test_many_tensors_in_one_call(fmt, threads):
     assert all(map(same_bits, quantize_many(doubles, fmt, Nearest()), doubles))
 
 
+@pytest.mark.parametrize("strided", [False, True])
+def test_many_tensors_without_a_seed_have_noise_of_their_own(strided):
+    x = torch.full((4000,), 0.3)
+    tensors = [x, x.repeat_interleave(2)[::2] if strided else x.clone()]
+    first, second = quantize_many(tensors, BlockFloat(3), Stochastic())
+    assert not torch.equal(first, second)
+    first, second = quantize_many(tensors, BlockFloat(3), Stochastic(1))
+    assert torch.equal(first, second)
+
+
 def test_many_tensors_are_checked():
     x, fmt = torch.zeros(4, 4), FixedPoint(8, 4)
     with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, not int"):

@@ -283,3 +283,28 @@ def test_vectorized_jacobians():
     model = swalp.convert(mlp(), PAPER, seed=1).eval()
     jacobian = torch.autograd.functional.jacobian
     assert torch.equal(jacobian(model, X, vectorize=True), jacobian(model, X))
+
+
+@pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_compiled_step_of_training_is_the_same(kind, packed):
+    found = []
+    for backend in (None, "aot_eager"):
+        torch.manual_seed(0)
+        model = swalp.convert(
+            nn.Sequential(nn.Linear(7, 33), nn.ReLU(), nn.Linear(33, 3)), PAPER, packed=packed
+        )
+        optimizer = kind(model.named_parameters(), lr=0.1, recipe=PAPER)
+
+        def step(x, model=model, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        run = step if backend is None else torch.compile(step, backend=backend)
+        for _ in range(3):
+            run(torch.ones(4, 7))
+        found.append([p.detach().to(torch.float64) for p in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

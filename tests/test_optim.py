@@ -186,6 +186,14 @@ def test_bad_arguments():
             0.1,
             recipe=dataclasses.replace(by_kind, overrides=(Override(kind="linear", weight=None),)),
         )
+    with pytest.raises(
+        ValueError, match=r"Override\(layers='5'\) matches no layer; there .*required="
+    ):
+        swalp.optim.SGD(
+            network().named_parameters(),
+            0.1,
+            recipe=dataclasses.replace(overridden, overrides=(Override(layers="5", weight=None),)),
+        )
     with pytest.raises(ValueError, match="Adam: recipe 'mine' has an accumulator"):
         swalp.optim.Adam(
             network(),
@@ -194,6 +202,32 @@ def test_bad_arguments():
                 overrides=(Override(layers="0", accumulator=Quantizer(BlockFloat(8), Nearest())),),
             ),
         )
+
+
+def test_names_that_are_not_the_models_are_refused():
+    """Overrides go by them, and so does the noise."""
+    model = network()
+    overrides = (Override(layers="2", weight=None), Override(layers="9", activation=None))
+    recipe = Recipe(name="mine", overrides=overrides)
+    parts = [{"params": list(part.named_parameters())} for part in (model[0], model[2])]
+    with pytest.raises(
+        ValueError, match="two parameters have the name 'weight', and so would have"
+    ):
+        swalp.optim.SGD(parts, 0.1, recipe=recipe)
+    optimizer = swalp.optim.SGD(parts[:1], 0.1)
+    with pytest.raises(ValueError, match="two parameters have the name 'weight'"):
+        optimizer.add_param_group(dict(parts[1]))
+    assert len(optimizer.param_groups) == 1
+    wrapped = [(f"_orig_mod.{name}", parameter) for name, parameter in model.named_parameters()]
+    with pytest.raises(
+        ValueError, match=r"layers='2'\) matches no layer; .*model\.named_parameters"
+    ):
+        swalp.optim.SGD(wrapped, 0.1, recipe=recipe)
+    swalp.optim.SGD(model.named_parameters(), 0.1, recipe=recipe)  # the other is not for parameters
+    some = dataclasses.replace(
+        recipe, overrides=(dataclasses.replace(overrides[0], required=False),)
+    )
+    swalp.optim.SGD(model[0].named_parameters(prefix="0"), 0.1, recipe=some)
 
 
 @pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])

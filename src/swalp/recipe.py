@@ -131,6 +131,10 @@ class Override:
             )
         )
 
+    def concerns_parameters(self) -> bool:
+        """Whether it changes what parameters and their states are rounded to."""
+        return any(name in PARAMETER_ROLES for name, _ in self.changes())
+
     def changes(self) -> Iterator[tuple[str, Quantizer | Placement | None]]:
         """Each setting that it changes, with the new value."""
         for name in (*ROLES, "placement"):
@@ -295,9 +299,7 @@ def _near(pattern: str, names: Iterable[str]) -> str:
 def _at(recipe: Recipe, layer: str, kind: str | None, parameter: str | None) -> Recipe:
     settings: dict[str, object] = {}
     for override in recipe.overrides:
-        if parameter is not None and not set(PARAMETER_ROLES).intersection(
-            dict(override.changes())
-        ):
+        if parameter is not None and not override.concerns_parameters():
             continue
         if override.kind != "*" and kind is None:
             raise ValueError(

@@ -70,8 +70,10 @@ def adam_step(
     moment = first_moment.lerp(gradient, 1 - betas[0])
     variance = root.square() if keep_root else root
     variance = variance.mul(betas[1]).addcmul(gradient, gradient, value=1 - betas[1])
-    kept = variance.sqrt() if keep_root else variance
-    denominator = (variance.sqrt() / (1 - betas[1] ** step) ** 0.5).add(eps)
+    # Through float64 a root is the nearest float32, which PyTorch's own need not be.
+    new_root = variance.double().sqrt().to(variance.dtype) if keep_root else variance.sqrt()
+    kept = new_root if keep_root else variance
+    denominator = (new_root / (1 - betas[1] ** step) ** 0.5).add(eps)
     weight = weight.addcdiv(moment, denominator, value=-lr / (1 - betas[0] ** step))
     return (
         quantized("weight", weight),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -14,7 +16,7 @@ from swalp.convert import layer_names
 from swalp.optim import fused
 from swalp.packed import pack
 from swalp.quantize import quantize, storage
-from swalp.recipes import Recipe, fit, named
+from swalp.recipes import LayerName, Recipe, fit, named
 from swalp.rounding import Stochastic
 
 # quantized(role, tensor): the tensor rounded for that role; the tensor itself if the role is off.
@@ -43,6 +45,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
     ) -> None:
         if recipe is not None:
             recipe = named(recipe, type(self).__name__)
+        whole = isinstance(params, nn.Module)
         if isinstance(params, nn.Module):
             if recipe is not None:
                 recipe = recipe.resolve(layer_names(params))
@@ -53,24 +56,59 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         self._kernels: dict[Tensor, fused.Prepared] = {}
         self._recipes: dict[str, Recipe | None] = {}
         super().__init__(params, defaults)
+        if not whole:
+            self._require_matches()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in PyTorch.
 
         Raises:
-            ValueError: the recipe has overrides, and the parameters come without names.
+            ValueError: two parameters have one name; or the recipe has overrides, and the
+                parameters come without names.
         """
         super().add_param_group(param_group)
-        names = self.param_groups[-1].get("param_names")
+        try:
+            self._check_names(self.param_groups[-1].get("param_names"))
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check_names(self, names: Sequence[str] | None) -> None:
+        kind = type(self).__name__
+        uses = Counter(name for group in self.param_groups for name in group.get("param_names", ()))
+        if names is not None and (twice := [name for name in names if uses[name] > 1]):
+            raise ValueError(
+                f"{kind}: two parameters have the name {twice[0]!r}, and so would have the same "
+                f"noise; give all the names that model.named_parameters() gives"
+            )
         if self.recipe is not None and self.recipe.overrides:
             if names is None:
                 raise ValueError(
-                    f"{type(self).__name__}: recipe {self.recipe.name!r} has overrides for some "
+                    f"{kind}: recipe {self.recipe.name!r} has overrides for some "
                     f"layers, but the parameters have no names; give the optimizer the model, or "
                     f"model.named_parameters()"
                 )
             for name in names:
                 self.recipe_of(name)
+
+    def _require_matches(self) -> None:
+        """Raise unless each override for parameters matches the name of one."""
+        if self.recipe is None or not self.recipe.overrides:
+            return
+        found: dict[str, list[str]] = {}
+        for group in self.param_groups:
+            for name in group["param_names"]:
+                layer, _, parameter = name.rpartition(".")
+                found.setdefault(layer, []).append(parameter)
+        layers = [LayerName(layer, "", tuple(names)) for layer, names in found.items()]
+        overrides = (each for each in self.recipe.overrides if each.concerns_parameters())
+        try:
+            replace(self.recipe, overrides=tuple(overrides)).resolve(layers)
+        except ValueError as error:
+            raise ValueError(
+                f"{type(self).__name__}: {error}; names of parameters must be those that "
+                f"model.named_parameters() gives, and overrides for others required=False"
+            ) from None
 
     def recipe_of(self, name: str) -> Recipe | None:
         """The recipe that holds for the parameter of that name; None: float."""
@@ -176,6 +214,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             if parameter.requires_grad
         ]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch ships no type
     def _update_group(
         self, parameters: list[tuple[str, Tensor, Tensor]], group: dict[str, Any]
     ) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from swalp.formats import Format
 from swalp.quantize import codes as definition
 from swalp.quantize import cpu, plans, reference, storage
-from swalp.rounding import Rounding
+from swalp.rounding import Rounding, Stochastic
 
 
 class SlowQuantizationWarning(RuntimeWarning):
@@ -37,6 +37,8 @@ def run_many(
 
     `rules`: one for all, or one for each.
     """
+    if len(rules) == 1 and isinstance(rules[0], Stochastic) and rules[0].seed is None:
+        rules = list(rules) * len(tensors)  # a fresh seed for each
     plain = all(map(storage.is_plain, tensors))
     if out is None:
         out = [torch.empty_like(x) for x in tensors]  # as plain as they
