@@ -90,6 +90,16 @@ def test_batchnorm_uses_the_evaluation_quantizers():
     torch.testing.assert_close(model[2].running_mean, model[1](model[0](x)).mean(0))
 
 
+def test_a_batch_of_nothing_counts_for_nothing():
+    model, expected = network(), network()
+    x = torch.randn(20, 1, 6, 6)
+    recompute_batchnorm(expected, [x])
+    recompute_batchnorm(model, [x[:0], x, x[:0]])
+    assert torch.equal(model[1].running_mean, expected[1].running_mean)
+    with pytest.raises(ValueError, match="there is no batch"):
+        recompute_batchnorm(model, [x[:0]])
+
+
 def test_batches_of_any_other_form():
     model, expected = network(), network()
     x = torch.randn(20, 1, 6, 6)

@@ -44,6 +44,15 @@ def test_scalars_are_the_records(tmp_path, capsys):
     require_equal_to_records(tmp_path / "board" / "run", run_directory.open_run(tmp_path / "run"))
 
 
+def test_the_arm_of_a_recipe_file_stays_in_its_folder(tmp_path, capsys):
+    (tmp_path / "mine.toml").write_text('base = "paper-big-block-8"')
+    words = [*TINY, "--set", f'arms=["{tmp_path}/mine.toml"]', "--out", f"{tmp_path}/run"]
+    assert cli.run([*words, "--tensorboard", f"{tmp_path}/board"]) == 0, capsys.readouterr().err
+    (arm,) = (tmp_path / "board" / "run").iterdir()
+    assert arm.name.endswith("mine.toml")
+    assert "test_error" in scalars(arm / "seed-0")
+
+
 @pytest.mark.parametrize("stop_at", [8, 22])
 @pytest.mark.parametrize("watched_before", [True, False])
 def test_a_resumed_run_has_each_step_once(tmp_path, capsys, stop_at, watched_before):

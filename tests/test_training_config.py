@@ -165,6 +165,14 @@ def test_mistakes_get_one_line(changes, message):
     assert "\n" not in str(caught.value)
 
 
+def test_files_as_windows_editors_save_them(tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b'\xef\xbb\xbfpreset = "digits"\r\nepochs = 7\r\n')
+    assert config.load(str(path)).epochs == 7
+    path.write_bytes(b'\xef\xbb\xbfbase = "paper-big-block-8"\r\n')
+    assert swalp.recipes.load(path).weight == swalp.recipes.get("paper-big-block-8").weight
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -63,6 +63,30 @@ def test_other_directories_are_refused(tmp_path):
         run_directory.open_run(tmp_path / "none")
 
 
+def test_a_record_that_was_cut_off_is_none(run):
+    run.append_metrics({"epoch": 1})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 2, "lo')
+    assert run.metrics() == [{"epoch": 1}]
+
+
+def test_two_processes_that_begin_one_run(tmp_path, monkeypatch):
+    """Both see an empty directory; the second leaves alone what the first made there."""
+    path, first = tmp_path / "run", []
+    make = Path.mkdir
+
+    def first_the_other(self, *arguments, **options):
+        if self.name == "checkpoints" and not first:
+            first.append(None)
+            first[0] = run_directory.create(path, settings())
+        return make(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", first_the_other)
+    with pytest.raises(UserError, match="the directory is not empty"):
+        run_directory.create(path, settings(epochs=9))
+    assert first[0].config() == settings()
+
+
 def test_metrics_are_cut_back_to_a_checkpoint(run):
     run.append_metrics({"epoch": 1, "loss": 1 / 3})
     size = run.metrics_size()

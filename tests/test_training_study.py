@@ -122,6 +122,15 @@ def test_an_average_that_takes_nothing_is_refused(tmp_path):
         train(run)
 
 
+def test_a_window_longer_than_the_run_is_refused(tmp_path):
+    """All of a window has its memory from the start."""
+    run = run_directory.create(tmp_path, settings(averages=("every=1 window=100000000",)))
+    with pytest.raises(
+        UserError, match=r"the run takes \d+ iterates, fewer than its window of 1000"
+    ):
+        train(run)
+
+
 def test_evaluation_gives_the_same_errors(whole):
     assert study.evaluate(whole, data.load("digits")) == whole.summary()
 

@@ -70,6 +70,8 @@ def recompute_batchnorm(
     ):
         for batch in batches:
             seen.batch = _size(batch) if size is None else size(batch)
+            if seen.batch == 0:
+                continue
             seen.examples += seen.batch
             run(model, batch)
             show(seen.batch)

@@ -38,7 +38,7 @@ def settings_of(content: bytes, source: str) -> dict[str, Any]:
         ValueError: malformed; `source` says in the text where it came from.
     """
     try:
-        return tomllib.loads(content.decode())
+        return tomllib.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 text (byte {error.start})") from None
     except tomllib.TOMLDecodeError as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from swalp.report.charts import flat, is_number
 from swalp.report.progress import Moment
+from swalp.training.kept_recipes import file_name
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -83,7 +84,7 @@ class Scalars:
 
     def _path(self, place: tuple[str, int]) -> Path:
         arm, seed = place
-        return self._folder / arm / f"seed-{seed}"
+        return self._folder / file_name(arm) / f"seed-{seed}"
 
 
 def _add(writer: SummaryWriter, record: Mapping[str, Any]) -> None:

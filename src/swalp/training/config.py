@@ -229,7 +229,7 @@ def load(source: str, changes: Sequence[str] = ()) -> RunConfig:
 def parse(content: bytes, source: str) -> dict[str, Any]:
     """The TOML in `content`; `source` says in errors where it came from."""
     try:
-        return tomllib.loads(content.decode())
+        return tomllib.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: not UTF-8 text (byte {error.start})") from None
     except tomllib.TOMLDecodeError as error:

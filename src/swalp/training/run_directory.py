@@ -123,8 +123,9 @@ class RunDirectory:
         write_file(self.path / "curves.png", png)
 
     def metrics(self) -> list[Record]:
-        """All records so far."""
-        return [json.loads(line) for line in reading.content(self._metrics).splitlines()]
+        """All records so far, without one that was cut off as it was written."""
+        whole = reading.content(self._metrics).rpartition(b"\n")[0]
+        return [json.loads(line) for line in whole.splitlines()]
 
     def append_metrics(self, record: Record) -> None:
         """Add a record."""
@@ -240,13 +241,16 @@ def create(path: Path, config: RunConfig) -> RunDirectory:
     there = path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
+        try:
+            if any(path.iterdir()):
+                raise FileExistsError
+            (path / "checkpoints").mkdir()  # of two processes, one makes it
+        except FileExistsError:
             raise UserError(
                 f"{path}: the directory is not empty; choose another with --out, or go on with a "
                 f"run that is there: swalp resume {path}"
-            )
+            ) from None
         try:
-            (path / "checkpoints").mkdir()
             write_file(path / "README.txt", _README.encode())
             write_file(path / "config.toml", settings.to_toml(config).encode())
             write_file(path / "metrics.jsonl", b"")

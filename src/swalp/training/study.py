@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from swalp import to_float
+from swalp.averaging import Window
 from swalp.training import (
     averages,
     checkpoint,
@@ -226,17 +227,24 @@ def _diagnostics(trajectory: Trajectory, data: Dataset, config: RunConfig) -> Re
 
 
 def _require_iterates(config: RunConfig, per_epoch: int) -> None:
-    """Raise UserError if an average of the run would take nothing."""
+    """Raise UserError if an average of the run would take nothing, or fewer than its window."""
     for text in ("", *config.averages):
         setting = averages.parse(text or f"every={config.average_every}")
         start, every = setting.when(
             config.averaging_start, config.average_steps(per_epoch), per_epoch
         )
-        if start + every > config.epochs * per_epoch:
+        steps = config.epochs * per_epoch
+        taken = (steps - start) // every
+        if taken < 1:
             raise UserError(
                 f"{'average ' + repr(text) if text else 'the average'} takes nothing: it starts "
-                f"after step {start} and takes every {every}th, but the run has "
-                f"{config.epochs * per_epoch} steps"
+                f"after step {start} and takes every {every}th, but the run has {steps} steps"
+            )
+        if isinstance(setting.kind, Window) and setting.kind.length > taken:
+            raise UserError(
+                f"average {text!r}: the run takes {taken} iterates, fewer than its window of "
+                f"{setting.kind.length}, for all of which there must be memory; give "
+                f"window={taken} or less"
             )
 
 
