@@ -1,5 +1,6 @@
 """Products that modules call as functions: which are quantized, and that nothing leaks."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -39,6 +40,13 @@ PRODUCTS = {
     "method": (lambda m: X.matmul(other=Y.mT), lambda m: q(X, 0) @ q(Y, 1).mT),
     "@": (lambda m: X @ Y.mT, lambda m: q(X, 0) @ q(Y, 1).mT),
     "mm": (lambda m: torch.mm(X, mat2=Y.mT), lambda m: q(X, 0) @ q(Y, 1).mT),
+    "linalg.matmul": (lambda m: torch.linalg.matmul(X, Y.mT), lambda m: q(X, 0) @ q(Y, 1).mT),
+    "dot": (lambda m: X[0].dot(Y[0]), lambda m: torch.dot(q(X[0], 0), q(Y[0], 1))),
+    "vdot": (lambda m: torch.vdot(X[0], Y[0]), lambda m: torch.vdot(q(X[0], 0), q(Y[0], 1))),
+    "vecdot": (
+        lambda m: torch.linalg.vecdot(X, Y),
+        lambda m: torch.linalg.vecdot(q(X, 0), q(Y, 1)),
+    ),
     "bmm": (lambda m: BATCH.bmm(OTHER), lambda m: q(BATCH, 0) @ q(OTHER.mT, 1).mT),
     "mv": (lambda m: torch.mv(X, Y[0]), lambda m: q(X, 0) @ q(Y[0], 1)),
     "addmm": (
@@ -279,12 +287,53 @@ def test_several_uses_in_several_passes():
     assert torch.equal(again, expected[0] @ expected[1].mT)
 
 
+@pytest.mark.parametrize("chain", [torch.linalg.multi_dot, lambda xs: torch.chain_matmul(*xs)])
+@pytest.mark.filterwarnings("ignore:torch.chain_matmul is deprecated")
+def test_a_product_of_several_is_one_after_the_other(chain):
+    found = [
+        swalp.convert(Calls(function), recipe())()
+        for function in (lambda m: chain([X, Y.mT, Z]), lambda m: X @ Y.mT @ Z)
+    ]
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], X @ Y.mT @ Z)
+
+
+def test_einsum_of_an_outer_product_without_an_arrow_is_exact():
+    x, y = X[0], Y[:, 0]
+    model = swalp.convert(Calls(lambda m: torch.einsum("i,j", x, y)), recipe())
+    assert torch.equal(model(), torch.outer(x, y))
+    model = swalp.convert(Calls(lambda m: torch.einsum("i,i", x, Y[0])), recipe())
+    assert not torch.equal(model(), torch.dot(x, Y[0]))
+
+
+@pytest.mark.parametrize("product", ["native", "simulated"])
+def test_functional_calls_know_their_weights(product):
+    """They have plain tensors in the place of parameters."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            self.own = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return F.linear(self.inner(x) @ self.own, self.inner.weight)
+
+    torch.manual_seed(0)
+    settings = dataclasses.replace(swalp.recipes.get("native-8"), product=product)
+    models = [swalp.convert(Tied(), settings) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    weights = {name: value.detach() for name, value in models[1].named_parameters()}
+    expected, found = models[0](X), torch.func.functional_call(models[1], weights, (X,))
+    assert torch.equal(expected, found)
+
+
 def test_the_page_names_every_function():
     page = (Path(__file__).parent.parent / "docs/layers.md").read_text()
     for function in _HANDLERS:
         if not hasattr(function, "__name__"):
             continue  # an operator of another library
-        name = function.__name__.removesuffix("_forward").strip("_")
+        name = function.__name__.removesuffix("_forward").strip("_").replace("linalg_", "linalg.")
         assert re.search(rf"`{name}|`{name[:-2]}1d`–`3d`", page), name
 
 

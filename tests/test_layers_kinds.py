@@ -296,6 +296,38 @@ def test_what_cannot_be_converted_is_named_and_nothing_changes(message):
     swalp.convert(nn.Sequential(model.d), PAPER)
 
 
+def test_a_traced_graph_is_refused():
+    with pytest.raises(ValueError, match="a traced graph; convert the module that it was traced"):
+        swalp.convert(torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 4))), PAPER)
+
+
+@pytest.mark.parametrize("name", ["native-8", "paper-small-block-8"])
+def test_layers_take_their_tensor_by_name(name):
+    model = swalp.convert(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.LayerNorm(4), nn.ReLU(), nn.GELU()), name
+    ).eval()
+    x = torch.randn(3, 4)
+    for layer in model:
+        assert torch.equal(layer(input=x), layer(x))
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        model[0]()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+def test_a_weight_that_a_hook_computes_is_an_operand(norm):
+    torch.manual_seed(0)
+    model = nn.Sequential(norm(nn.Linear(4, 3))).eval()
+    x = torch.randn(5, 4)
+    low = swalp.convert(model, recipe())
+    y = low(x)
+    weight = low[0].weight.detach()
+    fmt = recipe().activation.format
+    expected = F.linear(swalp.quantize(x, fmt), swalp.quantize(weight, fmt), low[0].bias)
+    assert torch.equal(y, expected)
+    assert not torch.equal(swalp.quantize(weight, fmt), weight)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_torchscript_is_refused():
     model = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2)))

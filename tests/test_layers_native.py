@@ -538,3 +538,37 @@ def test_several_gradients_at_once_are_refused(name):
         torch.autograd.grad(y, x, gradients, is_grads_batched=True)
     simulated = swalp.convert(nn.Sequential(LAYERS[name]()), SIMULATED)
     torch.autograd.grad(simulated(x), x, gradients, is_grads_batched=True)
+
+
+def test_batch_norm_without_statistics_leaves_them_alone():
+    model = swalp.convert(
+        nn.Sequential(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)), "native-8"
+    )
+    model[2].track_running_stats = False
+    model(torch.randn(2, 4, 9, 9))
+    assert not model[2].running_mean.any()
+    assert torch.equal(model[2].running_var, torch.ones(8))
+
+
+def test_views_of_a_convolutions_result():
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x):
+            y = self.b(self.a(x))
+            return y, y.view(2, -1), y.view(2, 8, -1), y.view(torch.int32)
+
+    y, flat, planes, bits = swalp.convert(Views(), "native-8")(torch.randn(2, 4, 9, 9))
+    assert torch.equal(flat, y.flatten(1))
+    assert torch.equal(planes, y.flatten(2))
+    assert planes.data_ptr() == y.data_ptr()
+    assert torch.equal(bits.view(torch.float32), y)
+    with pytest.raises(RuntimeError, match="shape"):
+        swalp.convert(nn.Sequential(Wrong(), nn.Linear(2, 2)), "native-8")(torch.randn(2, 3))
+
+
+class Wrong(nn.Module):
+    def forward(self, x):
+        return x.view(5, 5)

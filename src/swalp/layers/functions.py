@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import reduce, wraps
 from typing import Any
 
 import torch
@@ -100,6 +100,7 @@ class QuantizedFunctions(Quantized):
         """The parent's forward, its products between the sites."""
         layer = self._swalp_layer
         products = Products.begin(layer, self.training)
+        products.module = self  # type: ignore[assignment]  # a mixin over one
         with intercepted(products):
             result = super().forward(*args, **kwargs)  # type: ignore[misc]  # a mixin
         if not torch.compiler.is_compiling():
@@ -149,7 +150,7 @@ def _product(function: str, *names: str, matrices: bool = True) -> Handler:
         other = not numbers or (matrices and x.size(-1) == 1)
         if other or products.off(function):
             return func(*given, **kwargs)
-        activations = not isinstance(x, nn.Parameter) and not isinstance(y, nn.Parameter)
+        activations = not products.is_weight(x) and not products.is_weight(y)
         if products.native and activations and func in _PLAIN and len(given) == 2 and not kwargs:
             return products.matmul(x, y)
         given[first] = _enter(products, x)
@@ -164,16 +165,36 @@ def _einsum(products: Products, func: Any, equation: str, *operands: Any) -> Any
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
         operands = tuple(operands[0])
     inputs, arrow, output = equation.replace(" ", "").partition("->")
-    summed = not arrow or set(inputs) - set(output) - {",", "."}
+    letters = inputs.replace(",", "").replace(".", "")
+    left_out = set(letters) - set(output) if arrow else len(letters) > len(set(letters))
     numbers = all(x.is_floating_point() for x in operands)
-    if len(operands) < 2 or not summed or not numbers or products.off("einsum"):
+    if len(operands) < 2 or not left_out or not numbers or products.off("einsum"):
         return func(equation, *operands)
     return products.leave(func(equation, *(_enter(products, x) for x in operands)))
 
 
+def _chained(products: Products, func: Any, *matrices: Any, **kwargs: Any) -> Any:
+    """A product of several, one after the other: each of them is one."""
+    if products.off("multi_dot") or kwargs:
+        return func(*matrices, **kwargs)
+    if len(matrices) == 1 and not isinstance(matrices[0], Tensor):
+        (matrices,) = matrices
+    return reduce(lambda x, y: _matmul(products, torch.matmul, x, y), matrices)
+
+
+def _view(products: Products, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """As if results of native convolutions lay in the order in which they are numbered."""
+    try:
+        return func(x, *args, **kwargs)
+    except RuntimeError:
+        if x.is_contiguous() or not (x.dim() > 2 and x.movedim(1, -1).is_contiguous()):
+            raise
+        return func(x.contiguous(), *args, **kwargs)
+
+
 def _enter(products: Products, x: Tensor, summed: int = -1) -> Tensor:
     """An operand, quantized; a weight as it is."""
-    if isinstance(x, nn.Parameter):
+    if products.is_weight(x):
         return x  # on its grid already
     return products.enter(x, summed)
 
@@ -215,6 +236,15 @@ _HANDLERS: dict[Any, Handler] = {
     Tensor.addbmm: _addbmm,
     torch.inner: _inner,
     Tensor.inner: _inner,
+    torch.dot: _product("dot", "input", "tensor", matrices=False),
+    Tensor.dot: _product("dot", "input", "tensor", matrices=False),
+    torch.vdot: _product("vdot", "input", "other", matrices=False),
+    Tensor.vdot: _product("vdot", "input", "other", matrices=False),
+    torch.linalg.vecdot: _product("vecdot", "x", "y", matrices=False),
+    torch.linalg.matmul: _matmul,
+    torch.linalg.multi_dot: _chained,
+    torch.chain_matmul: _chained,
+    Tensor.view: _view,
     torch.tensordot: _product("tensordot", "a", "b", matrices=False),
     torch.einsum: _einsum,
     F.linear: _weighted("linear"),

@@ -126,8 +126,9 @@ class LeanBatchNorm(QuantizedLayer):
             self.num_batches_tracked.add_(1)
             if self.momentum is None:
                 share = 1.0 / float(self.num_batches_tracked)
+        kept = (self.running_mean, self.running_var) if self.track_running_stats else (None, None)
         return _BatchNorm.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
-            x, self.weight, self.bias, self.running_mean, self.running_var, share, self.eps, again
+            x, self.weight, self.bias, *kept, share, self.eps, again
         )
 
 
@@ -148,6 +149,7 @@ def lean_mixin(module: nn.Module) -> type[QuantizedLayer] | None:
 def _plain(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
         and x.dtype == torch.float32

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from swalp.layers.base import Lowered
 from swalp.layers.sites import Site
@@ -46,6 +46,8 @@ class Products:
         native: whether products of two operands run on integers.
         uses: so far.
         functions: that were intercepted, and how often.
+        module: whose pass it is; None: a layer's that gives its operands itself.
+        swapped: the identities of what stands in the place of its parameters.
     """
 
     operand: Site | None
@@ -55,6 +57,8 @@ class Products:
     native: bool = False
     uses: int = 0
     functions: dict[str, int] = field(default_factory=dict)
+    module: nn.Module | None = None
+    swapped: frozenset[int] | None = None
 
     @classmethod
     def begin(cls, layer: Lowered, training: bool) -> Products:
@@ -74,6 +78,19 @@ class Products:
         """Whether nothing is quantized here; notes that the module called `function`."""
         self.functions[function] = self.functions.get(function, 0) + 1
         return self.operand is None and self.result is None
+
+    def is_weight(self, x: Tensor) -> bool:
+        """Whether it is a parameter, or what `torch.func.functional_call` has for one."""
+        if isinstance(x, nn.Parameter):
+            return True
+        if self.module is None or torch.compiler.is_compiling():
+            return False
+        if self.swapped is None:
+            found = (p for part in self.module.modules() for p in part._parameters.values())
+            self.swapped = frozenset(
+                id(p) for p in found if p is not None and not isinstance(p, nn.Parameter)
+            )
+        return id(x) in self.swapped
 
     def enter(self, x: Tensor, summed: int = -1) -> Tensor:
         """An operand, quantized.

@@ -104,15 +104,21 @@ def kind_of(module: nn.Module) -> Kind:
     forward = kind.forward
     if kind is _INNER:
         return Kind(Family.INNER, QuantizedLayer)
-    if hasattr(module, "parametrizations"):
+    if hasattr(module, "parametrizations") or _has_hooked_weight(module):
         # Its weight is computed anew each time, so it is an operand like its input.
         return Kind(Family.FUNCTIONS, QuantizedFunctions)
     if (known := _KINDS.get(forward)) is not None:
         return known
     if (known := _FOREIGN.get(f"{forward.__module__}.{forward.__qualname__}")) is not None:
         return known
-    own = forward.__module__.startswith("torch.nn.")
+    own = (forward.__module__ or "").startswith("torch.nn.")
     return Kind(Family.OTHER, QuantizedLayer) if own else Kind(Family.FUNCTIONS, QuantizedFunctions)
+
+
+def _has_hooked_weight(module: nn.Module) -> bool:
+    """Whether a hook computes its weight: `nn.utils.weight_norm` and `spectral_norm` of old."""
+    norms = "weight_g" in module._parameters or "weight_u" in module._buffers
+    return norms and "weight" not in module._parameters
 
 
 def check_convertible(name: str, module: nn.Module) -> None:
@@ -128,6 +134,8 @@ def check_convertible(name: str, module: nn.Module) -> None:
     )
     if isinstance(module, torch.jit.ScriptModule):
         raise ValueError(f"{what} is compiled TorchScript; convert the Python module instead")
+    if isinstance(module, torch.fx.GraphModule):
+        raise ValueError(f"{what} is a traced graph; convert the module that it was traced from")
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         raise ValueError(f"{what} has no parameters yet; run one batch through the model first")
     if "forward" in vars(module):

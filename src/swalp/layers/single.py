@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swalp.layers.base import Quantized
 from swalp.layers.functions import paused
@@ -14,6 +16,19 @@ from swalp.layers.products import Products
 
 class QuantizedLayer(Quantized):
     """Mixin over a layer of one tensor: linear, convolution, normalization, nonlinearity, …."""
+
+    @classmethod
+    def _swalp_namespace(cls, kind: type[nn.Module]) -> dict[str, Any]:
+        """With a forward that takes the tensor by the name, too, that `kind`'s gives it."""
+        _, *names = inspect.signature(kind.forward).parameters
+
+        @wraps(kind.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if not args and names and names[0] in kwargs:
+                args = (kwargs.pop(names[0]),)
+            return cls.forward(self, *args, **kwargs)
+
+        return super()._swalp_namespace(kind) | {"forward": forward}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The parent's forward between the sites."""
