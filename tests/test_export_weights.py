@@ -65,6 +65,69 @@ def test_packed_weights_of_another_format_are_rounded_anew(tmp_path):
     assert torch.equal(swalp.load_quantized(path)["0.weight"], expected)
 
 
+def test_float64_weights_are_rounded_once(tmp_path):
+    model, path = nn.Linear(2, 1, bias=False).double(), tmp_path / "model.safetensors"
+    with torch.no_grad():
+        model.weight[0, 0] = 1.0
+        model.weight[0, 1] = (0.5 + 2.0**-40) * 2.0**-6
+    swalp.save_quantized(model, path, swalp.BlockFloat(8))
+    assert swalp.load_quantized(path)["weight"].tolist() == [[1.0, 2.0**-6]]
+
+
+@pytest.mark.parametrize("text", FORMATS)
+@pytest.mark.parametrize("scale", [1.0, 2.0**-145, 2.0**124, 2.0**-300])
+def test_float64_weights_are_those_of_quantize(text, scale, tmp_path):
+    fmt, path = swalp.parse_format(text), tmp_path / "model.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(64, 6, bias=False).double()
+    with torch.no_grad():
+        model.weight.copy_(scale * torch.randn(6, 64, generator=generator, dtype=torch.float64))
+    swalp.save_quantized(model, path, fmt)
+    expected = swalp.quantize(model.weight.detach(), fmt)
+    assert torch.equal(swalp.load_quantized(path)["weight"].double(), expected)
+
+
+def test_integer_and_bool_parameters_go_along_as_they_are(tmp_path):
+    model, path = nn.Linear(4, 4), tmp_path / "model.safetensors"
+    model.table = nn.Parameter(torch.tensor([1, 2**40 + 1, -3]), requires_grad=False)
+    model.mask = nn.Parameter(torch.tensor([True, False]), requires_grad=False)
+    swalp.save_quantized(model, path, swalp.BlockFloat(8))
+    loaded = swalp.load_quantized(path)
+    for name in ("table", "mask"):
+        assert loaded[name].dtype == model.get_parameter(name).dtype
+        assert torch.equal(loaded[name], model.get_parameter(name))
+
+
+def test_complex_parameters_are_refused_by_name(tmp_path):
+    model, path = nn.Linear(4, 4), tmp_path / "model.safetensors"
+    model.phase = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"'phase' is torch\.complex64.*torch\.view_as_real"):
+        swalp.save_quantized(model, path, swalp.BlockFloat(8))
+    assert not path.exists()
+
+
+def test_a_buffer_with_two_names_and_extra_state(tmp_path):
+    class Noted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+            self.same = self.norm
+            self.register_buffer("across", torch.arange(6.0).reshape(2, 3).t())
+
+        def get_extra_state(self):
+            return {"note": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    model, path = Noted(), tmp_path / "model.safetensors"
+    swalp.save_quantized(model, path, swalp.BlockFloat(8))
+    loaded = swalp.load_quantized(path)
+    assert loaded.keys() == model.state_dict().keys() - {"_extra_state"}
+    assert torch.equal(loaded["across"], model.across)
+    assert torch.equal(loaded["same.running_var"], model.norm.running_var)
+
+
 def test_the_file_can_be_read_without_swalp(tmp_path):
     """As docs/export.md says."""
     paths = []

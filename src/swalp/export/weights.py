@@ -1,7 +1,7 @@
 """Quantized weights in one safetensors file, about a byte a weight at 8 bits.
 
-Each parameter is two tensors, ``NAME.codes`` (integers) and, if its format has blocks,
-``NAME.exponents``; everything else, such as batch-norm statistics, is there as it is. The file's
+Each parameter of floats is two tensors, ``NAME.codes`` (integers) and, if its format has blocks,
+``NAME.exponents``; every other tensor, such as batch-norm statistics, is there as it is. The file's
 metadata say of each what it means: for integer formats
 
     value = codes * 2.0 ** (exponents + scale)
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from swalp.formats import BlockFloat, FixedPoint, Format
 from swalp.packed import PackedTensor, from_plain, pack, to_plain
+from swalp.quantize import quantize
 from swalp.recipe import fit
 from swalp.rounding import Nearest
 
@@ -31,22 +32,34 @@ _KEY = "swalp"  # of the metadata: one entry, as safetensors writes several in n
 
 @torch.no_grad()
 def packed_state(model: nn.Module, fmt: Format) -> dict[str, Tensor]:
-    """The state dict of `model` with every parameter packed, rounded to nearest.
+    """The tensors of `model`'s state dict, with every parameter of floats packed.
 
     Args:
         model: a network, such as `WeightAverage.module`, packed or not.
         fmt: of at most 16 bits; `fit` says what becomes of it for small tensors.
+
+    Raises:
+        ValueError: a parameter is complex.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
     def kept(name: str, value: Tensor) -> Tensor:
         value = value.detach()
-        if name not in parameters:
-            return value
+        if name in parameters and value.is_complex():
+            raise ValueError(
+                f"parameter {name!r} is {value.dtype}, which has no codes; make "
+                f"torch.view_as_real of it the parameter, which is of floats"
+            )
+        if name not in parameters or not value.is_floating_point():
+            return value.clone(memory_format=torch.contiguous_format)
+        grid = fit(fmt, value.shape)
+        if value.dtype == torch.float64:
+            value = quantize(value, grid)  # as float32, it would have been rounded before
         floats = value.dequantize() if isinstance(value, PackedTensor) else value.float()
-        return pack(floats.contiguous(), fit(fmt, value.shape), Nearest())
+        return pack(floats.contiguous(), grid, Nearest())
 
-    return {name: kept(name, value) for name, value in model.state_dict().items()}
+    state = model.state_dict()
+    return {name: kept(name, value) for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def to_bytes(model: nn.Module, fmt: Format) -> bytes:
@@ -65,8 +78,9 @@ def to_bytes(model: nn.Module, fmt: Format) -> bytes:
 def save_quantized(model: nn.Module, path: str | Path, fmt: Format) -> None:
     """Write the weights of `model`, rounded to nearest, as integer codes and shared exponents.
 
-    Batch-norm statistics go along as they are: recompute them on the quantized network first where
-    the format is short.
+    Buffers, and parameters of integers, go along as they are: recompute batch-norm statistics on
+    the quantized network first where the format is short. Extra state, which is no tensor, is left
+    out.
 
     Args:
         model: a float or packed network, such as `WeightAverage.module`.
@@ -74,7 +88,7 @@ def save_quantized(model: nn.Module, path: str | Path, fmt: Format) -> None:
         fmt: such as ``BlockFloat(8, axes=(0,))``; at most 16 bits.
 
     Raises:
-        ValueError: `fmt` has more than 16 bits.
+        ValueError: `fmt` has more than 16 bits, or a parameter is complex.
     """
     Path(path).write_bytes(to_bytes(model, fmt))
 
@@ -85,7 +99,7 @@ def load_quantized(path: str | Path, *, packed: bool = False) -> dict[str, Tenso
     Args:
         path: of the file.
         packed: leave parameters as `PackedTensor`; else they are float32, for the plain network's
-            ``load_state_dict``.
+            ``load_state_dict`` (with ``strict=False`` if it has extra state).
 
     Raises:
         ValueError: the file is damaged, or another kind of file.
