@@ -117,6 +117,122 @@ def test_activations_are_quantized_before_every_product_but_the_first(network, t
         torch.testing.assert_close(run(path, X), model(X), rtol=0.02, atol=0.02)
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Product(nn.Module):
+    """Matrices that are no layer's, in both orders."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = nn.Parameter(torch.randn(6, 64) / 8)
+        self.right = nn.Parameter(torch.randn(64, 64) / 8)
+        self.bias = nn.Parameter(torch.randn(64))
+
+    def forward(self, x):
+        return torch.addmm(
+            self.bias, (self.left @ x.transpose(1, 2)).flatten(1)[:, :64], self.right
+        )
+
+
+def matrices(kind):
+    torch.manual_seed(0)
+    linear = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    return {"linear": linear, "attention": Attention(), "product": Product()}[kind].eval()
+
+
+SEQUENCES = torch.randn(5, 16, 64, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("text", ["bfp8[0]", "bfp8[1]", "bfp8", "bfp4[0]"])
+@pytest.mark.parametrize("kind", ["linear", "attention", "product"])
+def test_onnxruntime_leaves_activations_float(kind, text, tmp_path):
+    fmt, path, model = swalp.parse_format(text), tmp_path / "model.onnx", matrices(kind)
+    swalp.save_onnx(model, path, fmt, SEQUENCES[:2])
+    with torch.no_grad():
+        expected = rounded(model, fmt)(SEQUENCES)
+    torch.testing.assert_close(run(path, SEQUENCES), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_onnxruntime_sums_products_of_calibrated_activations_exactly(tmp_path):
+    model, path = matrices("linear"), tmp_path / "model.onnx"
+    swalp.save_onnx(model, path, swalp.BlockFloat(8), SEQUENCES[:2], calibration=[SEQUENCES])
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(str(path), options)
+    expected = torch.from_numpy(session.run(None, {"input": SEQUENCES.numpy()})[0])
+    torch.testing.assert_close(run(path, SEQUENCES), expected, rtol=1e-5, atol=2e-6)
+
+
+def test_a_layer_used_twice_is_quantized_before_each_use(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.b(torch.relu(self.a(x)))))
+
+    torch.manual_seed(0)
+    model, path, x = Twice().eval(), tmp_path / "model.onnx", torch.randn(20, 8)
+    fmt = swalp.BlockFloat(8, axes=(0,))
+    swalp.save_onnx(model, path, fmt, x[:2], calibration=[x])
+    saved = onnx.load(path).graph
+    made = [each.output[0] for each in saved.node if each.op_type == "QuantizeLinear"]
+    assert made == ["b.input.codes", "b.input.2.codes"]
+    step = next(each for each in saved.initializer if each.name == "b.input.scale")
+    step = float(onnx.numpy_helper.to_array(step))
+    exact = rounded(model, fmt)
+    exact.b.register_forward_pre_hook(
+        lambda module, inputs: torch.fake_quantize_per_tensor_affine(inputs[0], step, 0, 0, 255)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(run(path, x), exact(x), rtol=1e-4, atol=step / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_graph_is_float32_whatever_the_network(network, dtype, tmp_path):
+    fmt, path, x = swalp.BlockFloat(8, axes=(0,)), tmp_path / "model.onnx", X.to(dtype)
+    model = swalp.to_float(network).to(dtype)
+    swalp.save_onnx(model, path, fmt, x[:2], calibration=[x])
+    swalp.save_onnx(model, path, fmt, x[:2])
+    assert model.last.weight.dtype == dtype
+    with torch.no_grad():
+        expected = rounded(model.float(), fmt)(x.float())
+    torch.testing.assert_close(run(path, x.float()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_extra_state_and_integers_stay_out_of_the_graph(tmp_path):
+    class Table(nn.Linear):
+        def __init__(self):
+            super().__init__(8, 8)
+            self.order = nn.Parameter(torch.arange(8).flip(0), requires_grad=False)
+
+        def forward(self, x):
+            return super().forward(x[:, self.order])
+
+        def get_extra_state(self):
+            return "a text"
+
+        def set_extra_state(self, state):
+            assert state == "a text"
+
+    torch.manual_seed(0)
+    model, path, x = Table().eval(), tmp_path / "model.onnx", torch.randn(20, 8)
+    swalp.save_onnx(model, path, swalp.BlockFloat(8), x[:2])
+    exact = swalp.to_float(model)
+    with torch.no_grad():
+        for each in (exact.weight, exact.bias):
+            swalp.quantize(each, swalp.BlockFloat(8), out=each)
+        torch.testing.assert_close(run(path, x), exact(x), rtol=1e-4, atol=1e-5)
+
+
 def test_any_batch_size(network, tmp_path):
     swalp.save_onnx(network, tmp_path / "model.onnx", swalp.BlockFloat(8), X[:2])
     assert run(tmp_path / "model.onnx", X[:1]).shape == (1, 5)

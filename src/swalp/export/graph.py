@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def save_onnx(
     *,
     calibration: Iterable[Tensor] | None = None,
 ) -> None:
-    """Write a network with quantized weights as an ONNX graph.
+    """Write a network with quantized weights as an ONNX graph that computes in float32.
 
     Parameters are rounded to nearest and stored as integers, with a scale for the tensor or for
     each index of one axis. With `calibration`, what enters each product is quantized to 8 bits as
@@ -56,7 +57,8 @@ def save_onnx(
 
     Raises:
         MissingPackageError: `onnx` and `onnxscript` are not installed.
-        ValueError: the format has no scale, or several along more than one axis.
+        ValueError: the format has no scale, or several along more than one axis; or a parameter is
+            complex.
     """
     Path(path).write_bytes(to_bytes(model, fmt, example, calibration=calibration))
 
@@ -76,14 +78,14 @@ def to_bytes(
         name: value.dequantize() if isinstance(value, PackedTensor) else value
         for name, value in state.items()
     }
-    model.load_state_dict(floats)
+    model.float().load_state_dict(model.state_dict() | floats)  # the former has extra state, too
     stored = {
         name: _integers(name, value)
         for name, value in state.items()
         if isinstance(value, PackedTensor)
     }
-    ranges = {} if calibration is None else _ranges(model, calibration)
-    graph = _exported(model, example)
+    ranges = {} if calibration is None else _ranges(model, map(_float32, calibration))
+    graph = _exported(model, _float32(example))
     _quantize_weights(onnx, graph.graph, stored)
     if calibration is not None:
         _quantize_activations(onnx, graph.graph, ranges)
@@ -102,6 +104,10 @@ def _onnx() -> Any:
             f"pip install 'swalp[onnx]'"
         ) from None
     return onnx
+
+
+def _float32(x: Tensor) -> Tensor:
+    return x.float() if x.is_floating_point() else x
 
 
 def _exported(model: nn.Module, example: Tensor) -> Any:
@@ -141,7 +147,18 @@ def _quietly() -> Iterator[None]:
 def _quantize_weights(
     onnx: Any, graph: Any, stored: dict[str, tuple[Tensor, Tensor, int | None]]
 ) -> None:
-    """Each parameter: integers, scales, and a node that makes the values of them."""
+    """Each parameter: integers, scales, and a node that makes the values of them.
+
+    Between those of a matrix and its product stands a Reshape to the shape that it has: runtimes
+    take DequantizeLinear right before MatMul as leave to quantize the other operand, too.
+    """
+    made_by = {output: node for node in graph.node for output in node.output}
+    matrices = {
+        _source(operand, made_by)
+        for node in graph.node
+        if node.op_type in ("Gemm", "MatMul")
+        for operand in node.input[:2]
+    }
     nodes = []
     for initializer in list(graph.initializer):
         name = initializer.name
@@ -154,11 +171,20 @@ def _quantize_weights(
         for key, part in parts.items():
             graph.initializer.append(onnx.numpy_helper.from_array(part.numpy(), key))
         options = {} if axis is None else {"axis": axis}
+        values = f"{name}.values" if name in matrices else name
         nodes.append(
             onnx.helper.make_node(
-                "DequantizeLinear", list(parts), [name], name=f"{name}.dequantize", **options
+                "DequantizeLinear", list(parts), [values], name=f"{name}.dequantize", **options
             )
         )
+        if name in matrices:
+            shape = onnx.numpy_helper.from_array(torch.tensor(codes.shape).numpy(), f"{name}.shape")
+            graph.initializer.append(shape)
+            nodes.append(
+                onnx.helper.make_node(
+                    "Reshape", [values, shape.name], [name], name=f"{name}.reshape"
+                )
+            )
     for node in reversed(nodes):
         graph.node.insert(0, node)
 
@@ -225,22 +251,19 @@ def _ranges(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, tuple[floa
 def _quantize_activations(onnx: Any, graph: Any, ranges: dict[str, tuple[float, float]]) -> None:
     """QuantizeLinear and DequantizeLinear before each product but the first."""
     made_by = {output: node for node in graph.node for output in node.output}
-    nodes, first = [], True
+    nodes, uses, first = [], Counter[str](), True
     for node in graph.node:
         layer = _layer(node, made_by) if node.op_type in _PRODUCTS else None
         if layer in ranges and not first:
-            low, high = ranges[layer]
+            uses[layer] += 1
             key, source = f"{layer}.input", node.input[0]
-            zero = 0 if low >= 0 else 128
-            largest = max(high / (255 - zero), -low / zero if zero else 0.0)
-            step = 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 1.0
-            for part, value in (
-                ("scale", torch.tensor(step)),
-                ("zero_point", torch.tensor(zero, dtype=torch.uint8)),
-            ):
-                array = onnx.numpy_helper.from_array(value.numpy(), f"{key}.{part}")
-                graph.initializer.append(array)
             given = [f"{key}.scale", f"{key}.zero_point"]
+            if uses[layer] == 1:
+                values = _affine(*ranges[layer])
+                for name, value in zip(given, values, strict=True):
+                    graph.initializer.append(onnx.numpy_helper.from_array(value.numpy(), name))
+            else:
+                key += f".{uses[layer]}"
             for kind, inputs, output in (
                 ("QuantizeLinear", [source, *given], f"{key}.codes"),
                 ("DequantizeLinear", [f"{key}.codes", *given], key),
@@ -254,9 +277,22 @@ def _quantize_activations(onnx: Any, graph: Any, ranges: dict[str, tuple[float, 
     graph.node.extend(copied)
 
 
+def _affine(low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of the finest grid of 8 bits that holds a range."""
+    zero = 0 if low >= 0 else 128
+    largest = max(high / (255 - zero), -low / zero if zero else 0.0)
+    step = 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 1.0
+    return torch.tensor(step), torch.tensor(zero, dtype=torch.uint8)
+
+
 def _layer(node: Any, made_by: dict[str, Any]) -> str | None:
     """The layer whose weight a product takes: directly, transposed or dequantized."""
-    name = node.input[1]
+    name = _source(node.input[1], made_by)
+    return name.removesuffix(".weight") if name.endswith(".weight") else None
+
+
+def _source(name: str, made_by: dict[str, Any]) -> str:
+    """What a value is, perhaps transposed."""
     while name in made_by and made_by[name].op_type in ("Transpose", "Identity"):
         name = made_by[name].input[0]
-    return str(name).removesuffix(".weight") if str(name).endswith(".weight") else None
+    return name
