@@ -629,3 +629,81 @@ def test_an_interrupted_wait_is_waited_for_again(monkeypatch):
     average.update_parameters(model)
     assert (average.steps, average.count) == (2, 2)
     torch.testing.assert_close(average.value("weight"), model.weight.detach())
+
+
+KINDS = [
+    {},
+    {"accumulator": torch.float64},
+    {"accumulator": ExactSum(FixedPoint(8, 6))},
+    {"accumulator": Quantizer(swalp.BlockFloat(8), Nearest())},
+    {"kind": Window(3)},
+]
+
+
+@pytest.mark.parametrize("options", KINDS)
+def test_value_needs_an_iterate(options):
+    average = WeightAverage(nn.Linear(2, 2), start=1, **options)
+    with pytest.raises(RuntimeError, match="no average after 0 steps"):
+        average.value("weight")
+
+
+class Indexed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+        self.table = nn.Parameter(torch.tensor([2**40 + 1, 5, 7]), requires_grad=False)
+        self.mask = nn.Parameter(torch.tensor([True, False]), requires_grad=False)
+        self.again = self.table
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("options", [*KINDS, {"overlap": True}])
+def test_integer_parameters_are_carried_like_buffers(options):
+    model = Indexed()
+    average = WeightAverage(model, **options)
+    for step in range(1, 3):
+        with torch.no_grad():
+            model.weight.fill_(step / 4)
+            model.table.add_(1)
+            model.mask.logical_not_()
+        average.update_parameters(model)
+        module = average.module
+        assert module.table is module.again
+        assert isinstance(module.table, nn.Parameter)
+        for name in ("table", "mask"):
+            carried = module.get_parameter(name)
+            assert carried.dtype == model.get_parameter(name).dtype
+            assert torch.equal(carried, model.get_parameter(name))
+            assert torch.equal(average.averaged_state_dict()[name], carried)
+        assert torch.equal(average.averaged_state_dict()["again"], model.table)
+    kept = model.table
+    with average.applied(model):
+        assert model.table is kept
+        assert torch.equal(model.weight, average.value("weight").float())
+    assert "table" not in average.state_dict()["average"]
+    with torch.no_grad():
+        other = Indexed()
+        other.table.zero_()
+    resumed = WeightAverage(other, **options)
+    resumed.load_state_dict(average.state_dict())
+    assert torch.equal(resumed.module.table, model.table)
+    copied = copy.deepcopy(average)
+    with torch.no_grad():
+        other.table.fill_(9)
+    copied.update_parameters(other)
+    assert torch.equal(copied.module.table, other.table)
+    alone = nn.Module()
+    alone.weight = nn.Parameter(torch.full((3,), 0.25))
+    without = WeightAverage(alone, **options)
+    without.update_parameters(alone)
+    assert without.module.weight.shape == (3,)
+    assert average.nbytes == without.nbytes
+
+
+def test_complex_parameters_are_refused_by_name():
+    model = nn.Linear(2, 2)
+    model.phase = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match=r"'phase' is torch\.complex64.*torch\.view_as_real"):
+        WeightAverage(model)

@@ -23,6 +23,9 @@ from swalp.recipes import Quantizer
 class WeightAverage:
     """An average of a model's parameters over its training.
 
+    Parameters of integers or bools, such as tables of indices, are no averages but the latest, like
+    buffers.
+
     Call `update_parameters` once a step (or once an epoch: `start` and `every` count the calls).
     With t counting the calls, the parameters are taken when t > `start` and (t - start) is a
     multiple of `every`. Several averages of one run are several `WeightAverage`s.
@@ -80,10 +83,15 @@ class WeightAverage:
         self._overlap = Overlap() if overlap else None
         reshard(model)
         parameters = dict(model.named_parameters())
+        _refuse_complex(parameters)
         self._sharded = any(is_sharded(each) for each in parameters.values())
-        self._state = {name: self._empty(each) for name, each in parameters.items()}
+        self._state = {
+            name: self._empty(each) for name, each in parameters.items() if each.is_floating_point()
+        }
         self._buffers = {
-            name: self._at_home(buffer.detach().clone()) for name, buffer in model.named_buffers()
+            name: self._at_home(each.detach().clone())
+            for name, each in (*parameters.items(), *model.named_buffers())
+            if name not in self._state
         }
         self._shapes = {name: each.shape for name, each in parameters.items()}
         self._names = _saved_names(model)
@@ -111,15 +119,16 @@ class WeightAverage:
             return
         self._settle()
         weight, count = self._weight(), self.count
-        jobs = [(name, local(parameter.detach())) for name, parameter in parameters.items()]
+        jobs = [(name, local(parameters[name].detach())) for name in self._state]
         if self._overlap is None:
             self._take(jobs, weight, count, torch.get_num_threads())
         else:
             self._overlap.start(
                 jobs, lambda copies: self._take(copies, weight, count, 1), self._device
             )
-        for name, buffer in buffers.items():
-            self._buffers[name].copy_(buffer)
+        for name, each in (parameters | buffers).items():
+            if name in self._buffers:
+                self._buffers[name].copy_(each)
         self.steps += 1
         self.count += 1
         self._stale = True
@@ -152,8 +161,11 @@ class WeightAverage:
         """The average of one parameter: float64, or float32 where that is what is kept.
 
         Of a sharded parameter it is sharded alike.
+
+        Raises:
+            RuntimeError: nothing has been averaged yet.
         """
-        self._settle()
+        self._require_iterates()
         state = self._state[name]
         average = taking.value(
             {key: local(each) for key, each in state.items()},
@@ -176,7 +188,7 @@ class WeightAverage:
         self._require_iterates()
         averages = {name: self.value(name) for name in self._state}
         full = {name: whole(value) for name, value in averages.items()}
-        full |= {name: buffer.clone() for name, buffer in self._buffers.items()}
+        full |= {name: whole(buffer).clone() for name, buffer in self._buffers.items()}
         return {key: full[name] for key, name in self._names.items() if name in full}
 
     @contextmanager
@@ -221,8 +233,9 @@ class WeightAverage:
         """Bytes kept: of the averages (this rank's shards), of `module`, of copies to overlap."""
         kept = [local(each) for state in self._state.values() for each in state.values()]
         shared = {each.data_ptr() for each in kept if not isinstance(each, PackedTensor)}
-        own = [] if self._module is None else list(self._module.parameters())
-        extra = [each for each in own if not each.is_meta and each.data_ptr() not in shared]
+        own = {} if self._module is None else dict(self._module.named_parameters())
+        averages = [each for name, each in own.items() if name in self._state]
+        extra = [each for each in averages if not each.is_meta and each.data_ptr() not in shared]
         copies = 0 if self._overlap is None else self._overlap.nbytes
         return sum(each.nbytes for each in (*kept, *extra)) + copies
 
@@ -307,9 +320,12 @@ class WeightAverage:
         return value.to(self._device, torch.float32 if short else value.dtype)
 
     def _skeleton(self, model: nn.Module) -> nn.Module:
-        """A float copy of `model` without values: its buffers are the average's own."""
+        """A float copy of `model` without averages: the rest of its values are those kept here."""
         memo: dict[int, Any] = {}
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
+            if name in self._buffers:
+                memo[id(parameter)] = nn.Parameter(self._buffers[name], requires_grad=False)
+                continue
             dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
             memo[id(parameter)] = nn.Parameter(
                 torch.empty(parameter.shape, dtype=dtype, device="meta"), requires_grad=False
@@ -322,14 +338,16 @@ class WeightAverage:
         """Values for the network's parameters: shared with what is kept, or copied from it."""
         named = dict(module.named_parameters())
         if any(each.is_meta for each in named.values()):
-            memory = {each: self._memory(name, each) for name, each in named.items()}
+            memory = {named[name]: self._memory(name, named[name]) for name in self._state}
             for part in module.modules():
                 for key, each in part._parameters.items():
-                    if each is not None:
+                    if each in memory:
                         part._parameters[key] = memory[each]
             named = dict(module.named_parameters())
         for name, each in named.items():
-            if each.data_ptr() != self._shareable(name, each):
+            if name in self._buffers:
+                each.copy_(self._buffers[name])  # after copy.deepcopy they share no memory
+            elif each.data_ptr() != self._shareable(name, each):
                 each.copy_(self.value(name))
 
     def _memory(self, name: str, like: Tensor) -> nn.Parameter:
@@ -348,11 +366,11 @@ class WeightAverage:
         return average.data_ptr() if average.dtype == like.dtype else None
 
     def _slots(self, model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor, Tensor]]:
-        """(its module's dict, its key there, a parameter, its average), for each place of each."""
+        """(its module's dict, its key there, a parameter, its average), for each that has one."""
         names = {parameter: name for name, parameter in self._parameters(model).items()}
         for module in model.modules():
             for key, parameter in list(module._parameters.items()):
-                if parameter is not None:
+                if parameter is not None and names[parameter] in self._state:
                     average = self.value(names[parameter])
                     yield module._parameters, key, parameter, average
 
@@ -400,6 +418,15 @@ class WeightAverage:
         if isinstance(self.kind, Exponential) and self.count > 0:
             return 1 - self.kind.decay
         return 1 / (self.count + 1)
+
+
+def _refuse_complex(parameters: Mapping[str, Tensor]) -> None:
+    for name, each in parameters.items():
+        if each.is_complex():
+            raise ValueError(
+                f"WeightAverage: parameter {name!r} is {each.dtype}, which cannot be averaged; "
+                f"make torch.view_as_real of it the parameter, which is of floats"
+            )
 
 
 def _another(model: nn.Module, what: str, names: list[str]) -> ValueError:
