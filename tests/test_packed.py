@@ -4,7 +4,7 @@ import io
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
+from torch import distributed, nn
 
 import swalp
 from swalp import (
@@ -429,3 +429,95 @@ def test_inference_mode():
         assert inside.detach().is_inference()
     assert torch.equal(state["0.weight"].dequantize(), model[0].weight.dequantize())
     assert average.steps == 1
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda m: m.weight[0],
+        lambda m: next(iter(m.weight)),
+        lambda m: m.weight.chunk(2, 1)[1],
+        lambda m: m.weight.view(-1),
+        lambda m: m.weight.t(),
+    ],
+)
+def test_views_that_autograd_watches_are_read_only_and_have_gradients(view):
+    model = swalp.convert(nn.Embedding(5, 6), "native-8", packed=True)
+    before = model.weight.dequantize()
+    part = view(model)
+    with pytest.raises(RuntimeError, match="read-only"):
+        nn.init.constant_(part, 0.75)
+    with pytest.raises(RuntimeError, match="requires grad"):
+        part.numpy()
+    assert torch.equal(model.weight, before)
+    part.square().sum().backward()
+    plain = nn.Embedding(5, 6, _weight=before)
+    view(plain).square().sum().backward()
+    assert torch.equal(model.weight.grad, plain.weight.grad)
+
+
+@pytest.mark.parametrize("fmt", [BYTE, BlockFloat(4)], ids=str)
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_views_are_made_in_inference_mode_as_their_base_was(fmt, made_inside):
+    with torch.inference_mode(made_inside):
+        packed = pack(values(4, 6), fmt)
+    full = packed.dequantize()
+    views = {name: view for name, view in VIEWS.items() if "detach" not in name}
+    views |= {"p.t()": lambda p: p.t(), "p[1:3][0]": lambda p: p[1:3][0]}
+    for mode in (True, False):
+        with torch.inference_mode(mode):
+            for name, view in views.items():
+                part = view(packed)
+                assert part.is_inference() == made_inside, name
+                assert torch.equal(part + 0, view(full)), name
+
+
+def test_packed_layers_run_in_inference_mode():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    layer = swalp.convert(layer, "native-8", packed=True).eval()
+    x = values(2, 3, 16)
+    with torch.no_grad():
+        expected = layer(x)
+    with torch.inference_mode():
+        assert torch.equal(layer(x), expected)
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A group of this process only."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/s", rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_collectives_on_packed_tensors_are_refused():
+    packed = pack(values(4, 6), BYTE)
+    for x in (packed, nn.Parameter(packed).data, packed[0], packed[1:3]):
+        for call in (
+            lambda x: distributed.broadcast(x, 0),
+            distributed.all_reduce,
+            lambda x: distributed.all_gather([torch.zeros(x.shape)], x),
+            lambda x: distributed.scatter(x, [torch.zeros(x.shape)]),
+        ):
+            with pytest.raises(RuntimeError, match=r"communicate \.codes and \.exponents"):
+                call(x)
+
+
+@pytest.mark.usefixtures("alone")
+def test_distributed_data_parallel_takes_packed_weights():
+    model = swalp.convert(nn.Sequential(nn.Linear(4, 4)), "native-8", packed=True)
+    parallel = nn.parallel.DistributedDataParallel(model)
+    parallel(torch.ones(2, 4)).sum().backward()
+    assert model[0].weight.grad is not None
+
+
+def test_as_lists_and_arrays():
+    packed = pack(values(4, 6), BYTE)
+    full = packed.dequantize()
+    assert packed.tolist() == full.tolist()
+    assert packed.numpy().tolist() == full.tolist()
+    with pytest.raises(RuntimeError, match="requires grad"):
+        nn.Parameter(packed).numpy()
+    assert nn.Parameter(packed).numpy(force=True).tolist() == full.tolist()

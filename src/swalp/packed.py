@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -104,6 +106,14 @@ class PackedTensor(torch.Tensor):
         codes = self._element_codes()
         return dispatch.unpack(codes, self.exponents, self.format)
 
+    def numpy(self, *, force: bool = False) -> Any:
+        """The values, in an array of their own; as in PyTorch, not of what requires a gradient."""
+        return self.dequantize().requires_grad_(self.requires_grad).numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The values, as lists of numbers."""
+        return self.dequantize().tolist()
+
     @property
     def nbytes(self) -> int:  # type: ignore[override]  # PyTorch declares it writeable
         """Bytes really held: codes and exponents."""
@@ -181,9 +191,10 @@ class PackedTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # as PyTorch's own subclasses have it
         kwargs = kwargs or {}
-        handler = _HANDLERS.get(func)
-        result = handler(*args, **kwargs) if handler else NotImplemented
-        return _through_floats(func, args, kwargs) if result is NotImplemented else result
+        with _mode(func, args):
+            handler = _HANDLERS.get(func)
+            result = handler(*args, **kwargs) if handler else NotImplemented
+            return _through_floats(func, args, kwargs) if result is NotImplemented else result
 
 
 def pack(x: Tensor, fmt: Format, rounding: Rounding = Nearest()) -> PackedTensor:  # noqa: B008  (frozen)
@@ -297,7 +308,7 @@ class _View(torch.Tensor):
 
     def numpy(self, *, force: bool = False) -> Any:
         """As a copy would have it."""
-        return self.floats.numpy(force=force)
+        return self.floats.detach().requires_grad_(self.requires_grad).numpy(force=force)
 
     def tolist(self) -> Any:
         """Likewise."""
@@ -318,26 +329,45 @@ class _View(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # as PyTorch's own subclasses have it
         kwargs = kwargs or {}
+        _refuse_collectives(func)
         if any(isinstance(target, _View) for target in _targets(func, args, kwargs)):
             raise _read_only()
 
         def widen(argument: Any) -> Any:
             return argument.floats if isinstance(argument, _View) else argument
 
-        result = func(*tree_map(widen, args), **tree_map(widen, kwargs))
-        return tree_map(_viewed, result) if _views(func) else result
+        with _mode(func, args):
+            result = func(*tree_map(widen, args), **tree_map(widen, kwargs))
+            return tree_map(_viewed, result) if _views(func) else result
 
 
 def _viewed(value: Any) -> Any:
     return _View(value) if type(value) is Tensor else value
 
 
+@cache
 def _views(func: Any) -> bool:
     """Whether results share the memory of an argument that the operation does not write to."""
     return any(
         result.alias_info is not None and not result.alias_info.is_write
         for result in func._schema.returns
     )
+
+
+def _mode(func: Any, args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    """Of inference or not, as the base was made: a view shares its version, if it has one."""
+    if not _views(func) or args[0].is_inference() == torch.is_inference_mode_enabled():
+        return nullcontext()
+    return torch.inference_mode(args[0].is_inference())
+
+
+def _refuse_collectives(func: Any) -> None:
+    """Their schemas do not say what they write to."""
+    if func.namespace == "c10d":
+        raise RuntimeError(
+            f"{func} does not take packed tensors, nor views of them: communicate .codes and "
+            f".exponents of the packed tensor, or dequantize() it first"
+        )
 
 
 def _targets(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -352,8 +382,7 @@ def _targets(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[A
 
 
 def _detach(x: PackedTensor) -> PackedTensor:
-    with torch.inference_mode(x.is_inference()):  # it shares the version of x, if x has one
-        result = x._like(lambda part: part)
+    result = x._like(lambda part: part)
     result.readonly = x.readonly
     return result
 
@@ -452,6 +481,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 
 def _through_floats(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation on the dequantized values, and round what it wrote into packed tensors."""
+    _refuse_collectives(func)
     values: dict[int, Tensor] = {}
 
     def widen(argument: Any) -> Any:
@@ -464,11 +494,7 @@ def _through_floats(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     for target in written:
         target._write(values[id(target)], Stochastic())
     if _views(func):
-        # Autograd refuses writes to a view of what requires a gradient: such views may be plain.
-        watched = torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad for x in args
-        )
-        return result if watched else tree_map(_viewed, result)
+        return tree_map(_viewed, result)
     packed = {id(values[id(target)]): target for target in written}
     return tree_map(lambda value: packed.get(id(value), value), result)
 
