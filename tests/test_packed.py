@@ -513,6 +513,35 @@ def test_distributed_data_parallel_takes_packed_weights():
     assert model[0].weight.grad is not None
 
 
+@pytest.mark.parametrize("text", ["bfp8[0]", "bfp8/4", "mxfp8_e4m3/2", "bf16", "fixed8.4", "bfp4"])
+def test_strides_are_those_of_the_codes(text):
+    floats = values(4, 4, 8, 8).to(memory_format=torch.channels_last)
+    packed = pack(floats, parse_format(text))
+    full = packed.dequantize()
+    assert packed.stride() == full.stride()
+    for move in (
+        lambda x: x.permute(1, 2, 0, 3),
+        lambda x: x.contiguous(),
+        lambda x: x.permute(1, 2, 0, 3).contiguous().view(-1),
+        lambda x: x.permute(3, 1, 0, 2).clone(),
+        copy.deepcopy,
+    ):
+        assert torch.equal(move(packed), move(full))
+        assert move(packed).stride() == move(full).stride()
+    if text != "bfp4":  # two of its codes share a byte, always in row-major order
+        last = packed.contiguous().to(memory_format=torch.channels_last)
+        assert isinstance(last, PackedTensor)
+        assert last.stride() == floats.stride() == last.codes.stride()
+
+
+def test_what_is_assigned_to_data_brings_its_strides():
+    weight = nn.Parameter(pack(values(2, 3, 4, 5), BYTE))
+    last = pack(values(2, 3, 4, 5, seed=1).to(memory_format=torch.channels_last), BYTE)
+    weight.data = last
+    assert weight.stride() == weight.codes.stride() == last.stride()
+    assert torch.equal(weight, last)
+
+
 def test_as_lists_and_arrays():
     packed = pack(values(4, 6), BYTE)
     full = packed.dequantize()
@@ -521,3 +550,12 @@ def test_as_lists_and_arrays():
     with pytest.raises(RuntimeError, match="requires grad"):
         nn.Parameter(packed).numpy()
     assert nn.Parameter(packed).numpy(force=True).tolist() == full.tolist()
+
+
+def test_compiled_code_packs():
+    @torch.compile(backend="eager")
+    def packed_and_back(x):
+        return pack(2 * x, BlockFloat(8, axes=(0,)), Stochastic(3)).dequantize() + 1
+
+    x = values(4, 6)
+    assert torch.equal(packed_and_back(x), quantize(2 * x, BYTE, Stochastic(3)) + 1)

@@ -52,8 +52,9 @@ class PackedTensor(torch.Tensor):
         cls, codes: Tensor, exponents: Tensor | None, fmt: Format, shape: Sequence[int]
     ) -> PackedTensor:
         """Wrap codes and exponents that `pack` made."""
+        strides = None if joined(fmt) else codes.stride()
         result: PackedTensor = torch.Tensor._make_wrapper_subclass(
-            cls, tuple(shape), dtype=torch.float32, device=codes.device
+            cls, tuple(shape), strides, dtype=torch.float32, device=codes.device
         )
         result.codes, result.exponents, result.format = codes, exponents, fmt
         return result
@@ -87,6 +88,8 @@ class PackedTensor(torch.Tensor):
         if not isinstance(value, PackedTensor):
             self._write(value, Nearest())
         elif value.format == self.format and not (self.readonly or value.readonly):
+            if value.stride() != self.stride():
+                torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]  # a descriptor
             self.codes, self.exponents = value.codes, value.exponents
         else:
             self._write(value.dequantize(), Nearest())
@@ -104,7 +107,10 @@ class PackedTensor(torch.Tensor):
     def dequantize(self) -> Tensor:
         """The values: float32, a new tensor."""
         codes = self._element_codes()
-        return dispatch.unpack(codes, self.exponents, self.format)
+        values = dispatch.unpack(codes, self.exponents, self.format)
+        if values.is_contiguous() and not codes.is_contiguous():  # tiles may not lie as codes do
+            values = torch.empty_like(codes, dtype=values.dtype).copy_(values)
+        return values
 
     def numpy(self, *, force: bool = False) -> Any:
         """The values, in an array of their own; as in PyTorch, not of what requires a gradient."""
@@ -200,6 +206,8 @@ class PackedTensor(torch.Tensor):
 def pack(x: Tensor, fmt: Format, rounding: Rounding = Nearest()) -> PackedTensor:  # noqa: B008  (frozen)
     """Round `x` to values of `fmt` and hold them as codes: ``quantize`` with real storage.
 
+    `torch.compile` leaves it out: the graph breaks there.
+
     Args:
         x: float32, any shape; itself packed in any format, or not.
         fmt: a format of at most 16 bits.
@@ -212,6 +220,10 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding = Nearest()) -> PackedTensor
         TypeError: `x` is not float32.
         ValueError: `fmt` has more than 16 bits, or does not fit `x` (see `quantize`).
     """
+    if torch.compiler.is_dynamo_compiling():
+        # Not a decorator, which would import all of Dynamo.
+        uncompiled: PackedTensor = torch.compiler.disable(pack)(x, fmt, rounding)  # type: ignore[no-untyped-call]  # PyTorch has no type
+        return uncompiled
     check(x, fmt, rounding)
     if x.dtype != torch.float32:
         raise TypeError(f"pack: x is {x.dtype}; packed tensors act as float32: use x.float()")
@@ -387,16 +399,22 @@ def _detach(x: PackedTensor) -> PackedTensor:
     return result
 
 
-def _clone(x: PackedTensor, **_: object) -> PackedTensor:
-    return x._like(torch.clone)
+def _clone(
+    x: PackedTensor,
+    *,
+    memory_format: torch.memory_format | None = None,
+    device: torch.device | None = None,
+) -> PackedTensor:
+    order = torch.preserve_format if memory_format is None or joined(x.format) else memory_format
+    device = device or x.device
+    return x._like(lambda part: part.to(device, copy=True, memory_format=order))
 
 
 def _to_copy(x: PackedTensor, **options: Any) -> Tensor:
     dtype = options.pop("dtype", None)
     if dtype not in (None, torch.float32):
         return x.dequantize().to(dtype, **options)
-    device = options.get("device")
-    return x._like(lambda part: part.to(device, copy=True) if device else part.clone())
+    return _clone(x, memory_format=options.get("memory_format"), device=options.get("device"))
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
