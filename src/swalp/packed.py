@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from swalp.format_text import parse_format
 from swalp.formats import BlockFloat, Format, Microscaling, Minifloat
+from swalp.packed_views import mode_of, read_only, refuse_collectives, targets, viewed, views
 from swalp.quantize import dispatch
 from swalp.quantize.api import check
 from swalp.quantize.blocks import block_extents
@@ -155,7 +154,7 @@ class PackedTensor(torch.Tensor):
 
     def _write(self, values: Tensor, rounding: Rounding) -> None:
         if self.readonly:
-            raise _read_only()
+            raise read_only()
         packed = pack(values.expand(self.shape), self.format, rounding)
         self._assign(packed)
 
@@ -197,7 +196,7 @@ class PackedTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # as PyTorch's own subclasses have it
         kwargs = kwargs or {}
-        with _mode(func, args):
+        with mode_of(func, args):
             handler = _HANDLERS.get(func)
             result = handler(*args, **kwargs) if handler else NotImplemented
             return _through_floats(func, args, kwargs) if result is NotImplemented else result
@@ -292,105 +291,6 @@ def storage_bytes(shape: Sequence[int], fmt: Format | None) -> int:
 def joined(fmt: Format) -> bool:
     """Whether two codes share a byte."""
     return fmt.bits <= 4
-
-
-def _read_only() -> RuntimeError:
-    return RuntimeError(
-        "a view of a packed tensor is read-only, as its exponents are shared with the rest; assign "
-        "to the tensor itself, as in weight[0] = 0, or dequantize() it first"
-    )
-
-
-class _View(torch.Tensor):
-    """Values of a part of a packed tensor: of floats that nobody holds, so that writes are refused.
-
-    Attributes:
-        floats: the values, plain.
-    """
-
-    floats: Tensor
-
-    @staticmethod
-    def __new__(cls, values: Tensor) -> _View:
-        result: _View = torch.Tensor._make_wrapper_subclass(
-            cls, values.shape, values.stride(), dtype=values.dtype, device=values.device
-        )
-        result.floats = values
-        return result
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """As a copy would have it."""
-        return self.floats.detach().requires_grad_(self.requires_grad).numpy(force=force)
-
-    def tolist(self) -> Any:
-        """Likewise."""
-        return self.floats.tolist()
-
-    def __format__(self, spec: str) -> str:
-        return self.floats.__format__(spec)  # type: ignore[no-untyped-call,no-any-return]  # likewise
-
-    def __deepcopy__(self, memo: Any) -> Tensor:
-        return self.floats.clone()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.floats.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # PyTorch has no type
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # untyped
-        return repr(self.floats)
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # as PyTorch's own subclasses have it
-        kwargs = kwargs or {}
-        _refuse_collectives(func)
-        if any(isinstance(target, _View) for target in _targets(func, args, kwargs)):
-            raise _read_only()
-
-        def widen(argument: Any) -> Any:
-            return argument.floats if isinstance(argument, _View) else argument
-
-        with _mode(func, args):
-            result = func(*tree_map(widen, args), **tree_map(widen, kwargs))
-            return tree_map(_viewed, result) if _views(func) else result
-
-
-def _viewed(value: Any) -> Any:
-    return _View(value) if type(value) is Tensor else value
-
-
-@cache
-def _views(func: Any) -> bool:
-    """Whether results share the memory of an argument that the operation does not write to."""
-    return any(
-        result.alias_info is not None and not result.alias_info.is_write
-        for result in func._schema.returns
-    )
-
-
-def _mode(func: Any, args: tuple[Any, ...]) -> AbstractContextManager[Any]:
-    """Of inference or not, as the base was made: a view shares its version, if it has one."""
-    if not _views(func) or args[0].is_inference() == torch.is_inference_mode_enabled():
-        return nullcontext()
-    return torch.inference_mode(args[0].is_inference())
-
-
-def _refuse_collectives(func: Any) -> None:
-    """Their schemas do not say what they write to."""
-    if func.namespace == "c10d":
-        raise RuntimeError(
-            f"{func} does not take packed tensors, nor views of them: communicate .codes and "
-            f".exponents of the packed tensor, or dequantize() it first"
-        )
-
-
-def _targets(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """What the operation writes to."""
-    found: list[Any] = []
-    for position, parameter in enumerate(func._schema.arguments):
-        if parameter.alias_info is None or not parameter.alias_info.is_write:
-            continue
-        given = args[position] if position < len(args) else kwargs.get(parameter.name)
-        found += given if isinstance(given, list | tuple) else [given]
-    return found
 
 
 def _detach(x: PackedTensor) -> PackedTensor:
@@ -499,7 +399,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 
 def _through_floats(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation on the dequantized values, and round what it wrote into packed tensors."""
-    _refuse_collectives(func)
+    refuse_collectives(func)
     values: dict[int, Tensor] = {}
 
     def widen(argument: Any) -> Any:
@@ -508,11 +408,11 @@ def _through_floats(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return values.setdefault(id(argument), argument.dequantize())
 
     result = func(*tree_map(widen, args), **tree_map(widen, kwargs))
-    written = [x for x in _targets(func, args, kwargs) if isinstance(x, PackedTensor)]
+    written = [x for x in targets(func, args, kwargs) if isinstance(x, PackedTensor)]
     for target in written:
         target._write(values[id(target)], Stochastic())
-    if _views(func):
-        return tree_map(_viewed, result)
+    if views(func):
+        return tree_map(viewed, result)
     packed = {id(values[id(target)]): target for target in written}
     return tree_map(lambda value: packed.get(id(value), value), result)
 
