@@ -1,6 +1,9 @@
 """Layers on integers: the same training as their simulation, one byte kept for each element."""
 
 import copy
+import io
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,6 +13,8 @@ from torch import nn
 import swalp
 from swalp import BlockFloat, Stochastic
 from swalp.layers.native import NativeLinear
+from swalp.layers.native_convolution import ChannelsLast
+from swalp.matmul import again
 from swalp.recipes import Override, Quantizer, Recipe
 
 EIGHT = Quantizer(BlockFloat(8), Stochastic(random_bits=16))
@@ -572,3 +577,142 @@ def test_views_of_a_convolutions_result():
 class Wrong(nn.Module):
     def forward(self, x):
         return x.view(5, 5)
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def other_default(request):
+    before = torch.get_default_dtype()
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+def _images():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(8 * 4 * 4, 24), nn.LayerNorm(24), nn.Linear(24, 24), nn.GELU(),
+        nn.Linear(24, 5),
+    )  # fmt: skip
+    model = model.to(memory_format=torch.channels_last)
+    x = torch.randn(4, 16, 3, 8, 8).to(torch.float32)
+    return model, [part.contiguous(memory_format=torch.channels_last) for part in x]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
+def test_the_default_dtype_changes_nothing(kind, packed, other_default):
+    results = []
+    options = {"momentum": 0.9} if kind is swalp.optim.SGD else {}
+    for default in (torch.float32, other_default):
+        model, batches = _images()
+        torch.set_default_dtype(default)
+        model = swalp.convert(model, "native-8", packed=packed, seed=3)
+        optimizer = kind(model, lr=0.01, recipe="native-8", seed=3, **options)
+        for x in batches:
+            optimizer.zero_grad()
+            y = model(x)
+            y.square().mean().backward()
+            optimizer.step()
+        results.append([y, *(p.grad for p in model.parameters()), *model.state_dict().values()])
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype
+        if isinstance(one, swalp.PackedTensor):
+            one, other = one.dequantize(), other.dequantize()
+        assert torch.equal(one, other)
+
+
+def _nan_runs(mask, error):
+    """Results and gradients of attention with that mask and gradient, native and simulated."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(2, 2, n, 4) for n in (5, 6, 6)]
+    for recipe in (NATIVE, SIMULATED):
+        given = [x.clone().requires_grad_() for x in tensors]
+        model = swalp.convert(Masked(), recipe, seed=5)
+        y = model(*given, attn_mask=mask)
+        z = model(*given)  # what comes after has the same noise
+        y.backward(error)
+        yield [y.detach(), z.detach(), *(x.grad for x in given)]
+
+
+@pytest.mark.parametrize("place", ["mask", "scores", "error"])
+def test_a_nan_in_attention_arrives_where_it_should(place):
+    mask, error = torch.zeros(2, 2, 5, 6), torch.randn(2, 2, 5, 4)
+    if place == "mask":
+        mask[0, 0, 0, 0] = torch.nan
+    elif place == "scores":
+        mask[0, 0, 0, 0] = torch.inf
+    else:
+        error[1, 0, 2, 3] = torch.nan
+    native, simulated = _nan_runs(mask, error)
+    for one, other in zip(native, simulated, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        assert not one.isnan().all()
+        torch.testing.assert_close(one, other, equal_nan=True)
+    assert native[0].isnan().any() == (place != "error")
+    assert all(x.isnan().any() for x in native[2:])
+
+
+def test_errors_of_scores_beyond_float32_are_the_simulations():
+    error = torch.full((2, 2, 5, 4), 1e38)
+    error[0] = 1.0
+    native, simulated = _nan_runs(torch.zeros(5, 6), error)
+    for one, other in zip(native, simulated, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing has many
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv2d(2, 8, 3), Itself()], ids=str)
+def test_traced_layers_are_simulated(layer):
+    model = swalp.convert(nn.Sequential(copy.deepcopy(layer)), "native-8").eval()
+    x, other = (torch.randn(2, 2, 8, 8) for _ in range(2))
+    traced = torch.jit.trace(model, x)
+    torch.testing.assert_close(traced(other), model(other))
+
+
+_NARROW = """
+import copy, torch, swalp
+from torch import nn
+torch.manual_seed(0)
+x = torch.randn(2, 4, 5, 2)
+layers = [
+    nn.Conv2d(4, 4, 1, stride=(2, 3), padding=(2, 4), dilation=(1, 3), groups=2),
+    nn.Conv2d(4, 4, (3, 1), stride=(1, 3), padding=(0, 1), groups=2),
+    nn.Conv2d(4, 4, (3, 2), stride=(1, 6), padding=(1, 2), dilation=(1, 4), groups=2),
+]
+for layer in layers:
+    for images in (x, x.contiguous(memory_format=torch.channels_last)):
+        model = nn.Sequential(nn.Conv2d(4, 4, 1), copy.deepcopy(layer))
+        model = swalp.convert(model, "native-8").eval()
+        y = model(images)
+        assert torch.equal(y, model[1].bias.view(1, -1, 1, 1).expand_as(y)), y
+"""
+
+
+def test_images_whose_columns_no_window_meets():
+    """PyTorch's convolution crashes on them where channels are last in memory."""
+    layer = nn.Conv2d(4, 4, 1, stride=3, padding=1, groups=2)
+    assert isinstance(swalp.convert(nn.Sequential(layer), "native-8")[0], ChannelsLast)
+    done = subprocess.run([sys.executable, "-c", _NARROW], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv2d(2, 8, 3)], ids=str)
+def test_results_can_be_saved_and_loaded(layer):
+    model = swalp.convert(nn.Sequential(copy.deepcopy(layer)), "native-8")
+    y = model(torch.randn(2, 2, 8, 8))
+    assert again.again_of(y) is not None
+    file = io.BytesIO()
+    torch.save(y, file)
+    file.seek(0)
+    assert torch.equal(torch.load(file), y)
+    count = len(again._known)
+    del y
+    assert len(again._known) == count - 1
+
+
+def test_of_results_changed_in_place_nothing_is_computed_again():
+    y = swalp.convert(nn.Sequential(nn.Linear(8, 8)), "native-8")(torch.randn(4, 8))
+    with torch.no_grad():
+        y.mul_(2.0)
+    assert again.again_of(y) is None

@@ -147,6 +147,21 @@ def test_sums_too_deep_for_int32_are_added_in_parts():
     assert torch.equal(result.double(), (x.double() @ x.double().T).float().double())
 
 
+@pytest.mark.parametrize("depth", [kernels.DEEPEST, 3 * kernels.DEEPEST])
+@pytest.mark.parametrize("shape", [(2,), (3, 2)])
+def test_sums_of_as_many_lowest_codes_as_int32_just_cannot_hold(depth, shape):
+    """2**17 times -128 * -128 is 2**31."""
+    x = plain(torch.full((*shape, depth), -128, dtype=torch.int8))
+    assert (products.native(x, x.transpose()) == 2.0**14 * depth).all()
+
+
+def test_parts_stay_as_long_where_codes_are_symmetric():
+    x = torch.full((1, 2, 2 * kernels.DEEPEST), -127, dtype=torch.int8)
+    assert kernels.deepest(x) == kernels.DEEPEST
+    x[0, 1, kernels.DEEPEST] = -128
+    assert kernels.deepest(x) < kernels.DEEPEST
+
+
 def test_exponents_of_each_matrix_and_of_the_whole():
     x, y = torch.randn(6, 8, 16), torch.randn(6, 16, 4)
     x *= torch.logspace(-6, 6, 6).view(6, 1, 1)

@@ -133,6 +133,16 @@ def test_the_deepest_sums(value):
     assert torch.equal(dw, torch.full((1, 1, 1, 1), 127.0 * value * 131072))
 
 
+@pytest.mark.parametrize("shape", [(128, 32, 32), (1, 256, 512), (130, 32, 32), (1, 1 << 17)])
+def test_sums_of_as_many_lowest_codes_as_int32_just_cannot_hold(shape):
+    """2**17 times -128 * -128 is 2**31."""
+    codes = torch.full((shape[0], 4, *shape[1:]), -128, dtype=torch.int8)
+    x, kernel = Operand(codes, None, 0), (1,) * (len(shape) - 1)
+    window = Window(kernel, (0,) * len(kernel), kernel)
+    dw = convolution.weight_gradient(x, x, kernel, window)
+    assert (dw == 2.0**14 * (x.codes.numel() // 4)).all()
+
+
 def test_parts_of_a_batch_whose_sums_would_overflow():
     x, dy = codes(140, 5, 32, 32, seed=1), codes(140, 3, 32, 32, seed=2)
     window = Window((1, 1), (1, 1), (1, 1))
@@ -167,6 +177,7 @@ def test_what_is_simulated_says_why():
     assert convolution.unsupported(8, (32, 32), (64, 64, 3, 3), window) == ""
     deep = convolution.unsupported(8, (32, 32), (64, 1 << 15, 3, 3), window)
     assert "131072 products" in deep
+    assert convolution.unsupported(8, (32, 32), (64, 1 << 17, 1, 1), window) != ""
     assert "positions" in convolution.unsupported(1, (400, 400), (64, 64, 3, 3), window)
     assert "larger than the padded image" in convolution.unsupported(
         1, (9, 2), (64, 64, 3, 5), window

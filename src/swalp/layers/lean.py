@@ -249,7 +249,7 @@ class _LayerNorm(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         scale, shift = map(_float, (weight, bias))
-        y, mean, own_scale = buffers.empty(*x.shape), torch.empty(0), torch.empty(0)
+        y, mean, own_scale = buffers.empty(*x.shape), buffers.empty(0), buffers.empty(0)
         torch.ops.aten.native_layer_norm.out(
             x, shape, scale, shift, eps, out0=y, out1=mean, out2=own_scale
         )
@@ -270,7 +270,7 @@ class _LayerNorm(torch.autograd.Function):
                 None,
                 None,
             )
-        dx, dscale, dshift = buffers.empty(*x.shape), torch.empty(0), torch.empty(0)
+        dx, dscale, dshift = buffers.empty(*x.shape), buffers.empty(0), buffers.empty(0)
         torch.ops.aten.native_layer_norm_backward.out(*arguments, out0=dx, out1=dscale, out2=dshift)
         return dx, dscale, dshift, None, None
 

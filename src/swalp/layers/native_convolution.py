@@ -58,8 +58,22 @@ class ChannelsLast(QuantizedLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The parent's forward between the sites."""
         if x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
+            last = _meets_columns(self, x.shape[3])
+            x = x.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
         return super().forward(x, *args, **kwargs)
+
+
+def _meets_columns(layer: Any, width: int) -> bool:
+    """Whether the window meets any column of an image.
+
+    Where it meets padding alone, PyTorch's convolution of images with their channels last crashes.
+    """
+    window, taps = window_of(layer), layer.kernel_size[1]
+    stride, padding, dilation = window.stride[1], window.padding[1], window.dilation[1]
+    if not padding:
+        return True
+    starts = range(-padding, width + padding - dilation * (taps - 1), stride)
+    return any(0 <= start + tap * dilation < width for start in starts for tap in range(taps))
 
 
 def window_of(layer: Any) -> Window:

@@ -24,6 +24,7 @@ def integers(x: Tensor) -> bool:
     """Whether integer products can take this operand now; if not, they are simulated."""
     return (
         not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and not torch._C._are_functorch_transforms_active()
         and x.dtype == torch.float32
@@ -140,7 +141,8 @@ class Products:
             factor: of the scores.
 
         Returns:
-            (batch, heads, L, Ev); None, and nothing has been done, if an operand has a NaN.
+            (batch, heads, L, Ev); None, and nothing has been done, if an operand or a probability
+            is NaN.
         """
         uses = self.uses
         first = self._moments(query.shape, key.mT.shape)
@@ -158,7 +160,12 @@ class Products:
         hints = self.operand.clock.hints
         guesses = hints.setdefault(f"{self.operand.name}, {uses}", Guesses())
         errors = first[2], second[2]
-        return attend(query, key, value, (q, k, v), second[0], errors, mask, factor, guesses)
+        operands = (q, k, v)
+        try:
+            return attend(query, key, value, operands, second[0], errors, mask, factor, guesses)
+        except FloatingPointError:
+            self.uses = uses
+            return None
 
     def _moments(
         self, x: Sequence[int], y: Sequence[int]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -21,19 +23,24 @@ class Again(NamedTuple):
     compute: Callable[..., Tensor]
 
 
+# By identity, with the version. Attributes of tensors would be saved to files with them.
+_known: dict[int, tuple[weakref.ref[Tensor], Again, int]] = {}
+
+
 def carry(inner: Tensor, y: Tensor) -> Tensor:
     """`y`, with what the context of the function that made `inner` calls `again`."""
     node = inner.grad_fn
     if node is not None and (again := getattr(node, "again", None)) is not None:
         del node.again  # type: ignore[attr-defined]  # the context of a function is its node
-        y._again = (again, y._version)  # type: ignore[attr-defined]  # seen by `again_of`
+        place = id(y)
+        gone = partial(_known.pop, place)  # the reference is what it would return of none
+        _known[place] = weakref.ref(y, gone), again, y._version
     return y
 
 
 def again_of(y: Tensor) -> Again | None:
     """What computes `y` again, if it is the unchanged output of a layer that keeps so much."""
-    found = getattr(y, "_again", None)
-    if found is None or found[1] != y._version:
+    found = _known.get(id(y))
+    if found is None or found[0]() is not y or found[2] != y._version:
         return None
-    again: Again = found[0]
-    return again
+    return found[1]

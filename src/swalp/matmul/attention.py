@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from swalp import buffers
-from swalp.matmul.linear import Quantization
+from swalp.matmul.linear import Quantization, operand, transpose
 from swalp.matmul.once import once
 from swalp.matmul.operands import Operand, gap_of
 from swalp.matmul.products import product
@@ -54,6 +54,9 @@ def attend(
         mask: up to (batch, heads, L, S), boolean (True takes part) or added; it has no gradient.
         factor: of the scores.
         guesses: kept from call to call.
+
+    Raises:
+        FloatingPointError: a probability is NaN, as of a mask, and has no integer.
     """
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.logical_not()  # True: hidden
@@ -98,15 +101,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        mask, *saved = ctx.saved_tensors
-        q, k, v = (Operand(saved[2 * i], saved[2 * i + 1], gap) for i, gap in enumerate(ctx.gaps))
+        q, k, v, mask = _kept(ctx)
         probabilities, (score_error, error), factor, guesses = ctx.settings
         codes, exponents, has_nan = cpu.pack_integers(grad, *error)
+        if has_nan:
+            return (*_in_float(ctx, grad), *[None] * 6)
         dq, dk = buffers.empty(*q.codes.shape), buffers.empty(*k.codes.shape)
         dv = buffers.empty(*v.codes.shape[:2], v.codes.shape[3], v.codes.shape[2])
-        results = (dq, dk, dv)
-        if has_nan:
-            return (*(x.fill_(torch.nan) for x in results), *[None] * 6)
         gap = gap_of(error[0])
         assert gap is not None
         e = Operand(codes, exponents, gap)
@@ -127,9 +128,27 @@ class _Attention(torch.autograd.Function):
 
         try:
             guesses.errors = _settle(run, guesses.errors)
-        except FloatingPointError:
-            return (*(x.fill_(torch.nan) for x in results), *[None] * 6)
-        return (*results, *[None] * 6)
+        except FloatingPointError:  # errors of the scores are NaN
+            return (*_in_float(ctx, grad), *[None] * 6)
+        return dq, dk, dv, *[None] * 6
+
+
+def _kept(ctx: Any) -> tuple[Operand, Operand, Operand, Tensor | None]:
+    mask, *saved = ctx.saved_tensors
+    q, k, v = (Operand(saved[2 * i], saved[2 * i + 1], gap) for i, gap in enumerate(ctx.gaps))
+    return q, k, v, mask
+
+
+def _in_float(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients where one of the errors has a NaN: its products in float, all samples."""
+    q, k, v, mask = _kept(ctx)
+    probabilities, (score_error, error), factor, _ = ctx.settings
+    p = torch.stack([_softmax(q, k, mask, factor, i) for i in range(len(grad))])
+    e = operand(grad, error)
+    dv = product(transpose(operand(p, probabilities)), e)
+    dp = torch.ops.aten._softmax_backward_data(product(e, v), p, -1, torch.float32)
+    s = operand(dp.mul_(factor), score_error)
+    return product(s, k), product(transpose(s), q), dv
 
 
 def _settle(run: Callable[[int], int], guess: int) -> int:

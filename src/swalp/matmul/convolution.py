@@ -8,7 +8,7 @@ result they need a copy of a part of the operands.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -113,8 +113,8 @@ def unsupported(batch: int, in_size: Sequence[int], weight: Sequence[int], windo
             f"faster"
         )
     taps = math.prod(weight[2:])
-    if max(out, per_group) * taps > DEEPEST:
-        return f"int32 holds sums of at most {DEEPEST} products of 8-bit codes"
+    if max(out, per_group) * taps >= DEEPEST:
+        return f"int32 holds sums of fewer than {DEEPEST} products of 8-bit codes"
     out_size = window.out_size(in_size, weight[2:])
     if math.prod(out_size) > DEEPEST:
         return f"an image has more than {DEEPEST} positions: its weight gradient overflows int32"
@@ -194,9 +194,9 @@ def weight_gradient(
     Returns:
         float32, (out, in / groups, ...): the float32 nearest to each sum, times a power of two. If
         there are more than 2**17 products in a sum, images are taken in parts of fewer, and the
-        parts added in float32.
+        parts added in float32; so are two of 2**17, if codes are -128.
     """
-    batch, channels = x.codes.shape[:2]
+    channels = x.codes.shape[1]
     positions = math.prod(dy.codes.shape[2:])
     shape = (dy.codes.shape[1], channels // window.groups, *kernel)
     x_codes, dy_codes = _channels_last(x.codes), _channels_last(dy.codes)
@@ -204,14 +204,14 @@ def weight_gradient(
     images = DEEPEST // max(positions, 1)  # of a part: at least one, as `unsupported` has it
     images -= images % 4 if images > 4 else 0
     parts = []
-    for first in range(0, batch, images):
-        count = min(images, batch - first)
+    for first, errors in _summed(dy_codes, images):
+        count = len(errors)
         dw = buffers.empty(*shape)
         if channels_last:
-            dw = torch.empty(shape[0], *kernel, shape[1]).movedim(-1, 1)
+            dw = torch.empty(shape[0], *kernel, shape[1], dtype=torch.float32).movedim(-1, 1)
         sizes = _sizes(count, shape, window, x.codes.shape[2:], dy.codes.shape[2:], window.groups)
         _kernels.convolution_weight_gradient(
-            sizes, x_codes[first:].data_ptr(), dy_codes[first:].data_ptr(), exponent,
+            sizes, x_codes[first:].data_ptr(), errors.data_ptr(), exponent,
             channels_last, dw.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         parts.append(dw)
@@ -219,6 +219,19 @@ def weight_gradient(
     for part in parts[1:]:
         result += part
     return result
+
+
+def _summed(dy: Tensor, images: int) -> Iterator[tuple[int, Tensor]]:
+    """Parts of `dy`, channels last, whose sums fit an int32; and the first image of each."""
+    for first in range(0, len(dy), images):
+        part = dy[first : first + images]
+        start = (0,) * (part.dim() - 1)
+        if part[..., 0].numel() == DEEPEST and bool((part[start] == -128).any()):
+            alone = torch.zeros_like(part)
+            alone[start] = part[start]
+            yield first, alone
+            part = part - alone
+        yield first, part
 
 
 def _sizes(

@@ -18,7 +18,7 @@ from swalp.quantize import plans
 if plans.available:
     from swalp import _kernels
 
-DEEPEST = 1 << 17  # 127 * 127 times this many products fit an int32; 128 * 128 times one fewer do
+DEEPEST = 1 << 17  # products that fit an int32, unless each of them is -128 * -128: see `deepest`
 EXACT = 1 << 10  # terms whose sums, in any order, are integers up to 2**24: float32 has them all
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
@@ -191,12 +191,22 @@ def channel_sums(codes: Tensor, exponent: int) -> Tensor:
     if not plans.available:
         sums = codes.reshape(-1, channels).sum(0).to(torch.float64)
         return sums.mul_(math.ldexp(1.0, exponent)).float()
-    scaled = torch.empty(channels)
+    scaled = torch.empty(channels, dtype=torch.float32)
     _kernels.convolution_channel_sums(
         codes.data_ptr(), codes.numel() // max(channels, 1), channels, exponent, scaled.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return scaled
+
+
+def deepest(codes: Tensor) -> int:
+    """How many products a part of a sum may have, if they are `DEEPEST` or more.
+
+    Args:
+        codes: (batch, m, k): one of the operands.
+    """
+    first = codes[:, :, ::DEEPEST]  # of each part: a sum overflows only where all of it is -128
+    return DEEPEST - 64 if bool((first == -128).any()) else DEEPEST
 
 
 def multiply_int_mm(left: Tensor, right: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ def native(left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
 
     Where a sum has 24 bits or fewer, as it has for k <= 1024, this is the product of the values,
     not rounded at all. In general the result is within 2**-24 of it, relatively; then comes the
-    rounding of adding `bias`, if there is one. Beyond k = 2**17, where int32 could overflow, the
-    results of that many terms at a time are added in float32.
+    rounding of adding `bias`, if there is one. Beyond k = 2**17, where int32 could overflow (from
+    there on, if codes are -128), the results of as many terms at a time are added in float32.
 
     Args:
         left: codes (..., m, k). An exponent for each index of the first dimension is allowed where
@@ -52,14 +52,17 @@ def native(left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
     multiply = kernels.kernel().multiply
     assert multiply is not None  # the caller asked
     compiled = multiply is kernels.multiply_codes
-    if compiled and left.codes.dim() == 2 and left.codes.shape[1] <= kernels.DEEPEST:
+    if compiled and left.codes.dim() == 2 and left.codes.shape[1] < kernels.DEEPEST:
         return _compiled(left, right, bias)
     run = _compiled if compiled else partial(_portable, multiply)
     shape = (*left.codes.shape[:-1], right.codes.shape[-1])
     a, b = _stacked(left), _stacked(right)
-    result = run(*_part(a, b, 0), bias)
-    for first in range(kernels.DEEPEST, a.codes.shape[2], kernels.DEEPEST):
-        result += run(*_part(a, b, first), None)
+    depth = a.codes.shape[2]
+    if depth >= kernels.DEEPEST:
+        depth = kernels.deepest(a.codes)
+    result = run(*_part(a, b, 0, depth), bias)
+    for first in range(depth, a.codes.shape[2], max(depth, 1)):
+        result += run(*_part(a, b, first, depth), None)
     return result.view(shape)
 
 
@@ -100,15 +103,15 @@ def _portable(
     half = exponent.div(2, rounding_mode="trunc")
     ordinary = bool((exponent.abs() <= 126).all())  # one factor is a normal float32
     for power in (exponent,) if ordinary else (half, exponent - half):
-        out.mul_(torch.ldexp(torch.ones(power.shape), power))
+        out.mul_(torch.ldexp(torch.ones(power.shape, dtype=torch.float32), power))
     return out if bias is None else out.add_(bias)
 
 
-def _part(left: Operand, right: Operand, first: int) -> tuple[Operand, Operand]:
-    """The terms that one int32 sum holds, from `first` on."""
-    if left.codes.shape[2] <= kernels.DEEPEST:
+def _part(left: Operand, right: Operand, first: int, depth: int) -> tuple[Operand, Operand]:
+    """The `depth` terms from `first` on."""
+    if left.codes.shape[2] <= depth:
         return left, right
-    terms = slice(first, first + kernels.DEEPEST)
+    terms = slice(first, first + depth)
     return (
         left._replace(codes=left.codes[:, :, terms]),
         right._replace(codes=right.codes[:, terms]),

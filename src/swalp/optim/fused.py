@@ -145,7 +145,7 @@ def _layout(memory: Tensor) -> tuple[object, ...]:
 
 def empty_state(recipe: Recipe, role: str, parameter: Tensor) -> Tensor:
     """Zeros, held as that role is kept beside `parameter`: packed or as floats."""
-    zeros = torch.zeros(parameter.shape)
+    zeros = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
     if not isinstance(parameter, PackedTensor):
         return zeros
     return pack(zeros, fit(getattr(recipe, role).format, parameter.shape))
