@@ -314,6 +314,16 @@ def test_the_kernel_is_right_and_then_fast(right, slow, found, monkeypatch):
     assert bool(kernel.reason) == (found is not kernels.multiply_int_mm)
 
 
+@pytest.mark.parametrize("gap", [-75, -63, 0, 55, 64])
+def test_scales_beyond_a_float_in_one_factor(gap, monkeypatch):
+    """As where there are no kernels of swalp's: a power of two may be no normal float32."""
+    monkeypatch.setattr(kernels, "kernel", lambda: kernels.Kernel("f", kernels.multiply_float))
+    left, right = plain(codes(3, 2, seed=1), gap), plain(codes(2, 4, seed=2), gap)
+    expected = exact(left, right).float()
+    assert torch.equal(products.native(left, right), expected)
+    assert expected.abs().max() > 0
+
+
 def test_float_sums_are_exact_under_autocast():
     left, right = codes(1, 5, 3000, seed=1, low=-128), codes(1, 3000, 4, seed=2, low=-128)
     with torch.autocast("cpu", torch.bfloat16):
