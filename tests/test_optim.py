@@ -214,7 +214,7 @@ def test_names_that_are_not_the_models_are_refused():
         ValueError, match="two parameters have the name 'weight', and so would have"
     ):
         swalp.optim.SGD(parts, 0.1, recipe=recipe)
-    optimizer = swalp.optim.SGD(parts[:1], 0.1)
+    optimizer = swalp.optim.SGD(parts[:1], 0.1, recipe="paper-small-block-8")
     with pytest.raises(ValueError, match="two parameters have the name 'weight'"):
         optimizer.add_param_group(dict(parts[1]))
     assert len(optimizer.param_groups) == 1

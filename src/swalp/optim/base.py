@@ -63,8 +63,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         """As in PyTorch.
 
         Raises:
-            ValueError: two parameters have one name; or the recipe has overrides, and the
-                parameters come without names.
+            ValueError: there is a recipe, and two parameters have one name; or it has overrides,
+                and the parameters come without names.
         """
         super().add_param_group(param_group)
         try:
@@ -74,6 +74,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             raise
 
     def _check_names(self, names: Sequence[str] | None) -> None:
+        if self.recipe is None:
+            return
         kind = type(self).__name__
         uses = Counter(name for group in self.param_groups for name in group.get("param_names", ()))
         if names is not None and (twice := [name for name in names if uses[name] > 1]):
@@ -81,7 +83,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
                 f"{kind}: two parameters have the name {twice[0]!r}, and so would have the same "
                 f"noise; give all the names that model.named_parameters() gives"
             )
-        if self.recipe is not None and self.recipe.overrides:
+        if self.recipe.overrides:
             if names is None:
                 raise ValueError(
                     f"{kind}: recipe {self.recipe.name!r} has overrides for some "

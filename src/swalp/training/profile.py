@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from swalp.optim import SGD
 from swalp.packed import PackedTensor
+from swalp.packed_views import View
 from swalp.quantize import api, dispatch
 from swalp.training import loop
 from swalp.training.augmentation import Draws
@@ -266,7 +267,7 @@ def _saved(watch: _Watch, model: nn.Module) -> Iterator[None]:
 
     def keep(tensor: Tensor) -> Tensor:
         held = tensor.codes if isinstance(tensor, PackedTensor) else tensor
-        storage = held.untyped_storage()
+        storage = (held.floats if isinstance(held, View) else held).untyped_storage()
         if storage.data_ptr() not in seen:
             seen.add(storage.data_ptr())
             watch.saved[watch.layer] += storage.nbytes()
