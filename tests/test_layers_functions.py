@@ -333,7 +333,12 @@ def test_the_page_names_every_function():
     for function in _HANDLERS:
         if not hasattr(function, "__name__"):
             continue  # an operator of another library
-        name = function.__name__.removesuffix("_forward").strip("_").replace("linalg_", "linalg.")
+        name = (
+            function.__name__.removesuffix("_forward")
+            .removesuffix("_fallback")
+            .strip("_")
+            .replace("linalg_", "linalg.")
+        )
         assert re.search(rf"`{name}|`{name[:-2]}1d`–`3d`", page), name
 
 
