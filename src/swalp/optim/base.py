@@ -216,11 +216,14 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             if parameter.requires_grad
         ]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # PyTorch ships no type
     def _update_group(
         self, parameters: list[tuple[str, Tensor, Tensor]], group: dict[str, Any]
     ) -> None:
         """Update named parameters with gradients, in one compiled call as far as possible."""
+        if torch.compiler.is_dynamo_compiling():
+            # Not a decorator, which would import all of Dynamo.
+            torch.compiler.disable(self._update_group)(parameters, group)  # type: ignore[no-untyped-call]  # PyTorch has no type
+            return
         ready: dict[tuple[bool, bool], list[fused.Prepared]] = {}
         for name, parameter, gradient in parameters:
             if gradient.layout is not torch.strided and self.recipe_of(name) is not None:
