@@ -27,6 +27,7 @@ WORDS = dataclasses.replace(
     averaging_start=2,
     seeds=1,
 )
+MODELS = ("SGD", "average", related_work.LONGER)
 FORMATS = related_work.Settings("digits", TRAINING, (8, 4), "every=2", 1)
 AVERAGING = dataclasses.replace(
     averaging.FREQUENCY.quick, data="digits", model="mlp", width=16, examples=900, epochs=4
@@ -101,6 +102,10 @@ def test_the_shortest_word_is_read_off_the_rows():
     assert word_length.shortest(WORDS, found, "digits", "small", "SGD") == 8
     assert word_length.shortest(WORDS, found, "digits", "small", "average") == 3
     assert word_length.verdict(WORDS, found).holds
+    same = good | {(block, "average"): good[block, "SGD"] for block in word_length.BLOCKS}
+    assert not word_length.verdict(WORDS, rows(same)).holds  # averaging saves nothing
+    unknown = good | {("small", "average"): (math.nan, math.nan)}
+    assert word_length.shortest(WORDS, rows(unknown), "digits", "small", "average") is None
     bad = good | {("small", "average"): (20, 7)}
     assert not word_length.verdict(WORDS, rows(bad)).holds
 
@@ -110,7 +115,10 @@ def test_formats_of_related_work():
     context = dataclasses.replace(ALONE, progress=lambda *parts: seen.append(parts))
     rows = related_work.run(FORMATS, context)
     assert seen[-1] == (21, 21)
-    assert len(rows) == 2 * 21
+    # Each has an iterate and an average; what is rounded stochastically, and float, one more.
+    assert len(rows) == 2 * 21 + 11
+    longer = pick(rows, scheme="BFP, small block", bits=8, model=related_work.LONGER)
+    assert [(row["rounding"], row["epoch"]) for row in longer] == [("stochastic", TRAINING.epochs)]
     assert {row["scheme"] for row in rows} == {"float", *related_work.SCHEMES}
     eight = pick(rows, bits=8, rounding="stochastic", model="average")
     assert all(row["test_error"] < 30 for row in eight if "BFP" in row["scheme"])
@@ -125,35 +133,36 @@ def test_formats_of_related_work():
 
 
 def test_gains_from_averaging_are_judged_by_their_scatter():
-    gains = dict.fromkeys(related_work.SCHEMES, (0.4, 0.2, 0.3))
+    gains: dict[str, tuple[float, ...]] = dict.fromkeys(related_work.SCHEMES, (0.4, 0.2, 0.3))
 
     def rows(gains):
         rows = [
             {"scheme": scheme, "bits": 8, "rounding": rounding, "model": model, "seed": seed,
-             "test_error": 13 + seed - (gain if model == "average" else 0)}
+             "test_error": 13 + seed - (gain if model == "average" else 0)
+             - (0.5 if model == related_work.LONGER else 0)}
             for scheme, values in gains.items()
             for rounding in related_work.ROUNDINGS
             for seed, gain in enumerate(values)
-            for model in ("SGD", "average")
+            for model in MODELS
         ]  # fmt: skip
         float_row = {"scheme": "float", "bits": 32, "rounding": "", "seed": 0, "test_error": 11}
-        return rows + [float_row | {"model": model} for model in ("SGD", "average")]
+        return rows + [float_row | {"model": model} for model in MODELS]
 
     def verdict(**changed):
         return related_work.verdict(settings, rows(gains | changed))
 
     settings = dataclasses.replace(FORMATS, bits=(8,), seeds=3)
     only = {"scheme": "MX", "bits": 8, "rounding": "stochastic"}
-    mean, error = related_work.gain(rows(gains), **only)
-    assert mean == pytest.approx(0.3)
-    assert error == pytest.approx(0.1 / math.sqrt(3))
+    assert related_work.gains(rows(gains), only) == pytest.approx(gains["MX"])
     assert verdict().holds
+    assert "all 4 epochs it is better by -0.20 ± 0.06" in verdict().sentence
+    assert not verdict(**dict.fromkeys(related_work.SCHEMES, (0.4,))).holds  # one seed is chance
     undecided = verdict(MX=(-0.3, 0.3, -0.06))
     assert undecided.holds
-    assert "in 4 of them, and hurts by as much in none" in undecided.sentence
+    assert "it helps in 4 of them, and hurts in none" in undecided.sentence
     hurt = verdict(MX=(-0.3, -0.2, -0.25))
     assert not hurt.holds
-    assert "hurts by as much in MX" in hurt.sentence
+    assert "and hurts in MX" in hurt.sentence
     assert not verdict(**dict.fromkeys(related_work.SCHEMES, (-0.9, 1.2, 0.3))).holds
 
 

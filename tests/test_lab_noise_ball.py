@@ -27,7 +27,7 @@ def rows():
 def test_it_holds_on_a_small_scale(rows):
     verdict = claim.verdict(SMALL, rows)
     assert verdict.holds, verdict.sentence
-    assert len(rows) == SMALL.seeds * (2 * 3 * 2 + 1)
+    assert len(rows) == SMALL.seeds * (2 * 3 * 2 + 1 + 2 * 3)
     assert claim.run(SMALL, CONTEXT) == rows
     assert "δ/32" in claim.table(SMALL, rows)
     assert len(claim.plot(SMALL, rows).axes) == 3
@@ -35,7 +35,7 @@ def test_it_holds_on_a_small_scale(rows):
 
 def test_the_average_is_unbiased_on_the_quadratic_and_only_there(rows):
     for bits in SMALL.frac_bits:
-        wanted = {"frac_bits": bits, "rate_in_gaps": 1.0}
+        wanted = {"frac_bits": bits, "rate_in_gaps": 1.0, "method": "SGD-LP"}
         bias, error = claim.squared_bias(SMALL, rows, function="quadratic", **wanted)
         assert abs(bias) < 16 * error**2
         bias, error = claim.squared_bias(SMALL, rows, function="skewed", **wanted)
@@ -52,19 +52,26 @@ def test_iterates_settle_where_the_noise_of_gradient_and_rounding_put_them(rows)
 
 
 def test_verdicts_are_computed_from_rows():
-    def row(kind, bits, rate, square, bias):
+    def row(kind, bits, rate, square, bias, method="SGD-LP"):
         known = {"function": kind, "frac_bits": bits, "gap": 2.0**-bits, "rate_in_gaps": rate}
-        return {**known, "mean_square": square, "average_mean": bias, "average_variance": 0.0}
+        known |= {"method": method, "mean_square": square}
+        return {**known, "average_mean": bias, "average_variance": 0.0}
 
-    def rows(power, ratio):
-        made = [row("quadratic", b, 1.0, 0.6 * 2.0**-b, 0) for b in SMALL.frac_bits]
-        made += [row("quadratic", 4, rate, ratio / 16, 0) for rate in (1 / 16, 1 / 32)]
-        return made + [
-            row("skewed", b, 1.0, 0.6 * 2.0**-b, 2.0 ** (power * b)) for b in SMALL.frac_bits
-        ]
+    def rows(power, ratio, of_the_rate=0.01):
+        made = [row("quadratic", 4, rate, ratio / 16, 0) for rate in (1.0, 1 / 32)]
+        for b in SMALL.frac_bits:
+            made += [
+                row("quadratic", b, 1 / 16, 0.4 * 2.0**-b, 0),
+                row("skewed", b, 1 / 16, 0.4 * 2.0**-b, 2.0 ** (power * b)),
+                row("quadratic", b, 1 / 16, of_the_rate * 0.4 * 2.0**-b, 0, "SGD"),
+                row("skewed", b, 1 / 16, of_the_rate * 0.4 * 2.0**-b, 0.1 * 2.0**-b, "SGD"),
+            ]
+        return made
 
     assert claim.verdict(SMALL, rows(-1, claim.LIMIT)).holds
     assert "by 0.250 (expected: 1/4)" in claim.verdict(SMALL, rows(-1, claim.LIMIT)).sentence
     assert not claim.verdict(SMALL, rows(-0.5, claim.LIMIT)).holds
     assert not claim.verdict(SMALL, rows(-1, 0.3)).holds
+    # As much without quantization: it would be of the rate, which shrinks with the gap.
+    assert not claim.verdict(SMALL, rows(-1, claim.LIMIT, of_the_rate=1.0)).holds
     assert math.isclose(claim.LIMIT, 0.3989422804)

@@ -7,30 +7,9 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-Row = dict[str, Any]
+from swalp.training.significance import differs_from_zero
 
-# The 97.5 % quantile of Student's t with 1, 2, … degrees of freedom; beyond them it is below 2.1.
-_STUDENT = (
-    12.71,
-    4.31,
-    3.19,
-    2.78,
-    2.58,
-    2.45,
-    2.37,
-    2.31,
-    2.27,
-    2.23,
-    2.21,
-    2.18,
-    2.17,
-    2.15,
-    2.14,
-    2.12,
-    2.11,
-    2.11,
-    2.1,
-)
+Row = dict[str, Any]
 
 
 def render(summary: dict[str, Any]) -> str:
@@ -154,10 +133,7 @@ def difference(values: Sequence[float]) -> str:
     shown = f"{round(mean(values), 2) + 0.0:+.2f}"  # + 0.0: there is no -0.00
     if len(values) == 1:
         return shown
-    freedom = len(values) - 1
-    bound = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 2.1
-    clear = abs(mean(values)) > bound * stdev(values) / len(values) ** 0.5
-    return f"{shown} ± {stdev(values):.2f}{'*' if clear else ''}"
+    return f"{shown} ± {stdev(values):.2f}{'*' if differs_from_zero(values) else ''}"
 
 
 def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -159,7 +159,8 @@ def shortest(settings: Settings, rows: Sequence[Row], arm: str) -> int | None:
     limit = mean(rows, average="precision=float32", **wanted) + SLACK
     found = None
     for bits in sorted(ablations.PRECISIONS, reverse=True):
-        if mean(rows, average=f"precision=bfp{bits}[0]", **wanted) > limit:
+        error = mean(rows, average=f"precision=bfp{bits}[0]", **wanted)
+        if not error <= limit:  # a NaN neither
             break
         found = bits
     return found

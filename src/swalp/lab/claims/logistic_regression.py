@@ -198,7 +198,8 @@ def verdict(settings: Settings, rows: Sequence[Row]) -> Verdict:
         averaged <= sgd and low >= sgd + WORSE and settings.seeds >= 3,
         f"with {JUDGED_AT} fractional bits SWALP's training error is {averaged:.2f} %, float SGD's "
         f"{sgd:.2f} % (expected: SWALP not above it), and SGD-LP's {low:.2f} %, {low - sgd:+.2f} "
-        f"points from float SGD (expected: {WORSE} or more), in {settings.seeds} seeds. "
+        f"points from float SGD (expected: {WORSE} or more), in {settings.seeds} seeds "
+        f"(expected: 3 or more). "
         f"Averaging saves bits: {told}.",
     )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -19,10 +19,11 @@ from swalp.lab.network import Training
 from swalp.lab.parallel import in_processes
 from swalp.recipes import Override, Quantizer, Recipe
 from swalp.training import data
+from swalp.training.significance import differs_from_zero
 
 GUESSING = 80.0  # % of test error: above, nothing was learned
-CLEAR = 2  # standard errors: a difference that is none of chance
 ROUNDINGS = ("nearest", "stochastic")
+LONGER = "SGD, all epochs"
 SCHEMES = {
     "fixed point": "one gap for each role",
     "BFP, big block": "one exponent for each tensor",
@@ -99,7 +100,11 @@ def _quantizer(fmt: Format, rounding: str, random_bits: int) -> Quantizer:
 
 
 def run(settings: Settings, context: Context) -> list[Row]:
-    """Float and every scheme, rounding and word length, from every seed."""
+    """Float and every scheme, rounding and word length, from every seed.
+
+    Of what is rounded stochastically, and of float, also SGD whose rate falls over all epochs: as
+    many as the average had.
+    """
     data.load(settings.data, context.data_dir, download=context.download)
     cases: list[tuple[str, str, int]] = [("float", "", 32)]
     cases += [
@@ -122,18 +127,24 @@ def _train(
     data_dir: Path | None,
     check: Callable[[], None],
 ) -> list[Row]:
+    low = None if scheme == "float" else recipe(scheme, bits, rounding)
     found = network.train(
         settings.training,
         network.load(settings.data, data_dir),
-        None if scheme == "float" else recipe(scheme, bits, rounding),
+        low,
         seed,
         [settings.average],
         check,
     )
     known = {"seed": seed, "scheme": scheme, "rounding": rounding, "bits": bits}
-    return [
+    rows = [
         known | {"model": "SGD" if row["average"] is None else "average", **row} for row in found
     ]
+    if rounding == "nearest":
+        return rows
+    training = replace(settings.training, averaging_start=settings.training.epochs)
+    (longer,) = network.train(training, network.load(settings.data, data_dir), low, seed, [], check)
+    return [*rows, known | {"model": LONGER, **longer}]
 
 
 def mean(rows: Sequence[Row], **wanted: object) -> float:
@@ -149,14 +160,22 @@ def _cell(rows: Sequence[Row], **wanted: object) -> str:
 
 def table(settings: Settings, rows: Sequence[Row]) -> str:
     """Test errors with and without averaging, for each word length."""
-    sgd, swa = (_cell(rows, scheme="float", model=model) for model in ("SGD", "average"))
+    sgd, swa, longer = (
+        _cell(rows, scheme="float", model=model) for model in ("SGD", "average", LONGER)
+    )
+    epochs, start = settings.training.epochs, settings.training.averaging_start
     parts = [
         f"Test error %, {settings.data}, {settings.training.model} of width "
-        f"{settings.training.width}: float SGD {sgd}, SWA {swa}; mean ± standard deviation of "
-        f"{settings.seeds} seeds. Formats: {'; '.join(f'{k}: {v}' for k, v in SCHEMES.items())}."
+        f"{settings.training.width}: float SGD {sgd}, SWA {swa}, SGD over {epochs} epochs "
+        f"{longer}; mean ± standard deviation of {settings.seeds} seeds. SGD and SGD-LP are "
+        f"iterates after {start} epochs, where averaging starts, as in the paper; averages are of "
+        f"the {epochs - start} epochs that follow; the last column is SGD-LP whose rate falls over "
+        f"{epochs} epochs, as many as the average had. Formats: "
+        f"{'; '.join(f'{k}: {v}' for k, v in SCHEMES.items())}."
     ]
     for bits in settings.bits:
         header = [f"{bits} bits", "nearest: SGD-LP", "averaged", "stochastic: SGD-LP", "averaged"]
+        header.append(f"SGD-LP, {epochs} epochs")
         lines = [
             [name]
             + [
@@ -164,29 +183,41 @@ def table(settings: Settings, rows: Sequence[Row]) -> str:
                 for rule in ROUNDINGS
                 for model in ("SGD", "average")
             ]
+            + [_cell(rows, scheme=name, bits=bits, rounding="stochastic", model=LONGER)]
             for name in SCHEMES
         ]
         parts.append(markdown(header, lines))
     return "\n\n".join(parts)
 
 
-def gain(rows: Sequence[Row], **wanted: object) -> tuple[float, float]:
-    """What averaging takes off the test error: mean over the seeds, and its standard error.
+def gains(rows: Sequence[Row], wanted: Mapping[str, object], than: str = "SGD") -> list[float]:
+    """How far the average's test error is below that of the model `than`, for each seed.
 
-    Iterate and average of a seed are of the same trajectory, so that their differences vary less
-    than either. The standard error of one seed is given as 0.
+    They share the seed's initial weights and order of the data, and iterate and average the
+    trajectory, so that their differences vary less than either.
     """
     before, after = (
         {row["seed"]: row["test_error"] for row in pick(rows, model=model, **wanted)}
-        for model in ("SGD", "average")
+        for model in (than, "average")
     )
-    gains = [before[seed] - after[seed] for seed in sorted(before)]
-    return fmean(gains), stdev(gains) / math.sqrt(len(gains)) if len(gains) > 1 else 0.0
+    return [before[seed] - after[seed] for seed in sorted(before)]
+
+
+def _over_formats(each: Sequence[Sequence[float]]) -> list[float]:
+    """The mean over the formats, for each seed."""
+    return [fmean(values) for values in zip(*each, strict=True)]
+
+
+def _with_error(values: Sequence[float]) -> str:
+    """A mean over seeds and its standard error."""
+    error = f" ± {stdev(values) / math.sqrt(len(values)):.2f}" if len(values) > 1 else ""
+    return f"{round(fmean(values), 2) + 0.0:.2f}{error}"  # + 0.0: there is no -0.00
 
 
 def verdict(settings: Settings, rows: Sequence[Row]) -> Verdict:
     """Whether, rounded stochastically, averaging helps on the whole and hurts in no format."""
     told, holds = [], True
+    epochs = settings.training.epochs
     for bits in settings.bits:
         cases = [
             {"scheme": name, "bits": bits, "rounding": "stochastic"}
@@ -196,15 +227,15 @@ def verdict(settings: Settings, rows: Sequence[Row]) -> Verdict:
         failing = sorted(SCHEMES.keys() - {case["scheme"] for case in cases})
         if not cases:
             return Verdict(False, f"at {bits} bits no format trains at all.")
-        gains = [gain(rows, **case) for case in cases]
-        clear = sum(value > CLEAR * error for value, error in gains)
+        found = [gains(rows, case) for case in cases]
+        helped = sum(fmean(values) > 0 and differs_from_zero(values) for values in found)
         hurt = [
             str(case["scheme"])
-            for case, (value, error) in zip(cases, gains, strict=True)
-            if value < -CLEAR * error
+            for case, values in zip(cases, found, strict=True)
+            if fmean(values) < 0 and differs_from_zero(values)
         ]
-        whole = fmean(value for value, _ in gains)
-        spread = math.hypot(*(error for _, error in gains)) / len(gains)
+        whole = _over_formats(found)
+        longer = _over_formats([gains(rows, case, LONGER) for case in cases])
         better = sum(
             mean(rows, scheme=name, bits=bits, rounding="stochastic", model="average")
             <= mean(rows, scheme=name, bits=bits, rounding="nearest", model="average")
@@ -214,20 +245,25 @@ def verdict(settings: Settings, rows: Sequence[Row]) -> Verdict:
         best = min(cases, key=lambda case: mean(rows, model="average", **case))
         without = f" ({' and '.join(failing)} do not)" if failing else ""
         told.append(
-            f"at {bits} bits, rounded stochastically, averaging lowers the error by {whole:.2f} ± "
-            f"{spread:.2f} points over the {len(cases)} formats that train at all{without}, by "
-            f"{min(value for value, _ in gains):.2f} to {max(value for value, _ in gains):.2f} in "
-            f"one; it helps by more than {CLEAR} standard errors in {clear} of them, and hurts by "
-            f"as much in {' and '.join(hurt) or 'none'}; the "
-            f"average is at least as good as with rounding to nearest in {better}; the best format "
-            f"is {best['scheme']}, at {mean(rows, model='average', **best):.2f} %"
+            f"at {bits} bits, rounded stochastically, averaging lowers the error of the iterate "
+            f"that it starts from by {_with_error(whole)} points over the {len(cases)} formats "
+            f"that train at all{without}, by {min(map(fmean, found)):.2f} to "
+            f"{max(map(fmean, found)):.2f} in one; by Student's t it helps in {helped} of them, "
+            f"and hurts in {' and '.join(hurt) or 'none'}; than SGD-LP whose rate falls over all "
+            f"{epochs} epochs it is better by {_with_error(longer)}; the average is at least as "
+            f"good as with rounding to nearest in {better}; the best format is {best['scheme']}, "
+            f"at {mean(rows, model='average', **best):.2f} %"
         )
-        holds &= whole > CLEAR * spread and not hurt
-    sgd, swa = (mean(rows, scheme="float", model=model) for model in ("SGD", "average"))
+        holds &= fmean(whole) > 0 and differs_from_zero(whole) and not hurt
+    sgd, swa, longest = (
+        mean(rows, scheme="float", model=model) for model in ("SGD", "average", LONGER)
+    )
     return Verdict(
         holds,
-        f"{'; '.join(told)}. Float SGD: {sgd:.2f} %, SWA: {swa:.2f} %. (Expected: averaging helps "
-        f"on the whole, by more than {CLEAR} standard errors, and hurts by as much in no format.)",
+        f"{'; '.join(told)}. Float SGD: {sgd:.2f} %, SWA: {swa:.2f} %, SGD over all {epochs} "
+        f"epochs: {longest:.2f} %; {settings.seeds} seeds, ± their standard error. (Expected, at "
+        f"the 5 % level of Student's t: averaging improves on the iterate on the whole, and hurts "
+        f"in no format.)",
     )
 
 
@@ -279,11 +315,13 @@ CLAIM = Claim(
     name="related-work",
     title="Related formats and roundings, with and without averaging",
     statement=(
-        "Averaging helps whatever low-precision format the iterates are kept in, as long as they "
-        "are rounded stochastically. The same small network and data under fixed point, block "
-        "floating point, minifloats (FP8) and microscaling (MX), every role at equal bits, rounded "
-        "to nearest and stochastically: formats in the manner of the schemes that the paper builds "
-        "on or compares with, not those schemes' whole recipes. All figures are this project's."
+        "Averaging improves on the iterate that it starts from whatever low-precision format the "
+        "iterates are kept in, as long as they are rounded stochastically. The same small network "
+        "and data under fixed point, block floating point, minifloats (FP8) and microscaling (MX), "
+        "every role at equal bits, rounded to nearest and stochastically: formats in the manner of "
+        "the schemes that the paper builds on or compares with, not those schemes' whole recipes. "
+        "All figures are this project's; among them, that of SGD-LP with as many epochs as the "
+        "average had."
     ),
     full=Settings(
         data="fashion-mnist", training=Training("mlp", 64, 128, 6, 4, 0.1, 0.02, 0.9, 5e-4),
@@ -291,7 +329,7 @@ CLAIM = Claim(
     ),
     quick=Settings(
         data="fashion-mnist", training=Training("mlp", 32, 128, 3, 2, 0.1, 0.02, 0.9, 5e-4),
-        bits=(4,), average="every=10", seeds=1,
+        bits=(4,), average="every=10", seeds=3,
     ),
     run=run, table=table, plot=plot, verdict=verdict,
 )  # fmt: skip
