@@ -91,6 +91,8 @@ def test_names_also_have_a_systematic_spelling():
         (" bfp8", "did you mean bfp8"),
         ("mx_binary", "unknown format 'mx_binary'"),
         ("mx_bfp8", "unknown format 'mx_bfp8'"),
+        ("bfp\u0668", "did you mean bfp8"),  # a digit, but not one of ours
+        ("fixed" + "9" * 5000 + ".0", "examples: fixed8.6"),
     ],
 )
 def test_unknown_strings_name_the_nearest_formats(text, hint):

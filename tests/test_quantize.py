@@ -33,8 +33,10 @@ from swalp import (
     TowardNegative,
     TowardPositive,
     TowardZero,
+    pack,
     parse_format,
     quantize,
+    quantize_many,
 )
 from swalp.quantize import reference
 
@@ -633,6 +635,10 @@ def test_opcheck(clipped):
          r"a tile of 2 does not divide axis 1 of a tensor of shape \(2, 3\); .*divides 3"),
         ((torch.ones(2, 30), parse_format("mxfp8_e4m3")), ValueError, "a tile of 32 does not div"),
         ((torch.ones(2), Binary(), TowardZero()), ValueError, "binary has no zero to round toward"),
+        ((torch.ones(4, 4), BlockFloat(4, axes=(0, -2), tile=(2, 4))), ValueError,
+         r"two of its axes are one in a tensor of shape \(4, 4\); name each axis once"),
+        ((torch.ones(2), Microscaling(Minifloat(9, 3), tile=2)), ValueError,
+         r"reaches 2\*\*128 with its finest scale, but float32 ends below 2\*\*128"),
     ],
 )  # fmt: skip
 def test_a_callers_mistakes_get_one_clear_line(arguments, error, text):
@@ -653,3 +659,77 @@ def test_keyword_mistakes():
 
 def test_deterministic_rules_are_one_each():
     assert len({type(rule) for rule in DETERMINISTIC}) == 4
+
+
+@pytest.mark.parametrize(("fmt", "x", "expected"), [
+    (FixedPoint(32, 16), torch.tensor([32768.0, 32767.5], dtype=torch.float64), [0.0, 1.0]),
+    (FixedPoint(8, 156), torch.tensor([2.0**-152], dtype=torch.float64), [1.0]),
+    (FixedPoint(8, -130), torch.tensor([1e300], dtype=torch.float64), [0.0]),
+    (BlockFloat(8, symmetric=False), torch.tensor([-65504.0, 1.0]).half(), [0.0, 1.0]),
+    (BlockFloat(8, symmetric=False), torch.tensor([-3.4e38, 1.0]), [0.0, 1.0]),
+], ids=str)  # fmt: skip
+def test_the_clipped_gradient_knows_the_ends_exactly(fmt, x, expected):
+    x = x.clone().requires_grad_()
+    quantize(x, fmt, gradient="clipped").sum().backward()
+    assert x.grad.tolist() == expected
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16, torch.float64], ids=str)
+def default_dtype(request):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(before)
+
+
+def test_the_default_dtype_plays_no_part(default_dtype):
+    x = torch.tensor([127.99], dtype=torch.float32, requires_grad=True)
+    quantize(x, FixedPoint(12, 4), gradient="clipped").sum().backward()
+    assert x.grad.tolist() == [0.0]
+    signs = torch.tensor([1.0, -1.0], dtype=torch.float32)
+    expected = [2.0**-30, -(2.0**-30)]
+    assert quantize(signs.double(), Binary(30)).tolist() == expected
+    assert pack(signs, Binary(30)).dequantize().tolist() == expected
+
+
+@pytest.mark.parametrize("frac_bits", [200, -200])
+def test_binary_values_beyond_float32(frac_bits):
+    x = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    assert quantize(x, Binary(frac_bits)).tolist() == [2.0**-frac_bits, -(2.0**-frac_bits)]
+
+
+@pytest.mark.parametrize(("fmt", "shape"), [
+    (BlockFloat(8, tile=(2,) * 9), (4,) * 9),
+    (BlockFloat(8, axes=tuple(range(0, 20, 2))), (2,) * 20),
+], ids=["tiles", "axes"])  # fmt: skip
+def test_blocks_along_more_axes_than_the_kernels_have(fmt, shape):
+    x = torch.randn(shape)
+    expected = quantize(x.double(), fmt).float()
+    for _ in range(2):
+        assert same(quantize(x, fmt), expected)
+    assert same(pack(x, fmt).dequantize(), expected)
+    assert same(quantize_many([x], fmt)[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_out_is_written_below_autograd(dtype):
+    x = torch.randn(4, dtype=dtype, requires_grad=True)
+    y = x * 2
+    quantize(y, FixedPoint(4, 1), out=y)
+    y.sum().backward()
+    assert x.grad.tolist() == [2.0] * 4
+    parameter = torch.nn.Parameter(x.detach().clone())
+    quantize(parameter, FixedPoint(4, 1), out=parameter)
+    assert same(parameter.detach(), quantize(x.detach(), FixedPoint(4, 1)))
+
+
+def test_nothing_at_all():
+    assert quantize_many([], BlockFloat(8, axes=(1,))) == []
+    with pytest.raises(TypeError, match="fmt must be a format"):
+        quantize_many([], "bfp8")
+    fmt = BlockFloat(8, axes=(1,))
+    quantize(torch.ones(2, 2), fmt)  # and is known from now on
+    with pytest.raises(ValueError, match="axis 1 is out of range"):
+        quantize(torch.empty(0), fmt)
+    none = torch.func.vmap(lambda v: quantize(v, BlockFloat(3)), in_dims=1)(torch.empty(4, 0))
+    assert none.shape == (0, 4)

@@ -66,6 +66,15 @@ def test_nothing_and_zeros():
         assert rounding_error(x, x, fmt) == RoundingError(x.numel(), 0, 0, 0, 0, 0, 0)
 
 
+def test_numbers_whose_squares_are_beyond_float64():
+    fmt = swalp.FixedPoint(12, 2)
+    for unit in (2.0**1000, 2.0**-1000):
+        x = torch.tensor([3.0, 4.0], dtype=torch.float64) * unit
+        found = rounding_error(x, x + torch.tensor([0.0, 0.5], dtype=torch.float64) * unit, fmt)
+        assert found.relative == 0.1
+        assert found.in_gaps == pytest.approx(unit * 2 / 2**0.5)
+
+
 def test_values_of_the_format_do_not_err():
     for name in ("bfp8", "e5m2", "binary", "mxfp6_e3m2"):
         fmt = swalp.parse_format(name)

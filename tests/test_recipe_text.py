@@ -16,7 +16,7 @@ def test_everything_comes_back_equal(tmp_path):
     fine = Quantizer(BlockFloat(8, tile=32), Nearest())
     coarse = Quantizer(FixedPoint(5, 3), Stochastic(random_bits=9))
     recipe = Recipe(
-        name='a "name"',
+        name='a "name" \x7f',
         weight=fine,
         error=coarse,
         quantize_input=True,

@@ -85,6 +85,9 @@ def test_fit_takes_tiles_that_divide():
     assert fit(BlockFloat(8, tile=(16, 16)), (24,)) == BlockFloat(8, tile=12)
     assert fit(BlockFloat(8, tile=16, axes=(1,)), (24, 6)) == BlockFloat(8, tile=6, axes=(1,))
     assert fit(BlockFloat(8, tile=16, axes=(1,)), (24,)) == BlockFloat(8)
+    both = BlockFloat(8, tile=(2, 4), axes=(0, -1))
+    assert fit(both, (8, 8)) == both
+    assert fit(both, (8,)) == BlockFloat(8, tile=(2,), axes=(0,))
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (3, 40), (2, 37, 3), (2, 12, 5, 5), (0, 3)], ids=str)
@@ -113,6 +116,8 @@ def test_bad_values_are_refused():
         Quantizer(FixedPoint(8, 6), Stochastic(3))
     with pytest.raises(TypeError, match="format must be a format, not 8"):
         Quantizer(8, Nearest())
+    with pytest.raises(ValueError, match="carries a step or a call"):
+        Quantizer(FixedPoint(8, 6), Stochastic(step=3))
     with pytest.raises(TypeError, match="rounding must be a rounding rule"):
         Quantizer(FixedPoint(8, 6), "nearest")
     with pytest.raises(TypeError, match="'mine': weight must be a Quantizer"):

@@ -16,20 +16,26 @@ from swalp.formats import (
     Minifloat,
 )
 
+
+def _pattern(text: str) -> re.Pattern[str]:
+    """Of numbers that are written in ASCII and fit any machine's integers."""
+    return re.compile(text.replace(r"\d+", "[0-9]{1,9}"))
+
+
 _AXES = r"(?:\[(?P<axes>-?\d+(?:,-?\d+)*)\])?"
-_FIXED = re.compile(r"fixed(?P<word>\d+)\.(?P<frac>-?\d+)(?P<symmetric>s?)")
-_BLOCK = re.compile(
+_FIXED = _pattern(r"fixed(?P<word>\d+)\.(?P<frac>-?\d+)(?P<symmetric>s?)")
+_BLOCK = _pattern(
     r"bfp(?P<word>\d+)(?:e(?P<exponent>\d+))?(?P<twos>t?)" + _AXES + r"(?:/(?P<tile>\d+(?:x\d+)*))?"
 )
-_MINI = re.compile(
+_MINI = _pattern(
     r"(?P<unsigned>u?)e(?P<exponent>\d+)m(?P<mantissa>\d+)(?P<specials>ieee|fnuz|fn|finite)?"
     r"(?:b(?P<bias>-?\d+))?(?P<nosub>-nosub)?(?P<inf>-inf)?"
 )
-_MX = re.compile(
+_MX = _pattern(
     r"(?:mx_(?P<element>[^\[/]+)|(?P<name>mx[a-z0-9]+(?:_e\dm\d)?))"
     r"(?:\[(?P<axis>-?\d+)\])?(?:/(?P<tile>\d+))?"
 )
-_BINARY = re.compile(r"binary\.(?P<frac>-?\d+)")
+_BINARY = _pattern(r"binary\.(?P<frac>-?\d+)")
 
 FORMS = "fixed8.6, bfp8, bfp8[0], bfp8/32, e4m3fn, e5m10, mxfp8_e4m3, ternary, binary"
 

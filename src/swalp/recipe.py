@@ -48,6 +48,11 @@ class Quantizer:
                 f"Quantizer: {self.rounding!r} carries a seed, but a recipe serves many tensors; "
                 f"leave the seed out here and give it to convert() and the optimizer"
             )
+        if isinstance(self.rounding, Stochastic) and (self.rounding.step or self.rounding.call):
+            raise ValueError(
+                f"Quantizer: {self.rounding!r} carries a step or a call, which layers and "
+                f"optimizers count themselves; leave both out"
+            )
 
     def __str__(self) -> str:
         return f"{self.format} {self.rounding}"
@@ -364,6 +369,9 @@ def _tiled(fmt: BlockFloat | Microscaling, shape: tuple[int, ...]) -> Format:
     ]
     if not along:
         return replace(fmt, axes=None, tile=None)
+    # From the front and from the back two axes can be one of a tensor of few: the first holds.
+    along = list({axis % len(shape): (axis, extent) for axis, extent in reversed(along)}.values())
+    along.reverse()
     axes = tuple(axis for axis, _ in along)
     tile = tuple(_divisor(shape[axis], extent) for axis, extent in along)
     return replace(fmt, axes=fmt.axes and axes, tile=tile)

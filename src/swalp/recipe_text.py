@@ -73,8 +73,9 @@ def from_settings(settings: Mapping[str, Any], base: Recipe, source: str) -> Rec
 def _written(value: object) -> str:
     if value is None:
         return json.dumps(OFF)
-    # JSON writes text and booleans the way TOML reads them.
-    return json.dumps(value if isinstance(value, bool) else str(value), ensure_ascii=False)
+    # JSON writes text and booleans the way TOML reads them,
+    text = json.dumps(value if isinstance(value, bool) else str(value), ensure_ascii=False)
+    return text.replace("\x7f", "\\u007f")  # but for this one
 
 
 def _read(key: str, value: Any, known: tuple[str, ...] | list[str], source: str) -> Any:
@@ -101,7 +102,7 @@ def _read(key: str, value: Any, known: tuple[str, ...] | list[str], source: str)
 def _rounding(text: str) -> Rounding:
     if text in DETERMINISTIC:
         return DETERMINISTIC[text]
-    if match := re.fullmatch(r"stochastic(\d+)", text):
+    if match := re.fullmatch(r"stochastic([0-9]{1,9})", text):
         return Stochastic(random_bits=int(match[1]))
     raise ValueError(
         f"unknown rounding {text!r}; there are {', '.join(DETERMINISTIC)} and stochastic with its "

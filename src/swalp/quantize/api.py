@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal
@@ -82,8 +83,11 @@ def quantize(
     if not torch.compiler.is_compiling() and _is_plain(x) and not x.is_meta:
         if x.dtype is torch.float32 and not isinstance(fmt, Binary):  # it has no rule toward zero
             plans.plan_of(fmt).checked = plans.knows(fmt)
-        if out is None or type(out) in _PLAIN:
-            return dispatch.run(x, fmt, rounding, out)
+        if out is None:
+            return dispatch.run(x, fmt, rounding)
+        if type(out) in _PLAIN:
+            dispatch.run(x, fmt, rounding, out.detach())  # nothing for autograd to record
+            return out
         return out.copy_(dispatch.run(x, fmt, rounding))
     seed, step, call, key = 0, 0, 0, None
     if isinstance(rounding, Stochastic):
@@ -159,7 +163,7 @@ def quantize_many(
             f"give as many of each"
         )
     for rule in rules:
-        check(torch.empty(0) if not tensors else tensors[0], fmt, rule)
+        _check_rule(fmt, rule)
     # One check for all that are alike: small tensors often are.
     alike = {(type(x), x.dtype, x.shape): x for x in map(_tensor, tensors)}
     for x in alike.values():
@@ -188,6 +192,13 @@ def _tensor(x: object) -> Tensor:
 def check(x: Tensor, fmt: Format, rounding: Rounding) -> None:
     """Raise unless `x` can be quantized to `fmt` with `rounding`; see `quantize`."""
     _tensor(x)
+    _check_rule(fmt, rounding)
+    _check_carrier(fmt, x.dtype)
+    if isinstance(fmt, BlockFloat | Microscaling):
+        block_extents(fmt, x.shape)
+
+
+def _check_rule(fmt: Format, rounding: Rounding) -> None:
     if not isinstance(fmt, Format):
         raise TypeError(
             f"quantize: fmt must be a format such as swalp.BlockFloat(8), not {fmt!r}; "
@@ -200,9 +211,6 @@ def check(x: Tensor, fmt: Format, rounding: Rounding) -> None:
         )
     if isinstance(fmt, Binary) and isinstance(rounding, TowardZero):
         raise ValueError(f"quantize: {fmt} has no zero to round toward; use Nearest()")
-    _check_carrier(fmt, x.dtype)
-    if isinstance(fmt, BlockFloat | Microscaling):
-        block_extents(fmt, x.shape)
 
 
 @lru_cache(maxsize=4096)
@@ -227,6 +235,15 @@ def _check_carrier(fmt: Format, dtype: torch.dtype) -> None:
             f"from {info.smallest_normal * info.eps:.3g} to {info.max:.3g}; "
             f"convert x to a wider dtype"
         )
+    if isinstance(fmt, Microscaling):
+        # The finest scale is 2**-127: with it the elements must reach no further than the carrier.
+        furthest, top = fmt.element_exponent - 127, math.frexp(info.max)[1] - 1
+        if furthest > top:
+            raise ValueError(
+                f"quantize: {fmt} reaches 2**{furthest} with its finest scale, but {name} ends "
+                f"below 2**{top + 1}; convert x to a wider dtype or choose elements with fewer "
+                f"exponent bits"
+            )
 
 
 def _check_out(x: Tensor, out: Tensor) -> None:
@@ -336,6 +353,9 @@ class _Transformable(torch.autograd.Function):
 
 @_operator.register_vmap
 def _vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Tensor, int]:
+    if info.batch_size == 0:
+        x, dim = arguments[0], in_dims[0]
+        return (x.new_empty((0, *x.shape)), 0) if dim is None else (torch.empty_like(x), dim)
     # Each slice is a tensor of its own: the same key gives each the same noise, as in a loop.
     batched = [
         [argument] * info.batch_size if dim is None else argument.unbind(dim)

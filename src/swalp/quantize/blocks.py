@@ -15,7 +15,8 @@ def block_extents(fmt: BlockFloat | Microscaling, shape: Sequence[int]) -> tuple
     The whole extent where all indices share, 1 where each index has blocks of its own.
 
     Raises:
-        ValueError: an axis of `fmt` is out of range, or a tile does not divide the extent.
+        ValueError: an axis of `fmt` is out of range or there twice, or a tile does not divide the
+            extent.
 
     Example:
         >>> block_extents(BlockFloat(8, axes=(0,)), (64, 3, 3))
@@ -33,8 +34,12 @@ def block_extents(fmt: BlockFloat | Microscaling, shape: Sequence[int]) -> tuple
         named = {_axis(axis, shape, fmt) for axis in axes or ()}
         return tuple(1 if axis in named else extent for axis, extent in enumerate(shape))
     extents = [1] * len(shape)
-    for axis, extent in zip(axes or range(-len(tile), 0), tile, strict=True):
-        where = _axis(axis, shape, fmt)
+    tiled = [_axis(axis, shape, fmt) for axis in axes or range(-len(tile), 0)]
+    if len(set(tiled)) != len(tiled):
+        raise ValueError(
+            f"{fmt}: two of its axes are one in a tensor of shape {shape}; name each axis once"
+        )
+    for where, extent in zip(tiled, tile, strict=True):
         if shape[where] % extent:
             raise ValueError(
                 f"{fmt}: a tile of {extent} does not divide axis {where} of a tensor of shape "

@@ -131,7 +131,7 @@ def unpack(codes: Tensor, exponents: Tensor | None, fmt: Format) -> Tensor:
     element = _element(fmt)
     match element:
         case Binary():
-            values = torch.where(codes > 0, element.largest, -element.largest).double()
+            values = torch.where(codes > 0, 1.0, -1.0).double() * element.largest
         case Minifloat():
             values = _from_bits(codes.to(torch.int64) & (element.num_codes - 1), element)
         case _:

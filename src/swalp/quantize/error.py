@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import assert_never
 
@@ -52,14 +53,17 @@ def rounding_error(x: Tensor, rounded: Tensor, fmt: Format) -> RoundingError:
     gap = gaps(x, fmt)[finite]
     within = reference.in_range(x, fmt)[finite]
     exact, values = exact[finite], values[finite]
+    # Powers of two, so that no square leaves float64: they change no other digit.
+    largest = exact.abs().amax().item() if exact.numel() else 0.0
+    unit = torch.tensor(-math.frexp(largest)[1], dtype=torch.int64)
     error = values - exact
-    norm = exact.norm().item()
+    norm = reference.scaled(exact, unit).norm().item()
     nonzero = exact != 0
     seen = gap[nonzero]
     return RoundingError(
         elements=exact.numel(),
-        relative=error.norm().item() / norm if norm else 0.0,
-        in_gaps=_share((error / gap).square()) ** 0.5,
+        relative=reference.scaled(error, unit).norm().item() / norm if norm else 0.0,
+        in_gaps=_root_mean_square(error / gap),
         saturated=_share((~within).to(torch.float64)),
         underflowed=_share((values[nonzero] == 0).to(torch.float64)),
         smallest_gap=seen.min().item() if seen.numel() else 0.0,
@@ -106,6 +110,15 @@ def _minifloat_gap(x: Tensor, fmt: Minifloat, shared: Tensor) -> Tensor:
 
 def _power(exponent: Tensor) -> Tensor:
     return reference.scaled(torch.ones_like(exponent), exponent)
+
+
+def _root_mean_square(values: Tensor) -> float:
+    largest = values.abs().amax().item() if values.numel() else 0.0
+    if not 0.0 < largest < math.inf:
+        return largest
+    exponent = math.frexp(largest)[1]
+    unit = torch.tensor(-exponent, dtype=torch.int64)
+    return math.ldexp(_share(reference.scaled(values, unit).square()) ** 0.5, exponent)
 
 
 def _share(values: Tensor) -> float:

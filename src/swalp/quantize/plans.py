@@ -11,7 +11,8 @@ from torch import Tensor
 from swalp.formats import Binary, BlockFloat, FixedPoint, Format, Microscaling, Minifloat
 from swalp.noise import fresh_seed
 from swalp.quantize import codes as definition
-from swalp.quantize.layouts import Layout, layout_of
+from swalp.quantize.blocks import block_extents
+from swalp.quantize.layouts import MAX_AXES, Layout, layout_of
 from swalp.rounding import (
     Nearest,
     Rounding,
@@ -88,6 +89,8 @@ class Plan:
         layout = self.rows.get(shape)
         if layout is None:
             if not x.numel():
+                if isinstance(self.fmt, BlockFloat | Microscaling):
+                    block_extents(self.fmt, shape)  # raises
                 return _kernels.Layout((0,), (1,), 0, 0)
             found = self.layout_of(x)
             assert found is not None  # a contiguous tensor has one
@@ -182,6 +185,11 @@ def _fits(fmt: Format) -> bool:
         return False
     if isinstance(fmt, Microscaling):
         return fmt.element.smallest >= 2.0**-90 and fmt.element.largest <= 2.0**100
+    if isinstance(fmt, BlockFloat):
+        # Each axis named can begin one more of the axes that a kernel's layout has.
+        named = fmt.tile if isinstance(fmt.tile, tuple) else fmt.axes
+        if named is not None and len(named) >= MAX_AXES:
+            return False
     # What float32 cannot carry goes to the reference with a wider carrier.
     return fmt.significand_bits <= 24
 

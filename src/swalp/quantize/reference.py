@@ -92,14 +92,16 @@ def in_range(x: Tensor, fmt: Format) -> Tensor:
     wide = x.to(torch.float64)
     match fmt:
         case FixedPoint():
-            limit = _limits(wide, fmt) * fmt.gap
+            limit = _limits(wide, fmt).to(torch.float64) * fmt.gap
         case BlockFloat():
             shared = spread(shared_exponents(x, fmt), block_extents(fmt, x.shape))
-            limit = scaled(_limits(wide, fmt), shared - fmt.word_length + 2)
+            gap = shared - fmt.word_length + 2
+            limit = scaled(_block_limits(wide, fmt, gap, x.dtype), gap)
         case Microscaling(element=element):
             shared = spread(shared_exponents(x, fmt), block_extents(fmt, x.shape))
             if isinstance(element, FixedPoint):
-                limit = scaled(_limits(wide, element), shared - element.frac_bits)
+                gap = shared - element.frac_bits
+                limit = scaled(_block_limits(wide, element, gap, x.dtype), gap)
             else:
                 limit = _power_of_two(shared) * element.largest
         case Minifloat() | Binary():
@@ -266,7 +268,7 @@ def _binary(wide: Tensor, fmt: Binary, rounding: Rounding, noise: Tensor) -> Ten
         case _:
             assert_never(rounding)
     negative = negative ^ (flip & ~beyond)
-    return torch.where(negative, -fmt.largest, fmt.largest).to(torch.float64)
+    return torch.where(negative, -fmt.largest, torch.full_like(wide, fmt.largest))
 
 
 def _max_exponent(dtype: torch.dtype) -> int:
