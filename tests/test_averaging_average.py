@@ -707,3 +707,36 @@ def test_complex_parameters_are_refused_by_name():
     model.phase = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
     with pytest.raises(ValueError, match=r"'phase' is torch\.complex64.*torch\.view_as_real"):
         WeightAverage(model)
+
+
+@pytest.mark.parametrize("kind", [Equal(), Window(2)])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_evaluated_in_inference_mode_and_taken_on(kind, overlap):
+    model = nn.Linear(3, 2)
+    accumulator = torch.float64 if kind == Equal() else torch.float32
+    average = WeightAverage(model, kind=kind, accumulator=accumulator, overlap=overlap)
+    with torch.inference_mode():
+        average.update_parameters(model)
+        average.module(torch.ones(1, 3))
+    wander(model, 0)
+    average.update_parameters(model)
+    assert torch.equal(average.module.weight.double(), average.value("weight").float().double())
+
+
+def test_buffers_that_a_forward_replaces_are_put_back():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return self.layer(x)
+
+    model = Counting()
+    average = WeightAverage(model)
+    average.update_parameters(model)
+    with average.applied(model):
+        model(torch.ones(1, 2))
+    assert model.calls == 0

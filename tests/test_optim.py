@@ -701,3 +701,56 @@ def test_sparse_gradients_are_refused():
     before = model.weight.detach().clone()
     plain.step()
     assert (model.weight != before).any(1).tolist() == [i in (1, 2) for i in range(9)]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_state_is_loaded_as_often_as_one_likes(copied):
+    model = network()
+    optimizer = swalp.optim.SGD(model, 0.1, momentum=0.9, recipe="paper-small-block-8")
+    train(model, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    if copied:
+        optimizer = copy.deepcopy(optimizer)
+    for _ in range(3):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("recipe", [None, "fixed-8"])
+def test_a_gradient_from_before_its_parameter_grew_is_refused(recipe):
+    model = nn.Embedding(4, 8)
+    optimizer = swalp.optim.SGD(model, 0.1, recipe=recipe)
+    model(torch.tensor([1, 2])).sum().backward()
+    model.weight.data = torch.zeros(40, 8)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_complex_parameters_as_in_pytorch(kind):
+    runs = []
+    for module in (swalp.optim, torch.optim):
+        weight = nn.Parameter(torch.tensor([1 + 2j, 3 - 1j]))
+        optimizer = getattr(module, kind)([weight], lr=0.1, weight_decay=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            weight.abs().square().sum().backward()
+            optimizer.step()
+        runs.append(weight.detach())
+    assert torch.equal(*runs)
+
+
+@pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
+def test_without_a_recipe_small_updates_of_packed_weights_are_not_lost(kind):
+    def moved():
+        linear = torch.nn.Linear(64, 64, bias=False)
+        torch.nn.init.constant_(linear.weight, 0.7)
+        swalp.convert(linear, "paper-small-block-8", packed=True)
+        before = linear.weight.dequantize()
+        optimizer = kind(linear.named_parameters(), lr=1e-4, seed=3)
+        for _ in range(20):
+            linear.weight.grad = torch.ones(64, 64)
+            optimizer.step()
+        return (linear.weight.dequantize() - before).mean().item()
+
+    assert moved() == pytest.approx(-20e-4, rel=0.2)  # a gap is 2**-7
+    assert moved() == moved()

@@ -559,3 +559,33 @@ def test_compiled_code_packs():
 
     x = values(4, 6)
     assert torch.equal(packed_and_back(x), quantize(2 * x, BYTE, Stochastic(3)) + 1)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's compiler warns of much
+@pytest.mark.parametrize("theirs", [False, True])
+def test_compiled_code_trains_packed_weights(theirs):
+    recipe = "paper-small-block-8"
+
+    def trained(compiled):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        swalp.convert(model, recipe, packed=True)
+        optimizer = (
+            torch.optim.SGD(model.parameters(), 0.1)
+            if theirs
+            else swalp.optim.SGD(model, 0.1, recipe=recipe)
+        )
+
+        def step(x):
+            optimizer.zero_grad()
+            model(x).square().sum().backward()
+            optimizer.step()
+
+        run = torch.compile(step, backend="eager") if compiled else step
+        torch.manual_seed(1)
+        for seed in range(3):
+            run(values(2, 4, seed=seed))
+        return model[0].weight.dequantize()
+
+    torch._dynamo.reset()
+    assert torch.equal(trained(compiled=True), trained(compiled=False))

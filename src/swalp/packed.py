@@ -196,6 +196,10 @@ class PackedTensor(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # as PyTorch's own subclasses have it
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():
+            # As in `pack`; a backward pass or an optimizer in compiled code comes here.
+            uncompiled = torch.compiler.disable(cls.__torch_dispatch__)  # type: ignore[no-untyped-call]  # PyTorch has no type
+            return uncompiled(func, types, args, kwargs)
         with mode_of(func, args):
             handler = _HANDLERS.get(func)
             result = handler(*args, **kwargs) if handler else NotImplemented

@@ -152,7 +152,8 @@ class WeightAverage:
             )
         self._require_iterates()
         if self._stale:
-            with torch.no_grad():
+            # Memory made here is written to again, perhaps outside inference mode.
+            with torch.inference_mode(False), torch.no_grad():
                 self._fill(self._module)
             self._stale = False
         return self._module
@@ -205,7 +206,12 @@ class WeightAverage:
                 from, as wrappers have, which put a name in front.
         """
         self._require_iterates()
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        buffers = [
+            (module._buffers, key, buffer, buffer.clone())
+            for module in model.modules()
+            for key, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         put_back: list[Any] = []
         try:
             with torch.no_grad():
@@ -225,8 +231,8 @@ class WeightAverage:
             with torch.no_grad():
                 for restore, value in put_back:
                     restore(value)
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+                for owner, key, buffer, before in buffers:
+                    owner[key] = buffer.copy_(before)  # a forward may have put another there
 
     @property
     def nbytes(self) -> int:

@@ -40,7 +40,8 @@ class Overlap:
             for kept, part in zip(self._copies, parts, strict=True)
         )
         if not fits:
-            self._copies = [torch.empty_like(part) for part in parts]
+            with torch.inference_mode(False):  # they serve again, in and out of it
+                self._copies = [torch.empty_like(part) for part in parts]
             self._pinned = []
         torch._foreach_copy_(self._copies, parts)
         ready = self._to_host() if device is not None and device.type == "cpu" else None

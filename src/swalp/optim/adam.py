@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from swalp.optim import fused
 from swalp.optim.base import LowPrecisionOptimizer, Quantize, require_not_negative
-from swalp.packed import PackedTensor
 from swalp.recipes import Quantizer, Recipe, named
 
 
@@ -142,6 +142,8 @@ class Adam(LowPrecisionOptimizer):
     ) -> None:
         recipe = self.recipe_of(name)
         state = self.state[parameter]
+        if parameter.is_complex():  # two numbers, as in PyTorch
+            parameter, gradient = torch.view_as_real(parameter), torch.view_as_real(gradient)
         if not state:
             state["step"] = 0
             state["exp_avg"] = gradient.new_zeros(gradient.shape)
@@ -158,7 +160,7 @@ class Adam(LowPrecisionOptimizer):
             weight_decay=group["weight_decay"],
             decoupled=group["decoupled"],
             keep_root=recipe is not None and recipe.second_moment is not None,
-            quantized=self._quantizer(name, state["step"], isinstance(parameter, PackedTensor)),
+            quantized=self._quantizer(name, state["step"], parameter),
         )
         parameter.copy_(weight)
         state["step"] += 1

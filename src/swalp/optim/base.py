@@ -14,9 +14,9 @@ from torch.utils.hooks import RemovableHandle
 
 from swalp.convert import layer_names
 from swalp.optim import fused
-from swalp.packed import pack
+from swalp.packed import PackedTensor, pack
 from swalp.quantize import quantize, storage
-from swalp.recipes import LayerName, Recipe, fit, named
+from swalp.recipes import LayerName, Quantizer, Recipe, fit, named
 from swalp.rounding import Stochastic
 
 # quantized(role, tensor): the tensor rounded for that role; the tensor itself if the role is off.
@@ -158,6 +158,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # PyTorch puts it there for its own steps; no group of ours has it.
+        self.defaults.pop("differentiable", None)
         self._kernels = {}
         self._recipes = {}
 
@@ -193,7 +195,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
 
         From then on `backward()` trains: gradients never all exist at once, and `step()` has
         nothing left to do, but for parameters that do not require a gradient now. Not for
-        accumulating gradients over several backward passes.
+        accumulating gradients over several backward passes, nor under
+        `DistributedDataParallel`, which reduces gradients later: each process would train on its
+        own.
 
         Returns:
             The hooks' handles; `remove()` each to go back to `step()`.
@@ -288,7 +292,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         what there is already of its state, in the order of the `roles` after "gradient".
         """
         recipe = self.recipe_of(name)
-        if recipe is None or not storage.is_plain(gradient):
+        if recipe is None or not storage.is_plain(gradient) or gradient.shape != kept[0].shape:
             return None
         prepared = self._kernels.get(kept[0])
         if prepared is None or not prepared.serves(recipe, roles, kept):
@@ -296,12 +300,16 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             self._kernels[kept[0]] = prepared
         return None if prepared.kernel is None else prepared
 
-    def _quantizer(self, name: str, step: int, packed: bool) -> Quantize:
-        """Q of each role for one parameter at one step; `packed`: what is kept is held as codes."""
+    def _quantizer(self, name: str, step: int, parameter: Tensor) -> Quantize:
+        """Q of each role for one parameter at one step; of a packed one what is kept is codes."""
         recipe = self.recipe_of(name)
+        packed = isinstance(parameter, PackedTensor)
 
         def quantized(role: str, tensor: Tensor) -> Tensor:
             quantizer = None if recipe is None else getattr(recipe, role)
+            if quantizer is None and role == "weight" and isinstance(parameter, PackedTensor):
+                # It must be rounded; to nearest, small updates would be lost.
+                quantizer = Quantizer(parameter.format, Stochastic())
             if quantizer is None:
                 return tensor
             rounding = quantizer.rounding

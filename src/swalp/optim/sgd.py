@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from swalp.optim import fused
 from swalp.optim.base import LowPrecisionOptimizer, Quantize, require_not_negative
-from swalp.packed import PackedTensor
 from swalp.recipes import Recipe
 
 
@@ -133,7 +132,7 @@ class SGD(LowPrecisionOptimizer):
             momentum=group["momentum"],
             weight_decay=group["weight_decay"],
             nesterov=group["nesterov"],
-            quantized=self._quantizer(name, state["step"], isinstance(parameter, PackedTensor)),
+            quantized=self._quantizer(name, state["step"], parameter),
         )
         parameter.copy_(weight)
         state["step"] += 1
