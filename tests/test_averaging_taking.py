@@ -175,10 +175,11 @@ def test_rounded_averages_equal_the_definition(fmt, rounding, without_kernel):
             continue
         values = iterates(shape)
         values[1].view(-1)[0] = 1e-30
+        formats = own_formats(shape) if values[0].numel() < 1 << 17 else [BlockFloat(8)]
         for given in (
             values,
             [each.to(torch.bfloat16) for each in values],
-            *([pack(each, own) for each in values] for own in own_formats(shape)),
+            *([pack(each, own) for each in values] for own in formats),
         ):
             found, expected = averaged(given, accumulator), without_kernel(given, accumulator)
             assert same_codes(found["average"], expected["average"])
