@@ -426,3 +426,68 @@ def test_profile_prints_a_table_for_each_arm(run_swalp):
     status, out, err = run_swalp("profile", "digit")
     assert (status, out) == (2, "")
     assert "unknown preset 'digit'; did you mean 'digits'?" in err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "export", "report"])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("width = 8", "width = 7"), ("validation_examples = 0", "validation_examples = 300")],
+)
+def test_models_of_a_run_are_not_read_with_edited_settings(run_swalp, tmp_path, command, old, new):
+    path = finished(tmp_path / "run").path
+    file = path / "config.toml"
+    assert f"{old}\n" in file.read_text()
+    file.write_text(file.read_text().replace(f"{old}\n", f"{new}\n"))
+    status, out, err = run_swalp(command, path)
+    assert (status, out) == (2, "")
+    assert f"{new.split(' = ')[0]} was {old.split(' = ')[1]} when the run began" in err
+
+
+def test_records_that_a_checkpoint_counts_must_be_there(run_swalp, stopped_run):
+    (stopped_run.path / "metrics.jsonl").write_bytes(b"")
+    status, _, err = run_swalp("resume", stopped_run.path)
+    assert status == 2
+    assert "metrics.jsonl: it has 0 bytes where the checkpoint counts" in err
+
+
+def test_the_c_locale_gets_question_marks(old_run):
+    command = [sys.executable, "-c", "from swalp.cli import main; main()", "evaluate", old_run]
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    said = subprocess.run(command, capture_output=True, env=os.environ | plain)
+    assert (said.returncode, said.stderr) == (0, b"")
+    assert b"mean ? standard deviation" in said.stdout
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "sessions.jsonl"])
+def test_a_garbled_record_is_not_gone_on_with(run_swalp, stopped_run, name):
+    path = stopped_run.path / name
+    path.write_bytes(b'{"arm"\n' + path.read_bytes())
+    status, _, err = run_swalp("resume", stopped_run.path)
+    assert status == 2
+    assert f"{path}: line 1: damaged: " in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("batch_size=1001", "batch_size = 1001 exceeds the 1000 training examples"),
+        ("validation_examples=1000", "validation_examples"),
+        ("averages=['window=9999']", "fewer than its window of 9999"),
+        ("learning_rate=1e300", "learning_rate"),
+        ("epochs=99999999999999999999", "epochs"),
+    ],
+)
+def test_settings_that_cannot_be_trained_leave_no_directory(run_swalp, tmp_path, change, message):
+    status, out, err = run_swalp("train", *TINY, "--set", change, "--out", "new")
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_average_says_how_many_iterates_it_holds(tmp_path):
+    run = finished(tmp_path / "run", averages=("every=1 window=2", "every=1"))
+    rows = {row.get("average"): row for row in run.summary()["rows"] if row["arm"] == "float"}
+    assert set(rows["every=1 window=2"]["averaged"]) == {2}
+    assert rows["every=1"]["averaged"][0] > 2

@@ -1,9 +1,11 @@
 import builtins
+import errno
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from swalp import cli
+from swalp.report.scalars import Scalars
 from swalp.training import run_directory, study
 from tiny_runs import settings, train
 
@@ -102,3 +104,22 @@ def test_without_tensorboard(tmp_path, capsys, monkeypatch):
     assert status == 2
     assert "needs the package tensorboard" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    board = Scalars(tmp_path / "board", [], trajectories=1)
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    moment = study.Progress("float", 0, 1, 1, 2, 0.1, 1.0, None)
+    board(moment)
+    monkeypatch.setattr(board._writer, "add_scalar", full)
+    monkeypatch.setattr(board._writer, "close", full)
+    with pytest.raises(OSError, match="No space left") as caught, board:
+        board(moment)
+    assert caught.value.filename == str(tmp_path / "board")
+    with pytest.raises(ValueError, match="of the run"), board:
+        raise ValueError("of the run")
+    with pytest.raises(OSError, match="board"), board:
+        pass

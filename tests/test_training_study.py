@@ -85,7 +85,7 @@ def test_several_averages_and_the_best_epoch_from_one_run(tmp_path):
     rows = {(row["arm"], row["model"]): row for row in summary["rows"]}
     assert (summary["train_examples"], summary["validation_examples"]) == (900, 100)
     # Six steps an epoch, averaged in the last two epochs.
-    taken = {"every=epoch": 2, "start=0 every=2": 12}
+    taken = {"every=epoch": 2, "start=0 every=2": 12, "window=3": 3}
     for arm in ARMS:
         for text in FURTHER:
             row = rows[arm, f"average {text}"]
@@ -231,9 +231,9 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(whole, tmp_path):
     kept = []
 
     def watch(progress):
-        if progress.step == 8:
+        if progress.step == 9:  # the checkpoint of step 8 is there
             kept.append(checkpoint.load_newest(run.checkpoints))
-        if progress.step == 17:
+        if progress.step == 18:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -57,7 +57,7 @@ def main() -> None:
     """
     for stream in (sys.stdout, sys.stderr):
         # Where "±" has no code, a "?" stands for it, in place of an error.
-        if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+        if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))
 
@@ -157,6 +157,7 @@ def train(
         source = "digits" if source is None else source
         settings = config.load(source, set_ or [])
         examples = data.load(settings.data, data_dir, download=download)
+        study.check(settings, examples)
         name = f"{Path(source).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         directory = run_directory.create(out or Path("runs") / name, settings)
     with directory.locked(), Display() as display, _signals() as asked:

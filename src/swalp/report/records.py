@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -145,6 +145,7 @@ def _run(path: Path) -> Run:
         settings = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecordError(f"{path / 'config.toml'}: damaged: {_one_line(error)}") from None
+    _require_settings(path, settings)
     summary_file = path / "summary.json"
     run = Run(
         name=path.resolve().name,
@@ -166,6 +167,18 @@ def _run(path: Path) -> Run:
             raise RecordError(f"{summary_file}: damaged: it has no rows")
         _require(summary_file, rows, ("arm", "model", "test_error"))
     return run
+
+
+def _require_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raise RecordError if the settings are not those that the run began with."""
+    file = path / "run.json"
+    began = _object(file).get("settings") if file.exists() else None
+    for key, was in began.items() if isinstance(began, dict) else ():
+        if key in settings and settings[key] != was:
+            raise RecordError(
+                f"{path / 'config.toml'}: {key} was {json.dumps(was)} when the run began and is "
+                f"{json.dumps(settings[key], default=str)} now; put it back"
+            )
 
 
 def _recipes(path: Path) -> dict[str, Recipe]:

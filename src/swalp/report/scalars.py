@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -64,10 +65,15 @@ class Scalars:
         traceback: TracebackType | None,
     ) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with self._disk() if error is None else suppress(OSError):
+                self._writer.close()
 
     def __call__(self, moment: Moment) -> None:
         """Write what a step brought."""
+        with self._disk():
+            self._write(moment)
+
+    def _write(self, moment: Moment) -> None:
         length = moment.steps // self._trajectories
         step = (moment.step - 1) % length + 1
         place = (moment.arm, moment.seed)
@@ -81,6 +87,15 @@ class Scalars:
         self._writer.add_scalar("step/learning_rate", moment.learning_rate, step)
         if moment.record is not None:
             _add(self._writer, moment.record)
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """What fails here fails of this folder."""
+        try:
+            yield
+        except OSError as error:
+            where = error.filename or str(self._folder)
+            raise OSError(error.errno, error.strerror or str(error), where) from None
 
     def _path(self, place: tuple[str, int]) -> Path:
         arm, seed = place

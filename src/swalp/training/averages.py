@@ -168,3 +168,9 @@ def _precision(text: str, name: str) -> torch.dtype | Format | str:
 
 def _weight_format(recipe: Recipe | None) -> Format | None:
     return None if recipe is None or recipe.weight is None else recipe.weight.format
+
+
+def held(average: WeightAverage) -> int:
+    """How many iterates the average is made of: of a window no more than its length."""
+    kind = average.kind
+    return min(average.count, kind.length) if isinstance(kind, Window) else average.count

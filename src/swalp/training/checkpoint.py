@@ -81,7 +81,14 @@ def load_newest(folder: Path) -> Loaded | None:
     for path in _newest_first(folder):
         try:
             return Loaded(path, _load(path), tuple(damaged))
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            safetensors.SafetensorError,
+        ) as error:
             damaged.append(f"{path}: damaged: {' '.join(str(error).split())}")
     if damaged:
         raise UserError(f"no checkpoint is whole: {'; '.join(damaged)}; start the run anew")

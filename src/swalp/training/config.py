@@ -28,6 +28,7 @@ from swalp.training import averages, kept_recipes
 from swalp.training.mistakes import UserError
 
 FLOAT = "float"  # the arm without a recipe
+FLOAT32_MAX = 3.4028234663852886e38
 
 
 class RunConfig(BaseModel):
@@ -71,8 +72,8 @@ class RunConfig(BaseModel):
     )
     seeds: int = Field(ge=1, le=1000, description="how many seeds each arm is trained from")
     first_seed: int = Field(ge=0, lt=2**32, description="the first seed; the others follow it")
-    batch_size: int = Field(ge=2, description="examples in a step")
-    epochs: int = Field(ge=2, description="passes over the training data")
+    batch_size: int = Field(ge=2, le=2**20, description="examples in a step")
+    epochs: int = Field(ge=2, le=10**6, description="passes over the training data")
     averaging_start: int = Field(
         ge=1, description="epochs before averaging starts; less than epochs"
     )
@@ -96,11 +97,14 @@ class RunConfig(BaseModel):
     )
     learning_rate: float = Field(
         gt=0,
+        le=FLOAT32_MAX,
         description="at first: constant for half of averaging_start, then falling to a hundredth",
     )
-    averaging_rate: float = Field(gt=0, description="the learning rate while averaging")
+    averaging_rate: float = Field(
+        gt=0, le=FLOAT32_MAX, description="the learning rate while averaging"
+    )
     momentum: float = Field(ge=0, lt=1, description="of SGD")
-    weight_decay: float = Field(ge=0, description="L2 penalty")
+    weight_decay: float = Field(ge=0, le=FLOAT32_MAX, description="L2 penalty")
     threads: int = Field(
         ge=1, le=1024, description="of PyTorch; the last bits of a result may depend on them"
     )

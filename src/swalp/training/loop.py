@@ -246,7 +246,7 @@ def _errors(run: Trajectory, data: Dataset, config: RunConfig, *, last: bool) ->
             model = averaged_model(each, config, data, run.seed)
             found.setdefault("averages", {})[text] = {
                 "error": error(model, data.test),
-                "averaged": each.count,
+                "averaged": averages.held(each),
             }
     return found
 

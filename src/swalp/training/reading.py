@@ -36,3 +36,20 @@ def record(path: Path) -> Record:
     if not isinstance(found, dict):
         raise UserError(f"{path}: damaged: not a JSON object")
     return found
+
+
+def records(path: Path, lines: bytes) -> list[Record]:
+    """The JSON objects in the lines of a file.
+
+    Raises:
+        UserError: a line is something else.
+    """
+    found = []
+    for number, line in enumerate(lines.splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"{path}: line {number}: damaged: {error}") from None
+        if not isinstance(found[-1], dict):
+            raise UserError(f"{path}: line {number}: damaged: not a JSON object")
+    return found

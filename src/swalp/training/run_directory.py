@@ -125,7 +125,7 @@ class RunDirectory:
     def metrics(self) -> list[Record]:
         """All records so far, without one that was cut off as it was written."""
         whole = reading.content(self._metrics).rpartition(b"\n")[0]
-        return [json.loads(line) for line in whole.splitlines()]
+        return reading.records(self._metrics, whole)
 
     def append_metrics(self, record: Record) -> None:
         """Add a record."""
@@ -141,11 +141,17 @@ class RunDirectory:
     def truncate_metrics(self, size: int) -> None:
         """Forget the records beyond `size` bytes: those after a checkpoint."""
         with self._metrics.open("ab") as file:
+            have = file.tell()
+            if have < size:
+                raise UserError(
+                    f"{self._metrics}: it has {have:,} bytes where the checkpoint counts {size:,}: "
+                    f"records are missing; put them back, or start the run anew"
+                )
             file.truncate(size)
 
     def sessions(self) -> list[Record]:
         """Beginnings and ends of the processes that worked here, in order."""
-        return [json.loads(line) for line in self._session_lines().splitlines()]
+        return reading.records(self._sessions, self._session_lines())
 
     def append_session(self, record: Record) -> None:
         """Note that a process begins or ends."""
@@ -156,8 +162,7 @@ class RunDirectory:
     def diagnostics(self) -> list[Record]:
         """What was measured at the end of trajectories, in order."""
         path = self._diagnostics
-        content = reading.content(path) if path.exists() else b""
-        return [json.loads(line) for line in content.splitlines()]
+        return reading.records(path, reading.content(path) if path.exists() else b"")
 
     def append_diagnostics(self, record: Record) -> None:
         """Add what was measured for an arm and a seed, in place of an older record of them."""

@@ -71,6 +71,7 @@ def export(
             written; then there is none.
     """
     config, rows = run.config(), run.summary()["rows"]
+    run.require_settings(config)
     data = hold_out(data, config.validation_examples)
     arm = arm or next((each for each in config.arms if each != FLOAT), config.arms[0])
     seed = config.first_seed if seed is None else seed

@@ -59,6 +59,17 @@ class Progress:
     record: Record | None
 
 
+def check(config: RunConfig, data: Dataset) -> None:
+    """Raise UserError unless the settings fit the data."""
+    data = hold_out(data, config.validation_examples)
+    examples = len(data.train.labels)
+    if config.batch_size > examples:
+        raise UserError(
+            f"batch_size = {config.batch_size} exceeds the {examples} training examples"
+        )
+    _require_iterates(config, loop.steps_per_epoch(config, data))
+
+
 def train(
     run: RunDirectory,
     data: Dataset,
@@ -86,13 +97,8 @@ def train(
     """
     config = run.config()
     run.require_settings(config)
+    check(config, data)
     data = hold_out(data, config.validation_examples)
-    examples = len(data.train.labels)
-    if config.batch_size > examples:
-        raise UserError(
-            f"batch_size = {config.batch_size} exceeds the {examples} training examples"
-        )
-    _require_iterates(config, loop.steps_per_epoch(config, data))
     began = environment.describe() | {"threads": config.threads, "began": _now()}
     for line in _changes(run, began):
         say(line)
@@ -130,6 +136,7 @@ def evaluate(run: RunDirectory, data: Dataset) -> Record:
         UserError: the run is not finished, or a model is missing or damaged.
     """
     config, before = run.config(), run.summary()
+    run.require_settings(config)
     data = hold_out(data, config.validation_examples)
     rows = []
     for row in before["rows"]:
@@ -181,15 +188,7 @@ def _train(
                 run.append_metrics(step.record)
                 _save_models(run, config, trajectory, data, step.record)
             total = index * length + trajectory.step
-            stopping = stop()
-            if stopping or time.monotonic() >= due:
-                state = {
-                    "trajectory": index,
-                    "metrics_size": run.metrics_size(),
-                    "state": trajectory.state_dict(),
-                }
-                checkpoint.save(run.checkpoints, total, state, keep=config.keep_checkpoints)
-                due = time.monotonic() + config.checkpoint_seconds
+            # Before the checkpoint: a run that goes on from it shows no earlier step again.
             watch(
                 Progress(
                     trajectory.arm,
@@ -202,6 +201,15 @@ def _train(
                     step.record,
                 )
             )
+            stopping = stop()
+            if stopping or time.monotonic() >= due:
+                state = {
+                    "trajectory": index,
+                    "metrics_size": run.metrics_size(),
+                    "state": trajectory.state_dict(),
+                }
+                checkpoint.save(run.checkpoints, total, state, keep=config.keep_checkpoints)
+                due = time.monotonic() + config.checkpoint_seconds
             if stopping:
                 raise Stopped
         if trajectory.seed == config.first_seed:
