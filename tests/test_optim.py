@@ -361,7 +361,8 @@ def makers():
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_step_is_the_pure_step(name, packed, monkeypatch):
     recipe = swalp.recipes.get(name)
-    for number, make in enumerate(makers()):
+    # Every setting with 8 bits; of other word lengths, which share their code, every third.
+    for number, make in enumerate(list(makers())[:: 1 if name.endswith("8") else 3]):
         arguments = (recipe, packed, make, gradient_of, monkeypatch)
         pure, compiled = (steps_of(*arguments, compiled) for compiled in (False, True))
         assert pure.keys() == compiled.keys()
