@@ -425,3 +425,31 @@ def test_a_recipe_by_name():
     model = swalp.convert(network(), "paper-small-block-5", seed=3)
     expected = swalp.convert(network(), PAPER, seed=3)
     assert torch.equal(model(images()), expected(images()))
+
+
+def test_what_a_class_does_with_its_subclasses_is_left_alone():
+    known = []
+
+    class Base(nn.Module):
+        def __init_subclass__(cls, *, tag, **kwargs):
+            known.append((cls, tag))
+
+    class Block(Base, tag="x"):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    swalp.convert(Block(), "paper-big-block-8")(torch.randn(2, 4))
+    assert known == [(Block, "x")]
+
+
+def test_complex_parameters_are_refused_by_name():
+    model = nn.Linear(3, 3)
+    model.phase = nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"'phase' is torch\.complex64.*torch\.view_as_real"):
+        swalp.convert(model, "paper-big-block-4")
+    assert torch.equal(model.weight, before)

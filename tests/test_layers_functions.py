@@ -352,3 +352,17 @@ def test_too_many_uses_are_refused():
         patch.setattr("swalp.layers.products._USES", 4)
         with pytest.raises(RuntimeError, match="more than 4 tensors in one pass"):
             model()
+
+
+def test_einsum_that_sums_over_an_ellipsis_is_a_product():
+    class Sums(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x, y):
+            return torch.einsum("...i,...i->i", x, y)
+
+    model = swalp.convert(Sums(), "paper-big-block-8").eval()
+    model(torch.randn(3, 4), torch.randn(3, 4))
+    assert model._swalp_layer.functions == {"einsum": 1}

@@ -188,3 +188,30 @@ def test_wrong_inputs(inputs, message):
     model = swalp.convert(nn.GRU(5, 7), recipe())
     with pytest.raises((ValueError, RuntimeError), match=message):
         model(torch.randn(inputs))
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_empty_batches_and_sequences(kind):
+    layer = swalp.convert(kind(4, 3), "paper-big-block-8")
+    assert layer(torch.randn(5, 0, 4))[0].shape == (5, 0, 3)
+    with pytest.raises(RuntimeError, match="at least one step"):
+        layer(torch.randn(0, 2, 4))
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell])
+def test_a_recurrent_layer_with_a_forward_of_its_own_is_not_left_in_float_silently(kind):
+    class Own(kind):
+        def forward(self, x):
+            return super().forward(x)
+
+    x = torch.randn(2, 3, 4) if issubclass(kind, nn.RNNBase) else torch.randn(3, 4)
+    with pytest.raises(TypeError, match="computes products that cannot be reached"):
+        swalp.convert(Own(4, 3), "paper-big-block-4")(x)
+
+
+def test_weights_that_are_computed_anew_are_refused():
+    for layer, name in ((nn.LSTM(4, 3), "weight_hh_l0"), (nn.GRUCell(4, 3), "weight_hh"),
+                        (nn.MultiheadAttention(4, 2), "in_proj_weight")):  # fmt: skip
+        torch.nn.utils.parametrizations.weight_norm(layer, name)
+        with pytest.raises(ValueError, match="computes its weights anew each time"):
+            swalp.convert(layer, "paper-big-block-4")

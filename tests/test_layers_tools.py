@@ -308,3 +308,33 @@ def test_a_compiled_step_of_training_is_the_same(kind, packed):
             run(torch.ones(4, 7))
         found.append([p.detach().to(torch.float64) for p in model.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+class Broken(nn.Module):
+    """Two graphs, of which each runs while the forward's products are being intercepted."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return self.second(self.first(x).relu())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_graphs_that_run_inside_a_forward_round_no_operand_twice(backend):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = swalp.convert(Broken(), "paper-big-block-4")
+    eager = copy.deepcopy(model)
+    compiled = torch.compile(model, backend=backend)
+    x = torch.randn(8, 16)
+    for _ in range(2):
+        given, expected = compiled(x), eager(x)
+        assert torch.equal(given, expected)
+    given.sum().backward()
+    expected.sum().backward()
+    for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)

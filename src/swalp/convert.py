@@ -372,9 +372,15 @@ def _check_parameters(model: nn.Module, recipe: Recipe) -> None:
     """Raise unless every parameter can be rounded, before any is."""
     for layer, module in model.named_modules():
         for name, value in module._parameters.items():
-            if value is None or not value.is_floating_point():
+            if value is None or not (value.is_floating_point() or value.is_complex()):
                 continue
             quantizer = recipe.at(layer, parameter=name).weight
+            if value.is_complex() and quantizer is not None:
+                raise ValueError(
+                    f"convert: parameter {f'{layer}.{name}'.lstrip('.')!r} is {value.dtype}, which "
+                    f"no format rounds; make torch.view_as_real of it the parameter, or leave it "
+                    f"in float by an override"
+                )
             try:
                 if quantizer is not None:
                     check(value, fit(quantizer.format, value.shape), quantizer.rounding)

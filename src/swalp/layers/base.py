@@ -53,6 +53,9 @@ class Quantized:
     _swalp_layer: Lowered
     training: bool
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Nothing: what a user's class does with its subclasses is not for those made here."""
+
     @classmethod
     def _swalp_namespace(cls, kind: type[nn.Module]) -> dict[str, Any]:
         """What the class made from this mixin and `kind` has of its own."""

@@ -4,11 +4,12 @@ A network from outside computes some of its products without a layer: attention 
 `torch.matmul`, `einsum`, a head tied to an embedding by `F.linear`. While the forward of a module
 of a converted network runs, these functions go through `_Interception`, a mode of PyTorch that
 `torch.compile` and `torch.export` trace like the rest. It ends with that forward: no other network,
-and no code outside, ever sees it.
+and no code outside, ever sees it, but for what that forward calls.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import reduce, wraps
@@ -40,9 +41,18 @@ class _Interception(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         handler = None if self.products is None else _HANDLERS.get(func)
-        if handler is None:
+        if handler is None or (not torch.compiler.is_compiling() and _of_a_graph(sys._getframe(1))):
             return func(*args, **kwargs)
         return handler(self.products, func, *args, **kwargs)
+
+
+def _of_a_graph(caller: Any) -> bool:
+    """Whether compiled code calls: what `torch.compile` traced through this mode has its sites.
+
+    Graphs of a part of a network, and those after a graph break, run while the mode is active.
+    """
+    name = caller.f_code.co_filename
+    return name.startswith("<eval_with_key>") or "extern_kernels" in caller.f_globals
 
 
 def _active() -> _Interception | None:
@@ -167,6 +177,7 @@ def _einsum(products: Products, func: Any, equation: str, *operands: Any) -> Any
     inputs, arrow, output = equation.replace(" ", "").partition("->")
     letters = inputs.replace(",", "").replace(".", "")
     left_out = set(letters) - set(output) if arrow else len(letters) > len(set(letters))
+    left_out = left_out or bool(arrow and "..." in inputs and "..." not in output)
     numbers = all(x.is_floating_point() for x in operands)
     if len(operands) < 2 or not left_out or not numbers or products.off("einsum"):
         return func(equation, *operands)
@@ -180,6 +191,17 @@ def _chained(products: Products, func: Any, *matrices: Any, **kwargs: Any) -> An
     if len(matrices) == 1 and not isinstance(matrices[0], Tensor):
         (matrices,) = matrices
     return reduce(lambda x, y: _matmul(products, torch.matmul, x, y), matrices)
+
+
+def _recurrence(products: Products, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """All of a recurrent layer, as a subclass with a forward of its own calls it."""
+    if products.off(func.__name__):
+        return func(*args, **kwargs)
+    raise TypeError(
+        f"{func.__name__} in a converted network computes products that cannot be reached: a "
+        f"recurrent layer has a forward of its own; let a module hold a plain one, or leave it in "
+        f"float by an override"
+    )
 
 
 def _view(products: Products, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -214,6 +236,10 @@ def _weighted(function: str) -> Handler:
     return _product(function, "input", "weight", matrices=False)
 
 
+_RECURRENCES = (
+    torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu,
+    torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell,
+)  # fmt: skip
 _HANDLERS: dict[Any, Handler] = {
     F.scaled_dot_product_attention: _attention,
     F.multi_head_attention_forward: _multi_head_attention,
@@ -247,6 +273,7 @@ _HANDLERS: dict[Any, Handler] = {
     Tensor.view: _view,
     torch.tensordot: _product("tensordot", "a", "b", matrices=False),
     torch.einsum: _einsum,
+    **dict.fromkeys(_RECURRENCES, _recurrence),
     F.linear: _weighted("linear"),
     F.conv1d: _weighted("conv1d"),
     F.conv2d: _weighted("conv2d"),

@@ -83,6 +83,8 @@ def _recurrent(module: Any, products: Products, x: Any, hx: Any) -> Any:
             x = x.unsqueeze(0 if module.batch_first else 1)
         steps = x
         time_first = x.transpose(0, 1) if module.batch_first else x
+        if not len(time_first):
+            raise RuntimeError(f"{module.mode}: expected a sequence of at least one step")
         sizes = [time_first.size(1)] * time_first.size(0)
         data = time_first.flatten(0, 1)
     if hx is None:
@@ -118,7 +120,7 @@ def _recurrent(module: Any, products: Products, x: Any, hx: Any) -> Any:
     final_state = last if is_lstm else last[0]
     if packed is not None:
         return PackedSequence(data, packed.batch_sizes, order, back), final_state
-    output = data.reshape(len(sizes), sizes[0], -1)
+    output = data.reshape(len(sizes), sizes[0], data.shape[-1])
     if module.batch_first:
         output = output.transpose(0, 1)
     if not batched:

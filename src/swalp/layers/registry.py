@@ -121,6 +121,17 @@ def _has_hooked_weight(module: nn.Module) -> bool:
     return norms and "weight" not in module._parameters
 
 
+def _weights_of(module: nn.Module) -> set[str]:
+    """Names of the weights that a layer multiplies itself, parameters or not."""
+    if isinstance(module, nn.RNNBase):
+        return set(module._flat_weights_names)
+    if isinstance(module, nn.RNNCellBase):
+        return {"weight_ih", "weight_hh"}
+    if isinstance(module, nn.MultiheadAttention):
+        return {"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"}
+    return set()
+
+
 def check_convertible(name: str, module: nn.Module) -> None:
     """Raise where converting would leave something in float, or wrong, without a word.
 
@@ -153,6 +164,11 @@ def check_convertible(name: str, module: nn.Module) -> None:
                 f"{what} rescales its rows in the forward pass (max_norm), which leaves the grid "
                 f"of its weights; make it without max_norm"
             )
+    if not _weights_of(module) <= module._parameters.keys():
+        raise ValueError(
+            f"{what} computes its weights anew each time, which are multiplied where they cannot "
+            f"be rounded; take the parametrization off"
+        )
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
     if implementation not in (None, "eager", "sdpa"):
         raise ValueError(
