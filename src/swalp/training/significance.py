@@ -8,7 +8,7 @@ from statistics import mean, stdev
 # The 97.5 % quantile of Student's t with 1, 2, … degrees of freedom; beyond them it is below 2.1.
 _STUDENT = (
     12.71, 4.31, 3.19, 2.78, 2.58, 2.45, 2.37, 2.31, 2.27, 2.23, 2.21, 2.18, 2.17, 2.15, 2.14,
-    2.12, 2.11,
+    2.12, 2.11, 2.11, 2.1,
 )  # fmt: skip
 
 
