@@ -13,7 +13,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def test_interrupted_while_importing(tmp_path):
     (tmp_path / "swalp").mkdir()
-    slow = "import time; print('importing', flush=True); time.sleep(60)"
+    # Naps, not one long sleep: a signal just before a sleep begins waits until it ends.
+    naps = "for _ in range(600): time.sleep(0.1)"
+    slow = f"import time\nprint('importing', flush=True)\n{naps}\n"
     (tmp_path / "swalp" / "__init__.py").write_text(slow)
     module, _, name = PROJECT["project"]["scripts"]["swalp"].partition(":")
     process = subprocess.Popen(
