@@ -9,9 +9,10 @@ import pytest
 
 from swalp import cli
 from swalp.report import page
-from swalp.report.records import RecordError, load
+from swalp.report.records import load
 from swalp.report.run_sections import setting
 from swalp.training import run_directory
+from swalp.training.mistakes import UserError
 from test_report_records import RECORD, write_claim, write_run
 from tiny_runs import finished, settings, train
 
@@ -316,7 +317,7 @@ def test_a_full_disk_leaves_the_older_page(tiny, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    with pytest.raises(RecordError, match="cannot write: No space left on device"):
+    with pytest.raises(UserError, match="cannot write: No space left on device"):
         page.write([str(tiny)], target)
     assert target.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]

@@ -5,8 +5,9 @@ import pytest
 
 from swalp import recipes
 from swalp.report import records
-from swalp.report.records import Claim, RecordError, Run, load
+from swalp.report.records import Claim, Run, load
 from swalp.training import kept_recipes
+from swalp.training.mistakes import UserError
 
 CONFIG = '# the data set\ndata = "digits"\n# how many seeds\nseeds = 2\nepochs = 3\n'
 METRIC = {"arm": "float", "seed": 0, "epoch": 1, "step": 5, "test_error": 4.0}
@@ -57,7 +58,7 @@ def test_a_run_keeps_recipes(tmp_path):
     write_run(tmp_path, **{"run.json": json.dumps(said)})
     assert load(str(tmp_path)).recipes == {"my.toml": recipe}
     (tmp_path / "recipes" / "my.toml").write_text("")
-    with pytest.raises(RecordError, match=r"my\.toml: not the recipe that the run began with"):
+    with pytest.raises(UserError, match=r"my\.toml: not the recipe that the run began with"):
         load(str(tmp_path))
 
 
@@ -112,7 +113,7 @@ MISTAKES = [
     ({"metrics.jsonl": '{"a": 1}\n'}, r"metrics.jsonl: damaged: record 1 has no 'arm'"),
     ({"metrics.jsonl": "{\n{}\n"}, r"metrics.jsonl: line 1: damaged: Expecting property name"),
     ({"metrics.jsonl": "3\n"}, r"metrics.jsonl: line 1: damaged: not a JSON object"),
-    ({"metrics.jsonl": b"\xff\n"}, r"metrics.jsonl: damaged: not UTF-8 text \(byte 0\)"),
+    ({"metrics.jsonl": b"\xff\n"}, r"metrics.jsonl: line 1: damaged: not UTF-8 text \(byte 0\)"),
     ({"summary.json": "{"}, r"summary.json: damaged: Expecting"),
     ({"summary.json": "{}"}, r"summary.json: damaged: it has no rows"),
     ({"summary.json": '{"rows": [{}]}'}, r"summary.json: damaged: record 1 has no 'arm'"),
@@ -123,14 +124,14 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("files", "message"), MISTAKES, ids=[text for _, text in MISTAKES])
 def test_damage_gets_one_line(tmp_path, files, message):
-    with pytest.raises(RecordError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load(str(write_run(tmp_path, **files)))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("record", ["{}x", "{}", '{"claim": "c"}', "[]"])
 def test_a_damaged_claim(tmp_path, record):
-    with pytest.raises(RecordError, match=r"record\.json: damaged"):
+    with pytest.raises(UserError, match=r"record\.json: damaged"):
         load(str(write_claim(tmp_path, **{"record.json": record})))
 
 
@@ -148,6 +149,6 @@ def test_no_such_record(tmp_path, monkeypatch):
         ("file", "file: not a directory"),
         ("experiments", "experiments: neither a run (it has no config.toml and metrics.jsonl) nor"),
     ]:
-        with pytest.raises(RecordError, match=re.escape(message)):
+        with pytest.raises(UserError, match=re.escape(message)):
             load(word)
     assert records.CLAIM_FOLDERS == ("experiments", "reproduced")

@@ -237,12 +237,8 @@ def report(
 ) -> None:
     """Make one HTML page of runs or claims: verdicts, tables, curves, weights, errors, settings."""
     from swalp.report import page
-    from swalp.report.records import RecordError
 
-    try:
-        written = page.write(records or [], out)
-    except RecordError as error:
-        raise UserError(str(error)) from None
+    written = page.write(records or [], out)
     print(f"written: {written}")
     if open_ and not webbrowser.open(written.resolve().as_uri()):
         raise UserError(f"no browser was found; open {written} yourself")

@@ -18,7 +18,8 @@ from markupsafe import Markup
 
 from swalp.report import claim_sections, comparison, run_sections
 from swalp.report.blocks import Section
-from swalp.report.records import Claim, RecordError, Run, load
+from swalp.report.records import Claim, Run, load
+from swalp.training.mistakes import UserError
 
 # By this a page is known again, which a later one may replace.
 _MADE_BY = '<meta name="generator" content="swalp report'
@@ -77,11 +78,11 @@ def write(words: Sequence[str], out: Path | None) -> Path:
         The file.
 
     Raises:
-        RecordError: a word stands for no record, a record is damaged, or the file cannot be
+        UserError: a word stands for no record, a record is damaged, or the file cannot be
             written, or is something else than a page of this command.
     """
     if not words:
-        raise RecordError(
+        raise UserError(
             "name what to report: the directory of a run, such as runs/digits-…, or a claim's "
             "name; several are compared"
         )
@@ -91,9 +92,9 @@ def write(words: Sequence[str], out: Path | None) -> Path:
     content = render(records).encode()
     try:
         if target.is_dir():
-            raise RecordError(f"{target}: a directory; name a file, such as --out {target / name}")
+            raise UserError(f"{target}: a directory; name a file, such as --out {target / name}")
         if target.exists() and not _is_report(target):
-            raise RecordError(
+            raise UserError(
                 f"{target} exists, is no report, and is not overwritten; name another file with "
                 f"--out"
             )
@@ -105,7 +106,7 @@ def write(words: Sequence[str], out: Path | None) -> Path:
         finally:
             beside.unlink(missing_ok=True)
     except OSError as error:
-        raise RecordError(
+        raise UserError(
             f"{target}: cannot write: {error.strerror}; name another file with --out"
         ) from None
     return target

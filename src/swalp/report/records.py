@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import json
 import tomllib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -15,18 +13,15 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from swalp.recipes import Recipe
-from swalp.training import kept_recipes
+from swalp.training import kept_recipes, reading
 from swalp.training.mistakes import UserError
+from swalp.training.run_directory import require_settings
 
 Row = dict[str, Any]
 
 # Where a claim that is given by its name is looked for, first where experiments are kept.
 CLAIM_FOLDERS = ("experiments", "reproduced")
 _ROWS = "*rows.jsonl"  # rows.jsonl, or several, such as mnist-rows.jsonl
-
-
-class RecordError(ValueError):
-    """What was asked for is no record, or is damaged; the text is one line for the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +95,7 @@ def load(word: str) -> Run | Claim:
     """The run or claim that a path, or a claim's name, stands for.
 
     Raises:
-        RecordError: there is none, or it is damaged.
+        UserError: there is none, or it is damaged.
     """
     path = _find(word)
     if (path / "config.toml").is_file() and (path / "metrics.jsonl").is_file():
@@ -108,7 +103,7 @@ def load(word: str) -> Run | Claim:
     pages = (path / "record.json", path / "README.md")
     if any(page.is_file() for page in pages) or any(path.glob(_ROWS)):
         return _claim(path)
-    raise RecordError(
+    raise UserError(
         f"{word}: neither a run (it has no config.toml and metrics.jsonl) nor a claim's record (no "
         f"record.json and rows.jsonl)"
     )
@@ -119,7 +114,7 @@ def _find(word: str) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise RecordError(f"{word}: not a directory; name a run's directory, or a claim")
+        raise UserError(f"{word}: not a directory; name a run's directory, or a claim")
     if path.name == word:
         for folder in CLAIM_FOLDERS:
             if (Path(folder) / word).is_dir():
@@ -132,31 +127,32 @@ def _find(word: str) -> Path:
             if entry.is_dir()
         ]
         here = f"; claims here: {', '.join(sorted(set(known)))}" if known else ""
-        raise RecordError(
+        raise UserError(
             f"{word}: no such directory, and no claim of that name in experiments/ or "
             f"reproduced/{here}"
         )
-    raise RecordError(f"{word}: no such directory")
+    raise UserError(f"{word}: no such directory")
 
 
 def _run(path: Path) -> Run:
-    text = _text(path / "config.toml")
+    text = reading.text(path / "config.toml")
     try:
         settings = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise RecordError(f"{path / 'config.toml'}: damaged: {_one_line(error)}") from None
-    _require_settings(path, settings)
+        raise UserError(f"{path / 'config.toml'}: damaged: {error}") from None
+    if (path / "run.json").exists():
+        require_settings(path, settings)
     summary_file = path / "summary.json"
     run = Run(
         name=path.resolve().name,
         path=path,
         settings=settings,
-        recipes=_recipes(path),
+        recipes=kept_recipes.load(path),
         meanings=_comments(text),
-        metrics=_lines(path / "metrics.jsonl"),
-        sessions=_optional_lines(path / "sessions.jsonl"),
-        summary=_object(summary_file) if summary_file.exists() else None,
-        diagnostics=_optional_lines(path / "diagnostics.jsonl"),
+        metrics=reading.records(path / "metrics.jsonl"),
+        sessions=reading.optional_records(path / "sessions.jsonl"),
+        summary=reading.record(summary_file) if summary_file.exists() else None,
+        diagnostics=reading.optional_records(path / "diagnostics.jsonl"),
         picture=_picture(path / "curves.png"),
     )
     _require(path / "metrics.jsonl", run.metrics, ("arm", "seed", "epoch"))
@@ -164,44 +160,25 @@ def _run(path: Path) -> Run:
     if run.summary is not None:
         rows = run.summary.get("rows")
         if not isinstance(rows, list) or not rows:
-            raise RecordError(f"{summary_file}: damaged: it has no rows")
+            raise UserError(f"{summary_file}: damaged: it has no rows")
         _require(summary_file, rows, ("arm", "model", "test_error"))
     return run
 
 
-def _require_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Raise RecordError if the settings are not those that the run began with."""
-    file = path / "run.json"
-    began = _object(file).get("settings") if file.exists() else None
-    for key, was in began.items() if isinstance(began, dict) else ():
-        if key in settings and settings[key] != was:
-            raise RecordError(
-                f"{path / 'config.toml'}: {key} was {json.dumps(was)} when the run began and is "
-                f"{json.dumps(settings[key], default=str)} now; put it back"
-            )
-
-
-def _recipes(path: Path) -> dict[str, Recipe]:
-    try:
-        return kept_recipes.load(path)
-    except UserError as error:
-        raise RecordError(str(error)) from None
-
-
 def _claim(path: Path) -> Claim:
     file = path / "record.json"
-    record = _object(file) if file.exists() else {}
+    record = reading.record(file) if file.exists() else {}
     verdict = record.get("verdict")
     judged = isinstance(verdict, dict) and {"holds", "sentence"} <= set(verdict)
     if not judged and (record.keys() & {"claim", "verdict"} or (file.exists() and not record)):
-        raise RecordError(f"{file}: damaged: it has no verdict")
+        raise UserError(f"{file}: damaged: it has no verdict")
     page, tables = "", list[Table]()
     if (path / "README.md").exists():
-        page, tables = _markdown(_text(path / "README.md"))
+        page, tables = _markdown(reading.text(path / "README.md"))
     rows = []
     for file in sorted(path.glob(_ROWS)):
         which = file.name.removesuffix("rows.jsonl").rstrip("-")
-        rows += [({"rows": which} if which else {}) | row for row in _lines(file)]
+        rows += [({"rows": which} if which else {}) | row for row in reading.records(file)]
     for sheet in [] if rows else sorted(path.glob("*.csv")):
         rows += _sheet(sheet)
     pictures = [path / "plot.png", *sorted(path.glob("*.png"))]
@@ -252,7 +229,7 @@ def _plain(markup: str) -> str:
 
 def _sheet(path: Path) -> list[Row]:
     """The rows of a CSV file, numbers as numbers."""
-    reader = csv.DictReader(_text(path).splitlines())
+    reader = csv.DictReader(reading.text(path).splitlines())
     return [{str(key): _number(value) for key, value in row.items()} for row in reader]
 
 
@@ -275,60 +252,12 @@ def _comments(toml: str) -> dict[str, str]:
     }
 
 
-def _lines(path: Path) -> list[Row]:
-    """The JSON objects in a file, one to a line; half a line at its end is not yet one."""
-    *whole, rest = _text(path).split("\n")
-    found = []
-    for number, line in enumerate(whole, 1):
-        found.append(_parsed(f"{path}: line {number}", line))
-    try:
-        return [*found, *([json.loads(rest)] if rest else [])]
-    except ValueError:
-        return found  # being written now
-
-
-def _optional_lines(path: Path) -> list[Row]:
-    return _lines(path) if path.exists() else []
-
-
-def _object(path: Path) -> Row:
-    return _parsed(str(path), _text(path))
-
-
-def _parsed(where: str, text: str) -> Row:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise RecordError(f"{where}: damaged: {_one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise RecordError(f"{where}: damaged: not a JSON object")
-    return value
-
-
 def _require(path: Path, rows: list[Row], keys: tuple[str, ...]) -> None:
     for number, row in enumerate(rows, 1):
         missing = [key for key in keys if not isinstance(row, dict) or key not in row]
         if missing:
-            raise RecordError(f"{path}: damaged: record {number} has no {missing[0]!r}")
+            raise UserError(f"{path}: damaged: record {number} has no {missing[0]!r}")
 
 
 def _picture(path: Path) -> bytes | None:
-    return _reading(path, Path.read_bytes) if path.exists() else None
-
-
-def _text(path: Path) -> str:
-    try:
-        return _reading(path, Path.read_bytes).decode()
-    except UnicodeDecodeError as error:
-        raise RecordError(f"{path}: damaged: not UTF-8 text (byte {error.start})") from None
-
-
-def _reading(path: Path, read: Callable[[Path], bytes]) -> bytes:
-    try:
-        return read(path)
-    except OSError as error:
-        raise RecordError(f"{path}: cannot read: {error.strerror}") from None
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return reading.content(path) if path.exists() else None

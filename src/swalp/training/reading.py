@@ -1,4 +1,4 @@
-"""Files of a run, read: what is wrong with one is said in a line."""
+"""Records, read: what is wrong with a file is said in a line."""
 
 from __future__ import annotations
 
@@ -23,33 +23,57 @@ def content(path: Path) -> bytes:
         raise UserError(f"{path}: cannot read: {error.strerror}") from None
 
 
+def text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    return _decoded(str(path), content(path))
+
+
 def record(path: Path) -> Record:
     """The JSON object in a file.
 
     Raises:
         UserError: it cannot be read, or is something else.
     """
-    try:
-        found = json.loads(content(path))
-    except ValueError as error:
-        raise UserError(f"{path}: damaged: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: damaged: not a JSON object")
-    return found
+    return _parsed(str(path), content(path))
 
 
-def records(path: Path, lines: bytes) -> list[Record]:
-    """The JSON objects in the lines of a file.
+def records(path: Path) -> list[Record]:
+    """The JSON objects in the lines of a file, in order; half a line at its end is not yet one.
 
     Raises:
-        UserError: a line is something else.
+        UserError: it cannot be read, or a line is something else.
     """
-    found = []
-    for number, line in enumerate(lines.splitlines(), 1):
-        try:
-            found.append(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"{path}: line {number}: damaged: {error}") from None
-        if not isinstance(found[-1], dict):
-            raise UserError(f"{path}: line {number}: damaged: not a JSON object")
-    return found
+    *whole, rest = content(path).split(b"\n")
+    try:
+        json.loads(rest)
+    except ValueError:
+        pass  # nothing, or being written now
+    else:
+        whole.append(rest)
+    return [_parsed(f"{path}: line {number}", line) for number, line in enumerate(whole, 1)]
+
+
+def optional_records(path: Path) -> list[Record]:
+    """`records`; none where there is no file."""
+    return records(path) if path.exists() else []
+
+
+def _decoded(where: str, found: bytes) -> str:
+    try:
+        return found.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: damaged: not UTF-8 text (byte {error.start})") from None
+
+
+def _parsed(where: str, found: bytes) -> Record:
+    try:
+        value = json.loads(_decoded(where, found))
+    except ValueError as error:
+        raise UserError(f"{where}: damaged: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: damaged: not a JSON object")
+    return value

@@ -82,20 +82,7 @@ class RunDirectory:
 
         A run that began before they were noted may have any.
         """
-        now = settings.decisive(config)
-        began = reading.record(self.path / "run.json").get("settings", {})
-        differing = [key for key, was in began.items() if key in now and now[key] != was]
-        if differing:
-            path = self.path / "config.toml"
-            changes = (
-                f"{key} was {json.dumps(began[key])} when the run began and is "
-                f"{json.dumps(now[key])} now"
-                for key in differing
-            )
-            raise UserError(
-                f"{path}: {', '.join(changes)}; put {'them' if differing[1:] else 'it'} back, or "
-                f"start anew with: swalp train {path} --out DIR"
-            )
+        require_settings(self.path, settings.decisive(config))
 
     @property
     def finished(self) -> bool:
@@ -124,8 +111,7 @@ class RunDirectory:
 
     def metrics(self) -> list[Record]:
         """All records so far, without one that was cut off as it was written."""
-        whole = reading.content(self._metrics).rpartition(b"\n")[0]
-        return reading.records(self._metrics, whole)
+        return reading.records(self._metrics)
 
     def append_metrics(self, record: Record) -> None:
         """Add a record."""
@@ -151,18 +137,17 @@ class RunDirectory:
 
     def sessions(self) -> list[Record]:
         """Beginnings and ends of the processes that worked here, in order."""
-        return reading.records(self._sessions, self._session_lines())
+        return reading.optional_records(self._sessions)
 
     def append_session(self, record: Record) -> None:
         """Note that a process begins or ends."""
         # Whole even if the disk is full: no checkpoint says where to cut half a line off.
-        lines = self._session_lines() + json.dumps(record).encode() + b"\n"
-        write_file(self._sessions, lines)
+        lines = reading.content(self._sessions) if self._sessions.exists() else b""
+        write_file(self._sessions, lines + json.dumps(record).encode() + b"\n")
 
     def diagnostics(self) -> list[Record]:
         """What was measured at the end of trajectories, in order."""
-        path = self._diagnostics
-        return reading.records(path, reading.content(path) if path.exists() else b"")
+        return reading.optional_records(self._diagnostics)
 
     def append_diagnostics(self, record: Record) -> None:
         """Add what was measured for an arm and a seed, in place of an older record of them."""
@@ -172,9 +157,6 @@ class RunDirectory:
         # Whole even if the disk is full: no checkpoint says where to cut half a line off.
         lines = [json.dumps(each, separators=(",", ":")) + "\n" for each in [*records, record]]
         write_file(self._diagnostics, "".join(lines).encode())
-
-    def _session_lines(self) -> bytes:
-        return reading.content(self._sessions) if self._sessions.exists() else b""
 
     def model_path(self, arm: str, seed: int, model: str) -> Path:
         """Where one model is saved: "sgd", "last", "average", "best" or "average TEXT"."""
@@ -292,6 +274,26 @@ def _clear(path: Path) -> None:
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+def require_settings(path: Path, now: Record) -> None:
+    """Raise UserError if the run in `path` began with other values of some of the settings `now`.
+
+    A run that began before they were noted may have any.
+    """
+    began = reading.record(path / "run.json").get("settings", {})
+    differing = [key for key, was in began.items() if key in now and now[key] != was]
+    if differing:
+        file = path / "config.toml"
+        changes = (
+            f"{key} was {json.dumps(began[key])} when the run began and is "
+            f"{json.dumps(now[key], default=str)} now"
+            for key in differing
+        )
+        raise UserError(
+            f"{file}: {', '.join(changes)}; put {'them' if differing[1:] else 'it'} back, or start "
+            f"anew with: swalp train {file} --out DIR"
+        )
 
 
 def open_run(path: Path) -> RunDirectory:
