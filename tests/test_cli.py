@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -11,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import swalp
-from swalp import cli
 from swalp.training import config, data, loop, models, run_directory, study
 from swalp.training.mistakes import UserError
+from swalp_command import cli
 from tiny_runs import finished, settings, train
 
 ROOT = Path(__file__).parent.parent
@@ -67,19 +68,16 @@ def test_train_and_evaluate(run_swalp, tmp_path):
     assert f"Every error equals the one in {made}." in again
 
 
-def test_a_stream_without_our_letters_gets_question_marks(old_run):
-    command = [sys.executable, "-c", "from swalp.cli import main; main()", "evaluate", old_run]
-    said = [
-        subprocess.run(
-            command,
-            capture_output=True,
-            check=True,
-            env=os.environ | {"PYTHONIOENCODING": encoding},
-        ).stdout.decode()
-        for encoding in ("utf-8", "ascii")
-    ]
-    assert "±" in said[0]
-    assert said[1] == said[0].encode("ascii", "replace").decode()
+def test_a_stream_without_our_letters_gets_question_marks(run_swalp, old_run, monkeypatch):
+    _, said, _ = run_swalp("evaluate", old_run)
+    assert "±" in said
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "argv", ["swalp", "evaluate", str(old_run)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    stream.flush()
+    assert (ended.value.code, stream.buffer.getvalue()) == (0, said.encode("ascii", "replace"))
 
 
 def test_train_makes_a_directory_of_its_own(run_swalp, tmp_path):
@@ -377,7 +375,7 @@ def test_interrupted_and_resumed(tmp_path, run_swalp, number):
     path = tmp_path / "run"
     (tmp_path / "long.toml").write_text(config.to_toml(settings(epochs=4, seeds=100)))
     process = subprocess.Popen(
-        [sys.executable, "-c", "from swalp.cli import main; main()"]
+        [sys.executable, "-c", "from swalp_command import main; main()"]
         + ["train", "long.toml", "--out", str(path)],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
@@ -406,9 +404,25 @@ def test_importing_the_library_does_not_import_the_command_line():
     code = "import sys, swalp; print([name for name in sys.modules if name.startswith('swalp.')])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "swalp.formats" in run.stdout
-    for name in ("training", "report", "cli"):
+    for name in ("training", "report"):
         assert f"swalp.{name}" not in run.stdout
-    assert set(swalp.__all__).isdisjoint({"training", "report", "cli"})
+    assert set(swalp.__all__).isdisjoint({"training", "report"})
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [("--help", 0), ("--version", 0), ("train --help", 0), ("trian", 2), ("train --otu x", 2)],
+)
+def test_help_and_slips_wait_for_nothing(words, status):
+    """PyTorch takes seconds to import, and matplotlib one."""
+    code = (
+        "import sys; from swalp_command import cli; status = cli.run(sys.argv[1:]); "
+        "print(status, 'torch' in sys.modules, 'swalp' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, *words.split()]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == f"{status} False False"
+    assert run.stderr.count("\n") == (status != 0)
 
 
 def test_profile_prints_a_table_for_each_arm(run_swalp):
@@ -451,7 +465,7 @@ def test_records_that_a_checkpoint_counts_must_be_there(run_swalp, stopped_run):
 
 
 def test_the_c_locale_gets_question_marks(old_run):
-    command = [sys.executable, "-c", "from swalp.cli import main; main()", "evaluate", old_run]
+    command = [sys.executable, "-c", "from swalp_command import main; main()", "evaluate", old_run]
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     said = subprocess.run(command, capture_output=True, env=os.environ | plain)
     assert (said.returncode, said.stderr) == (0, b"")

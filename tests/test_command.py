@@ -7,22 +7,26 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def test_interrupted_while_importing(tmp_path):
-    (tmp_path / "swalp").mkdir()
+@pytest.mark.parametrize("slow_package", ["typer", "swalp"])
+def test_interrupted_while_importing(tmp_path, slow_package):
+    (tmp_path / slow_package).mkdir()
     # Naps, not one long sleep: a signal just before a sleep begins waits until it ends.
     naps = "for _ in range(600): time.sleep(0.1)"
     slow = f"import time\nprint('importing', flush=True)\n{naps}\n"
-    (tmp_path / "swalp" / "__init__.py").write_text(slow)
+    (tmp_path / slow_package / "__init__.py").write_text(slow)
     module, _, name = PROJECT["project"]["scripts"]["swalp"].partition(":")
+    places = [str(tmp_path), str(ROOT / "src"), *filter(None, sys.path)]
     process = subprocess.Popen(
         # Without site: an editable install finds its own swalp before the one here.
-        [sys.executable, "-S", "-c", f"from {module} import {name}; {name}()"],
+        [sys.executable, "-S", "-c", f"from {module} import {name}; {name}()", "doctor"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

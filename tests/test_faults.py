@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,16 @@ def test_no_room_for_a_checkpoint(tmp_path, reference):
     assert results(run) == reference
 
 
+# Several commands, the lines of the standard input, in one process: most of the time that a command
+# takes is the import of PyTorch.
+EACH = """
+import sys
+from swalp_command import cli
+for line in sys.stdin:
+    print("status", cli.run(line.split()), flush=True)
+"""
 SWALP = str(Path(sys.executable).with_name("swalp"))
+TOOLS = {"SWALP": SWALP, "PYTHON": sys.executable, "EACH": EACH, "OMP_NUM_THREADS": "1"}
 # In namespaces of its own: a user's, so that anybody may mount, and that of the mounts, which are
 # gone with the shell.
 ISOLATED = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -92,12 +102,12 @@ def on_disk(tmp_path, options, script):
     (tmp_path / "disk").mkdir()
     mount = f"mount -t tmpfs -o {options} none disk && cd ."
     run = subprocess.run(
-        [*ISOLATED, "sh", "-c", f"{mount}\n{script}"],
+        [*ISOLATED, "sh", "-c", f"{mount}\n{textwrap.dedent(script)}"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"SWALP": SWALP, "OMP_NUM_THREADS": "1"},
+        env=os.environ | TOOLS,
         timeout=300,
     )
     assert run.returncode == 0, run.stdout
@@ -145,11 +155,13 @@ def test_a_full_disk_takes_no_part_of_an_export(tmp_path):
         "size=64k",
         """
         head -c 60K /dev/zero > disk/others
-        for format in "bfp8[0]" bfp16 onnx; do
-            $SWALP export run --format $format --out disk/new/model; echo status $?
-            ls -A disk/new
-        done
-        $SWALP export run --out disk/others; echo status $?
+        $PYTHON -c "$EACH" << END
+        export run --format bfp8[0] --out disk/new/model
+        export run --format bfp16 --out disk/new/model
+        export run --format onnx --out disk/new/model
+        export run --out disk/others
+        END
+        ls -A disk/new
         stat -c %s disk/others
         """,
     )
@@ -172,9 +184,10 @@ def test_a_full_disk_takes_no_part_of_a_new_run(tmp_path):
         """
         head -c 1M /dev/zero > disk/others 2> /dev/null
         mkdir disk/empty
-        for run in new empty; do
-            $SWALP train digits --out disk/$run; echo status $?
-        done
+        $PYTHON -c "$EACH" << END
+        train digits --out disk/new
+        train digits --out disk/empty
+        END
         ls -A disk disk/empty
         """,
     )
@@ -192,8 +205,10 @@ def test_a_disk_that_cannot_be_written(tmp_path):
         tmp_path,
         "ro",
         """
-        $SWALP train digits --out disk/new; echo status $?
-        $SWALP export run --out disk/model; echo status $?
+        $PYTHON -c "$EACH" << END
+        train digits --out disk/new
+        export run --out disk/model
+        END
         """,
     )
     assert lines[:2] == [

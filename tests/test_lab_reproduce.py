@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from swalp import cli
 from swalp.lab import claims, record, reproduce
 from swalp.lab.claim import Claim, Context, Stopped, Verdict, markdown, pick
 from swalp.lab.claims import CLAIMS
@@ -18,6 +17,7 @@ from swalp.lab.parallel import in_threads
 from swalp.lab.plots import figure
 from swalp.training import environment
 from swalp.training.mistakes import UserError
+from swalp_command import cli
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,10 @@
 """Formats as tables, facts and pictures."""
 
+import re
 import resource
 
 import pytest
-import typer
 from rich.console import Console
-from typer.testing import CliRunner
 
 from strategies import FORMATS
 from swalp import BlockFloat, FixedPoint, Microscaling, Minifloat, parse_format
@@ -14,18 +13,23 @@ from swalp.report.formats import (
     SHOWN,
     facts,
     format_table,
-    formats_command,
     note,
     short,
 )
 from swalp.report.number_line import plot_format
-
-app = typer.Typer(pretty_exceptions_enable=False)
-app.command()(formats_command)
+from swalp_command import cli
 
 
-def run(*words):
-    return CliRunner().invoke(app, [*words], catch_exceptions=False, terminal_width=200)
+@pytest.fixture
+def run(capsys):
+    """Status, stdout and stderr of ``swalp formats``."""
+
+    def run(*words):
+        status = cli.run(["formats", *words])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
 
 
 def text_of(table) -> str:
@@ -114,17 +118,17 @@ def test_facts_rebuild_the_format(fmt):
         )
 
 
-def test_without_arguments_all_named_formats_are_listed():
-    result = run()
-    assert result.exit_code == 0
-    assert all(name in result.stdout for name in NAMED)
-    assert "bfp8/32" in result.stdout
+def test_without_arguments_all_named_formats_are_listed(run):
+    status, out, _ = run()
+    assert status == 0
+    assert all(name in out for name in NAMED)
+    assert "bfp8/32" in out
 
 
-def test_one_format_tells_its_facts_and_few_values():
-    assert "8-bit exponent for each index of axis 0" in " ".join(run("bfp8[0]").stdout.split())
-    assert "values" not in run("bfp8").stdout
-    assert "-6 -4 -3 -2 -1.5 -1 -0.5 0 0.5 1 1.5 2 3 4 6" in run("e2m1").stdout
+def test_one_format_tells_its_facts_and_few_values(run):
+    assert "8-bit exponent for each index of axis 0" in " ".join(run("bfp8[0]")[1].split())
+    assert "values" not in run("bfp8")[1]
+    assert "-6 -4 -3 -2 -1.5 -1 -0.5 0 0.5 1 1.5 2 3 4 6" in run("e2m1")[1]
 
 
 @pytest.mark.parametrize(
@@ -140,22 +144,24 @@ def test_pictures(name, tmp_path):
     assert len(content) > 15_000
 
 
-def test_the_plot_option_writes_and_says_where(tmp_path, monkeypatch):
+def test_the_plot_option_writes_and_says_where(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run("bfp8[0]/16", "--plot").stdout == "drawn: bfp8-0-16.png\n"
+    assert run("bfp8[0]/16", "--plot") == (0, "drawn: bfp8-0-16.png\n", "")
     assert (tmp_path / "bfp8-0-16.png").stat().st_size > 15_000
-    assert run("e2m1", "--plot", "other.png").stdout == "drawn: other.png\n"
+    assert run("e2m1", "--plot", "other.png") == (0, "drawn: other.png\n", "")
     assert (tmp_path / "other.png").exists()
 
 
-def test_pictures_overwrite_nothing(tmp_path):
+def test_pictures_overwrite_nothing(run, tmp_path):
     path = tmp_path / "kept.png"
     path.write_text("mine")
-    with pytest.raises(ValueError, match=r"kept\.png exists and is not overwritten"):
-        run("bfp8", "--plot", str(path))
+    status, _, err = run("bfp8", "--plot", str(path))
+    assert status == 2
+    assert "kept.png exists and is not overwritten" in err
     assert path.read_text() == "mine"
-    with pytest.raises(ValueError, match="No such file or directory; name a file that can be"):
-        run("bfp8", "--plot", str(tmp_path / "nowhere" / "x.png"))
+    status, _, err = run("bfp8", "--plot", str(tmp_path / "nowhere" / "x.png"))
+    assert status == 2
+    assert "No such file or directory; name a file that can be" in err
 
 
 def test_a_picture_that_finds_no_room_leaves_nothing(tmp_path):
@@ -179,9 +185,10 @@ def test_a_picture_that_finds_no_room_leaves_nothing(tmp_path):
         (["e8m23", "--plot"], "e8m23 has 2.*32 codes; values"),
     ],
 )
-def test_mistakes_get_one_clear_line(words, text, tmp_path, monkeypatch):
+def test_mistakes_get_one_clear_line(run, words, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=text) as caught:
-        run(*words)
-    assert "\n" not in str(caught.value)
+    status, out, err = run(*words)
+    assert (status, out) == (2, "")
+    assert re.search(text, err)
+    assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

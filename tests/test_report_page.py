@@ -7,12 +7,12 @@ from itertools import pairwise
 
 import pytest
 
-from swalp import cli
 from swalp.report import page
 from swalp.report.records import load
 from swalp.report.run_sections import setting
 from swalp.training import run_directory
 from swalp.training.mistakes import UserError
+from swalp_command import cli
 from test_report_records import RECORD, write_claim, write_run
 from tiny_runs import finished, settings, train
 

@@ -2,7 +2,8 @@ import re
 
 import pytest
 
-from swalp import cli, recipes
+from swalp import recipes
+from swalp_command import cli
 
 
 def run(capsys, *words):

@@ -4,9 +4,9 @@ import errno
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from swalp import cli
 from swalp.report.scalars import Scalars
 from swalp.training import run_directory, study
+from swalp_command import cli
 from tiny_runs import settings, train
 
 TINY = ["train", "digits", "--set", "model=mlp", "--set", "width=4", "--set", "batch_size=200"]

@@ -25,7 +25,6 @@ FLOORS = [
     {"training"},
     {"lab"},
     {"report"},
-    {"cli"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
@@ -49,6 +48,7 @@ def test_imports_go_one_way():
             continue
         for name in imported(path):
             assert name == own or FLOOR[name] < FLOOR[own], f"{path} imports swalp.{name}"
+        assert "swalp_command" not in path.read_text(), f"{path} knows of the command line"
 
 
 def test_all_is_honest():

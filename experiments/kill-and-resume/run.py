@@ -19,9 +19,9 @@ import matplotlib.backends.backend_agg  # noqa: F401  (loaded before the fork)
 import rich.progress  # noqa: F401  (loaded before the fork)
 import sklearn.datasets  # noqa: F401  (loaded before the fork)
 
-from swalp import cli
 from swalp.report import curves, tables  # noqa: F401  (loaded before the fork)
 from swalp.training import checkpoint, config, study  # noqa: F401  (loaded before the fork)
+from swalp_command import cli
 
 SEED = 5
 SETTINGS = [

@@ -1,4 +1,4 @@
-"""Where the console script begins: outside `swalp`, whose import takes seconds, for PyTorch."""
+"""The console script: outside `swalp`, whose import takes seconds, for PyTorch."""
 
 import sys
 
@@ -6,9 +6,9 @@ import sys
 def main() -> None:
     """The command line; also while it is being imported, Ctrl-C ends it in one line."""
     try:
-        from swalp import cli
+        from swalp_command import cli
 
         cli.main()
     except KeyboardInterrupt:
         print("swalp: interrupted", file=sys.stderr)
-        sys.exit(130)  # as `swalp.cli` does
+        sys.exit(130)  # as `swalp_command.cli` does

@@ -6,9 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -113,20 +111,17 @@ def short(value: float) -> str:
     return f"{value:.5g}" if 1e-4 <= value < 1e5 else f"{value:.3g}"
 
 
-def formats_command(
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="[FORMAT]", help="Such as bfp8, fixed8.6, e4m3fn, mxfp4_e2m1."),
-    ] = None,
-    path: Annotated[
-        Path | None,
-        typer.Argument(metavar="[PATH]", help="Where --plot writes; default: FORMAT.png."),
-    ] = None,
-    plot: Annotated[
-        bool, typer.Option("--plot", help="Draw the numbers and the rounding, as a PNG.")
-    ] = False,
-) -> None:
-    """List the number formats, tell one's facts, or draw it."""
+def show_formats(name: str | None, path: Path | None, *, plot: bool) -> None:
+    """Print a table of formats; or one's facts; or draw it.
+
+    Args:
+        name: of the format; None: the table.
+        path: of the picture; None: named after the format.
+        plot: draw it.
+
+    Raises:
+        ValueError: there is no such format, or the arguments do not go together.
+    """
     console = Console()
     if name is None:
         if plot:

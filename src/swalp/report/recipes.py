@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -14,16 +11,16 @@ from swalp import recipes
 from swalp.recipes import ROLES, Quantizer, Recipe
 
 
-def recipes_command(
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="[RECIPE|FILE.toml]", help="Such as paper-small-block-8."),
-    ] = None,
-    toml: Annotated[
-        bool, typer.Option("--toml", help="Print it as TOML, to change and give back.")
-    ] = False,
-) -> None:
-    """List the recipes, or show one, role by role."""
+def show_recipes(name: str | None, *, toml: bool) -> None:
+    """Print a table of the recipes; or one, role by role; or one as TOML.
+
+    Args:
+        name: of the recipe, or a file; None: the table.
+        toml: print it as TOML.
+
+    Raises:
+        ValueError: there is no such recipe, or the arguments do not go together.
+    """
     console = Console()
     if name is None:
         if toml:

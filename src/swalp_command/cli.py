@@ -1,34 +1,46 @@
-"""The command line: words become a `RunConfig` and calls, nothing else."""
+"""The command line: words become a `RunConfig` and calls, nothing else.
+
+`swalp` is imported by the commands, once it is clear that one is to run: with PyTorch it takes
+seconds, and help, and what is wrong with an option, need none of it.
+"""
 
 from __future__ import annotations
 
-import functools
 import signal
 import sys
 import time
 import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from swalp.report.formats import formats_command
-from swalp.report.recipes import recipes_command
-from swalp.training.mistakes import UserError
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from swalp.report.progress import Display, Moment
     from swalp.training.config import RunConfig
     from swalp.training.run_directory import RunDirectory
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _MISTAKE = 2
 _DIFFERENT = 1
 
+
+class _Commands(TyperGroup):
+    """Typer's own make an interrupt a status without a word."""
+
+    def invoke(self, ctx: Any) -> Any:  # the class differs from version to version
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            return _interrupted()
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -66,19 +78,20 @@ def run(words: list[str]) -> int:
     """The exit status of ``swalp`` with those words."""
     try:
         return app(words, prog_name="swalp", standalone_mode=False) or 0
-    except UserError as error:
-        return _fail(str(error))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}")
     except (KeyboardInterrupt, typer.Abort):
-        print("swalp: interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return _interrupted()
     except Exception as error:
         # Typer's usage errors; the module of their class differs from version to version.
         if hasattr(error, "format_message"):
             message = _value_mistake(error, words) or " ".join(error.format_message().split())
             return _fail(f"{message} (see swalp --help)")
+        from swalp.training.mistakes import UserError
+
+        if isinstance(error, UserError):
+            return _fail(str(error))
         raise
 
 
@@ -96,9 +109,7 @@ def _value_mistake(error: Exception, words: list[str]) -> str:
 
 def _version(value: bool) -> None:
     if value:
-        from swalp.training import environment
-
-        print(f"swalp {environment.version('swalp')}")
+        print(f"swalp {metadata.version('swalp')}")
         raise typer.Exit
 
 
@@ -137,9 +148,10 @@ def train(
     tensorboard: TensorBoard = None,
 ) -> int:
     """Train in float and in low precision side by side, and compare SGD with its average."""
-    from swalp.report import curves, tables
+    from swalp.report import tables
     from swalp.report.progress import Display
     from swalp.training import config, data, run_directory, study
+    from swalp.training.mistakes import UserError
 
     if tensorboard is not None:
         _require_tensorboard()
@@ -174,6 +186,8 @@ def train(
         except study.Stopped:
             display.say(f"stopped; go on with: swalp resume {directory.path}")
             return 128 + asked[0]
+        from swalp.report import curves  # with matplotlib, which takes its time
+
         directory.save_curves(
             curves.png(
                 directory.metrics(),
@@ -237,6 +251,7 @@ def report(
 ) -> None:
     """Make one HTML page of runs or claims: verdicts, tables, curves, weights, errors, settings."""
     from swalp.report import page
+    from swalp.training.mistakes import UserError
 
     written = page.write(records or [], out)
     print(f"written: {written}")
@@ -386,23 +401,52 @@ def doctor() -> None:
     print(pairs(found))
 
 
-@app.command("formats")
-@functools.wraps(formats_command)
-def formats(*words: object, **options: object) -> None:
-    """As `formats_command`, whose signature and text this takes; its mistakes become one line."""
-    try:
-        formats_command(*words, **options)  # type: ignore[arg-type]  # typer has checked them
-    except ValueError as error:
-        raise UserError(str(error)) from None
+@app.command()
+def formats(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[FORMAT]", help="Such as bfp8, fixed8.6, e4m3fn, mxfp4_e2m1."),
+    ] = None,
+    path: Annotated[
+        Path | None,
+        typer.Argument(metavar="[PATH]", help="Where --plot writes; default: FORMAT.png."),
+    ] = None,
+    plot: Annotated[
+        bool, typer.Option("--plot", help="Draw the numbers and the rounding, as a PNG.")
+    ] = False,
+) -> None:
+    """List the number formats, tell one's facts, or draw it."""
+    from swalp.report.formats import show_formats
+
+    with _mistakes():
+        show_formats(name, path, plot=plot)
 
 
-@app.command("recipes")
-@functools.wraps(recipes_command)
-def recipes(*words: object, **options: object) -> None:
-    """As `recipes_command`, whose signature and text this takes; its mistakes become one line."""
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE|FILE.toml]", help="Such as paper-small-block-8."),
+    ] = None,
+    toml: Annotated[
+        bool, typer.Option("--toml", help="Print it as TOML, to change and give back.")
+    ] = False,
+) -> None:
+    """List the recipes, or show one, role by role."""
+    from swalp.report.recipes import show_recipes
+
+    with _mistakes():
+        show_recipes(name, toml=toml)
+
+
+@contextmanager
+def _mistakes() -> Iterator[None]:
+    """Take a ValueError of the library for the user's mistake."""
     try:
-        recipes_command(*words, **options)  # type: ignore[arg-type]  # typer has checked them
+        yield
     except ValueError as error:
+        from swalp.training.mistakes import UserError
+
         raise UserError(str(error)) from None
 
 
@@ -410,6 +454,8 @@ def _require_tensorboard() -> None:
     try:
         import torch.utils.tensorboard  # noqa: F401  # what `Scalars` needs
     except ImportError as error:
+        from swalp.training.mistakes import UserError
+
         raise UserError(
             f"--tensorboard needs the package tensorboard ({error}): pip install "
             f"'swalp[tensorboard]'"
@@ -435,6 +481,11 @@ def _watching(
             scalars(moment)
 
         yield both
+
+
+def _interrupted() -> int:
+    print("swalp: interrupted", file=sys.stderr)
+    return 130  # 128 + SIGINT, as shells report it
 
 
 def _fail(message: str) -> int:
