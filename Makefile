@@ -12,6 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 ARGS ?=
+WORKERS ?= 2
 
 # Both: pip 25.3 and later takes the versions of build tools from the second.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -31,8 +32,9 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/swalp
 train: $(INSTALLED)
 	$(BIN)/swalp train $(ARGS)
 
+# Two processes; their threads sleep while they wait, as there are more of them than cores.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 check: $(INSTALLED)
 	.ci/run
