@@ -1,8 +1,11 @@
 """A gradient that its function alone holds makes room for the result; any other stays as it is."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 
 import swalp
 from swalp import buffers
@@ -60,6 +63,36 @@ def test_the_result_takes_the_place_of_a_gradient_that_nobody_else_holds(kind):
     h.register_hook(lambda g: places.append(g.data_ptr()))
     model[2](h).square().sum().backward()
     assert places[0] == places[1]
+
+
+@contextmanager
+def frames_looked_at():
+    """As after an error of Dynamo's: Python's calls hold on to their arguments."""
+    before = set_eval_frame(False)
+    try:
+        yield
+    finally:
+        set_eval_frame(before)
+
+
+def test_another_way_to_call_functions(kind, never):
+    owned._alone.cache_clear()
+    with frames_looked_at():
+        test_the_result_takes_the_place_of_a_gradient_that_nobody_else_holds(kind)
+        there = owned.alone()
+    # As many references as there, but two of them are somebody's.
+    results = []
+    for reuses in (True, False):
+        if not reuses:
+            never()
+        model, x, kept = network(kind), batch(), []
+        h = model[1](model[0](x))
+        for _ in range(there.tensor_object - owned.alone().tensor_object):
+            HOLDERS["the tensor"](h, kept)
+        model[2](h).square().sum().backward()
+        results.append([*map(numbers, kept), x.grad])
+    assert len(results[0]) > 1
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("holder", HOLDERS)
@@ -136,11 +169,11 @@ def test_gelu_of_a_vector():
 
 def test_without_a_way_to_count_nothing_is_reused(monkeypatch):
     monkeypatch.setattr(owned, "_COUNTS", False)
-    owned.alone.cache_clear()
+    owned._alone.cache_clear()
     try:
         assert owned.references(torch.zeros(2)) != owned.alone()
     finally:
-        owned.alone.cache_clear()
+        owned._alone.cache_clear()
 
 
 def test_holds():

@@ -196,13 +196,13 @@ class _ReLU(torch.autograd.Function):
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(passed)
-        ctx.last, ctx.alone = last, alone()
+        ctx.last = last
         return y
 
     @staticmethod
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        mine = references(grad) == ctx.alone
+        mine = references(grad) == alone()
         (passed,) = ctx.saved_tensors
         grad = grad.resolve_neg()
         gradient = (grad.movedim(1, -1) if ctx.last else grad).contiguous()
@@ -217,7 +217,7 @@ class _ReLU(torch.autograd.Function):
 class _GELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, approximate: str, again: Again, inplace: bool) -> Tensor:
-        ctx.compute, ctx.approximate, ctx.alone = again.compute, approximate, alone()
+        ctx.compute, ctx.approximate = again.compute, approximate
         ctx.save_for_backward(*again.tensors)
         if inplace:
             ctx.mark_dirty(x)
@@ -227,7 +227,7 @@ class _GELU(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        mine = references(grad) == ctx.alone
+        mine = references(grad) == alone()
         result, kept = _place(grad, mine), ctx.saved_tensors
         many = max(1, _PART // grad[0].nbytes)
         for part in (slice(i, i + many) for i in range(0, len(grad), many)):

@@ -3,15 +3,12 @@
 A gradient on its way through autograd is held by the function that it goes to. Others may hold it
 too: a hook that kept it, another function that it also goes to, a view. Each is one more reference:
 to the tensor, to its storage, or to the Python object of either. How many there are with nobody
-else depends on PyTorch and Python alone, and is found by trial.
-
-    def forward(ctx, x):
-        ctx.alone = alone()
+else depends on PyTorch, on Python, and on how Python calls functions now, and is found by trial.
 
     @staticmethod
     @once
     def backward(ctx, grad):
-        mine = references(grad) == ctx.alone
+        mine = references(grad) == alone()
 """
 
 from __future__ import annotations
@@ -52,9 +49,19 @@ def references(gradient: Tensor) -> References:
     )
 
 
-@cache
 def alone() -> References:
     """What `references` finds for a gradient that only its function holds; never, if it cannot."""
+    return _alone(_in_call(object()))
+
+
+def _in_call(thing: object) -> int:
+    """References to an argument: more where TorchDynamo looks at frames, as after its errors."""
+    return sys.getrefcount(thing)
+
+
+@cache
+def _alone(in_call: int) -> References:
+    """`alone`, where `_in_call` finds so many."""
     if not _COUNTS:
         return References(0, 0, 0, 0)
     found: list[References] = []
