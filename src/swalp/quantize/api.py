@@ -164,17 +164,22 @@ def quantize_many(
         )
     for rule in rules:
         _check_rule(fmt, rule)
+    kinds = set(map(type, tensors))
+    if not kinds <= _PLAIN:
+        for x in tensors:
+            _tensor(x)
     # One check for all that are alike: small tensors often are.
-    alike = {(type(x), x.dtype, x.shape): x for x in map(_tensor, tensors)}
-    for x in alike.values():
-        check(x, fmt, rules[0])
-    kinds = {kind for kind, *_ in alike}
+    for dtype in {x.dtype for x in tensors}:
+        _check_carrier(fmt, dtype)
+    shapes = [x.shape for x in tensors]
+    for shape in set(shapes):
+        _check_shape(fmt, shape)
     if out is not None and out is not tensors:
         for x, target in zip(tensors, out, strict=True):
             _check_out(x, target)
         kinds |= set(map(type, out))
     if kinds <= _PLAIN and not _is_watched():
-        return list(dispatch.run_many(tensors, fmt, rules, out))
+        return list(dispatch.run_many(tensors, shapes, fmt, rules, out))
     each = rules if len(rules) == len(tensors) else list(rules) * len(tensors)
     targets = [None] * len(tensors) if out is None else out
     return [
@@ -194,8 +199,12 @@ def check(x: Tensor, fmt: Format, rounding: Rounding) -> None:
     _tensor(x)
     _check_rule(fmt, rounding)
     _check_carrier(fmt, x.dtype)
+    _check_shape(fmt, x.shape)
+
+
+def _check_shape(fmt: Format, shape: torch.Size) -> None:
     if isinstance(fmt, BlockFloat | Microscaling):
-        block_extents(fmt, x.shape)
+        block_extents(fmt, shape)
 
 
 def _check_rule(fmt: Format, rounding: Rounding) -> None:

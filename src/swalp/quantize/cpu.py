@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.autograd.graph import increment_version
 
 from swalp import buffers
@@ -96,6 +96,7 @@ def quantize_contiguous(
 
 def quantize_many(
     tensors: Sequence[Tensor],
+    shapes: Sequence[Size],
     fmt: Format,
     rules: Sequence[tuple[int, int, int, int, int]],
     out: Sequence[Tensor],
@@ -104,6 +105,7 @@ def quantize_many(
 
     Args:
         tensors: of which `is_plain` holds.
+        shapes: theirs.
         fmt: a format that `supports` accepts.
         rules: the `rule_arguments` of all or of each, of one kind and one number of random bits.
         out: likewise plain; tensors of `tensors` itself included.
@@ -112,9 +114,10 @@ def quantize_many(
     increment_version(out)
     rule, bits = rules[0][:2]
     addresses = [tensor.data_ptr() for tensor in tensors]
+    rows = {shape: plan.rows_of(x) for shape, x in dict(zip(shapes, tensors, strict=True)).items()}
     assert plan.kernel is not None  # `supports`
     _kernels.quantize_many(
-        plan.kernel, [plan.rows_of(tensor) for tensor in tensors],
+        plan.kernel, [rows[shape] for shape in shapes],
         addresses, addresses if out is tensors else [target.data_ptr() for target in out],
         rule, bits, [each[2:] for each in rules], torch.get_num_threads(),
     )  # fmt: skip

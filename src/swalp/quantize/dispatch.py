@@ -29,29 +29,28 @@ def run(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = None) -
 
 def run_many(
     tensors: Sequence[Tensor],
+    shapes: Sequence[torch.Size],
     fmt: Format,
     rules: Sequence[Rounding],
     out: Sequence[Tensor] | None,
 ) -> Sequence[Tensor]:
     """Quantize tensors, already checked, into `out` or new ones: in one call where all are plain.
 
-    `rules`: one for all, or one for each.
+    `shapes`: theirs. `rules`: one for all, or one for each.
     """
     if len(rules) == 1 and isinstance(rules[0], Stochastic) and rules[0].seed is None:
         rules = list(rules) * len(tensors)  # a fresh seed for each
-    plain = all(map(storage.is_plain, tensors))
+    plain = storage.are_plain(tensors)
     if out is None:
         out = [torch.empty_like(x) for x in tensors]  # as plain as they
     elif out is not tensors:
         plain = (
-            plain
-            and all(map(storage.is_plain, out))
-            and not any(map(storage.partly_the_same, tensors, out))
+            plain and storage.are_plain(out) and not any(map(storage.partly_the_same, tensors, out))
         )
     if tensors and plain and _has_kernels() and plans.supports(fmt, rules[0], tensors[0].dtype):
         arguments = [plans.rule_arguments(rule) for rule in rules]
         if len({argument[:2] for argument in arguments}) == 1:
-            cpu.quantize_many(tensors, fmt, arguments, out)
+            cpu.quantize_many(tensors, shapes, fmt, arguments, out)
             return out
     each = rules if len(rules) == len(tensors) else list(rules) * len(tensors)
     for tensor, rule, target in zip(tensors, each, out, strict=True):
