@@ -130,14 +130,16 @@ def empty(*shape: int, channels_last: bool = False, dtype: torch.dtype = torch.f
     """
     size = dtype.itemsize * math.prod(shape)
     if size < SMALLEST and not channels_last:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     strides = _strides(shape, channels_last)
     if size < SMALLEST:
-        return torch.empty_strided(shape, strides, dtype=dtype)
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
     regions = _codes if dtype.itemsize == 1 else _regions
     place = _take(-(-size // _PAGE) * _PAGE, regions)
     memory = torch.frombuffer(place, dtype=torch.uint8, count=size)
-    return torch.empty(0, dtype=dtype).set_(memory.untyped_storage(), 0, shape, strides)
+    return torch.empty(0, dtype=dtype, device="cpu").set_(
+        memory.untyped_storage(), 0, shape, strides
+    )
 
 
 def holds(x: Tensor) -> bool:

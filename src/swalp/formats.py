@@ -124,7 +124,9 @@ class FixedPoint:
     def values(self) -> Tensor:
         """All values, ascending, float64."""
         _check_listable(self)
-        integers = torch.arange(self.min_integer, self.max_integer + 1, dtype=torch.float64)
+        integers = torch.arange(
+            self.min_integer, self.max_integer + 1, dtype=torch.float64, device="cpu"
+        )
         return integers * self.gap
 
     def __str__(self) -> str:
@@ -238,7 +240,9 @@ class BlockFloat:
     def values(self) -> Tensor:
         """All values of a block with exponent 0, ascending, float64."""
         _check_listable(self)
-        integers = torch.arange(self.min_integer, self.max_integer + 1, dtype=torch.float64)
+        integers = torch.arange(
+            self.min_integer, self.max_integer + 1, dtype=torch.float64, device="cpu"
+        )
         return integers * self.gap
 
     def __str__(self) -> str:
@@ -404,7 +408,7 @@ class Minifloat:
         positive = [value for value in positive if value <= self.largest]
         negative = [-value for value in reversed(positive)] if self.signed else []
         zero = [0.0] if self.has_zero else []
-        return torch.tensor(negative + zero + positive, dtype=torch.float64)
+        return torch.tensor(negative + zero + positive, dtype=torch.float64, device="cpu")
 
     def __str__(self) -> str:
         return self._text
@@ -550,7 +554,7 @@ class Binary:
 
     def values(self) -> Tensor:
         """Both values, ascending, float64."""
-        return torch.tensor([-self.largest, self.largest], dtype=torch.float64)
+        return torch.tensor([-self.largest, self.largest], dtype=torch.float64, device="cpu")
 
     def __str__(self) -> str:
         return self._text

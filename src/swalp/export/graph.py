@@ -167,7 +167,7 @@ def _quantize_weights(
         codes, scales, axis = stored[name]
         graph.initializer.remove(initializer)
         parts = {f"{name}.codes": codes, f"{name}.scale": scales}
-        parts[f"{name}.zero_point"] = torch.zeros(scales.shape, dtype=codes.dtype)
+        parts[f"{name}.zero_point"] = torch.zeros(scales.shape, dtype=codes.dtype, device="cpu")
         for key, part in parts.items():
             graph.initializer.append(onnx.numpy_helper.from_array(part.numpy(), key))
         options = {} if axis is None else {"axis": axis}
@@ -178,7 +178,9 @@ def _quantize_weights(
             )
         )
         if name in matrices:
-            shape = onnx.numpy_helper.from_array(torch.tensor(codes.shape).numpy(), f"{name}.shape")
+            shape = onnx.numpy_helper.from_array(
+                torch.tensor(codes.shape, device="cpu").numpy(), f"{name}.shape"
+            )
             graph.initializer.append(shape)
             nodes.append(
                 onnx.helper.make_node(
@@ -199,7 +201,7 @@ def _integers(name: str, value: PackedTensor) -> tuple[Tensor, Tensor, int | Non
         )
     exponents = value.exponents
     if exponents is None:
-        exponents = torch.zeros(1, dtype=torch.int8)
+        exponents = torch.zeros(1, dtype=torch.int8, device="cpu")
     several = [axis for axis, size in enumerate(exponents.shape) if size > 1]
     if len(several) > 1 or exponents.numel() not in (1, *value.shape):
         raise ValueError(
@@ -282,7 +284,9 @@ def _affine(low: float, high: float) -> tuple[Tensor, Tensor]:
     zero = 0 if low >= 0 else 128
     largest = max(high / (255 - zero), -low / zero if zero else 0.0)
     step = 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 1.0
-    return torch.tensor(step), torch.tensor(zero, dtype=torch.uint8)
+    return torch.tensor(step, dtype=torch.float32, device="cpu"), torch.tensor(
+        zero, dtype=torch.uint8, device="cpu"
+    )
 
 
 def _layer(node: Any, made_by: dict[str, Any]) -> str | None:

@@ -93,7 +93,7 @@ def attention_on_integers(
         return None
     factor = 1 / math.sqrt(query.size(-1)) if scale is None else scale
     if is_causal:
-        attn_mask = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool).tril()
+        attn_mask = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device="cpu").tril()
     return products.attend(query, key, value, attn_mask, factor)
 
 

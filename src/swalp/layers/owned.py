@@ -66,10 +66,10 @@ def _alone(in_call: int) -> References:
         return References(0, 0, 0, 0)
     found: list[References] = []
     for _ in range(3):  # a debugger may hold more for a while, but never less
-        x = torch.zeros(2, requires_grad=True)
+        x = torch.zeros(2, requires_grad=True, device="cpu")
         with torch.enable_grad():
             y: Tensor = _Makes.apply(_Counts.apply(x, found))  # type: ignore[no-untyped-call]  # PyTorch ships no type
-        torch.autograd.grad(y, x, torch.ones(2))
+        torch.autograd.grad(y, x, torch.ones(2, device="cpu"))
     return References(*map(min, *found))
 
 

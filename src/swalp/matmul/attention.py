@@ -181,4 +181,4 @@ def _block(x: Tensor, quantization: Quantization, i: int, guess: int) -> tuple[O
         raise FloatingPointError
     gap = gap_of(fmt)
     assert gap is not None
-    return Operand(codes, torch.tensor([guess], dtype=torch.int8), gap), exponent
+    return Operand(codes, torch.tensor([guess], dtype=torch.int8, device="cpu"), gap), exponent

@@ -208,7 +208,9 @@ def weight_gradient(
         count = len(errors)
         dw = buffers.empty(*shape)
         if channels_last:
-            dw = torch.empty(shape[0], *kernel, shape[1], dtype=torch.float32).movedim(-1, 1)
+            dw = torch.empty(
+                shape[0], *kernel, shape[1], dtype=torch.float32, device="cpu"
+            ).movedim(-1, 1)
         sizes = _sizes(count, shape, window, x.codes.shape[2:], dy.codes.shape[2:], window.groups)
         _kernels.convolution_weight_gradient(
             sizes, x_codes[first:].data_ptr(), errors.data_ptr(), exponent,
@@ -275,7 +277,7 @@ def _is_exact(instructions: str) -> bool:
     generator = torch.Generator().manual_seed(8)
 
     def codes(*shape: int) -> Tensor:
-        return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+        return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8, device="cpu")
 
     window = Window((1, 1), (1, 1), (1, 1))
     for batch, size in ((13, 5), (2, 25)):

@@ -103,4 +103,4 @@ class _Gradient(torch.autograd.Function):
 
 
 def _stand_in(shape: Sequence[int]) -> Tensor:
-    return torch.zeros((), dtype=torch.float32).expand(tuple(shape))
+    return torch.zeros((), dtype=torch.float32, device="cpu").expand(tuple(shape))

@@ -71,8 +71,12 @@ def exact(multiply: Multiply) -> bool:
     """
     generator = torch.Generator().manual_seed(8)
     for m, k, n in ((64, 256, 96), (33, 64, 17), (1, 2052, 130)):
-        left = torch.randint(-128, 128, (1, m, k), generator=generator, dtype=torch.int8)
-        right = torch.randint(-128, 128, (1, k, n), generator=generator, dtype=torch.int8)
+        left = torch.randint(
+            -128, 128, (1, m, k), generator=generator, dtype=torch.int8, device="cpu"
+        )
+        right = torch.randint(
+            -128, 128, (1, k, n), generator=generator, dtype=torch.int8, device="cpu"
+        )
         left[:, 0], right[:, :, 0] = 127, 127
         expected = left.double() @ right.double()
         as_columns = right.transpose(1, 2).contiguous().transpose(1, 2)
@@ -111,8 +115,8 @@ def _seconds(multiply: Multiply) -> float:
     """The least time of some products: without 8-bit instructions, `torch._int_mm` takes 20 times
     as long as float32.
     """
-    left = torch.ones(1, 64, 256, dtype=torch.int8)
-    right = torch.ones(1, 256, 256, dtype=torch.int8)
+    left = torch.ones(1, 64, 256, dtype=torch.int8, device="cpu")
+    right = torch.ones(1, 256, 256, dtype=torch.int8, device="cpu")
     multiply(left, right)
     times = []
     for _ in range(10):  # one of them undisturbed, on a busy machine, too
@@ -133,7 +137,7 @@ def _warn_once(reason: str) -> None:
 
 def multiply_codes(left: Tensor, right: Tensor) -> Tensor:
     """Sums by the kernels in csrc/product.h."""
-    out = torch.empty(left.shape[0], left.shape[1], right.shape[2], dtype=torch.int32)
+    out = torch.empty(left.shape[0], left.shape[1], right.shape[2], dtype=torch.int32, device="cpu")
     run_codes(left, right, out, 0, None, None, None)
     return out
 
@@ -191,7 +195,7 @@ def channel_sums(codes: Tensor, exponent: int) -> Tensor:
     if not plans.available:
         sums = codes.reshape(-1, channels).sum(0).to(torch.float64)
         return sums.mul_(math.ldexp(1.0, exponent)).float()
-    scaled = torch.empty(channels, dtype=torch.float32)
+    scaled = torch.empty(channels, dtype=torch.float32, device="cpu")
     _kernels.convolution_channel_sums(
         codes.data_ptr(), codes.numel() // max(channels, 1), channels, exponent, scaled.data_ptr(),
         torch.get_num_threads(),
@@ -211,7 +215,7 @@ def deepest(codes: Tensor) -> int:
 
 def multiply_int_mm(left: Tensor, right: Tensor) -> Tensor:
     """Sums by PyTorch's own kernel, one matrix at a time."""
-    out = torch.empty(left.shape[0], left.shape[1], right.shape[2], dtype=torch.int32)
+    out = torch.empty(left.shape[0], left.shape[1], right.shape[2], dtype=torch.int32, device="cpu")
     if left.shape[2] == 0:
         return out.zero_()
     for a, b, to in zip(left, right, out, strict=True):

@@ -46,7 +46,7 @@ class Operand(NamedTuple):
     def exponent(self) -> Tensor:
         """What 2 is raised to: int32, one, or one for each index of the first dimension."""
         if self.exponents is None:
-            return torch.tensor([self.gap], dtype=torch.int32)
+            return torch.tensor([self.gap], dtype=torch.int32, device="cpu")
         return (self.exponents.to(torch.int32) + self.gap).reshape(-1)
 
 

@@ -103,7 +103,9 @@ def _portable(
     half = exponent.div(2, rounding_mode="trunc")
     ordinary = bool((exponent.abs() <= 126).all())  # one factor is a normal float32
     for power in (exponent,) if ordinary else (half, exponent - half):
-        out.mul_(torch.ldexp(torch.ones(power.shape, dtype=torch.float32), power))
+        out.mul_(
+            torch.ldexp(torch.ones(power.shape, dtype=torch.float32, device=power.device), power)
+        )
     return out if bias is None else out.add_(bias)
 
 

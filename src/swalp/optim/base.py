@@ -295,7 +295,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         if recipe is None or not storage.is_plain(gradient) or gradient.shape != kept[0].shape:
             return None
         prepared = self._kernels.get(kept[0])
-        if prepared is None or not prepared.serves(recipe, roles, kept):
+        if prepared is None or not prepared.serves(recipe, roles, kept, self.seed):
             prepared = fused.Prepared(kind, roles, recipe, kept, name, self.seed)
             self._kernels[kept[0]] = prepared
         return None if prepared.kernel is None else prepared

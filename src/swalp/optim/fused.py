@@ -82,7 +82,7 @@ class Prepared:
         parameter = kept[0]
         self.kind = isinstance(parameter, PackedTensor), recipe.gradient is not None
         self.kernel: Any = None
-        self._for = recipe, roles
+        self._for = recipe, roles, seed
         self._kept = [(tensor, *_memory(tensor)) for tensor in kept]
         # Of a packed tensor autograd keeps the whole, others look at its codes.
         self._written = {id(t): t for tensor, memory, _ in self._kept for t in (tensor, memory)}
@@ -105,9 +105,13 @@ class Prepared:
             halved = self.kind[0] and joined(plan.fmt)
             self.kernel.set_role(role, plan.kernel, *plans.rule_arguments(rounding)[:3], halved)
 
-    def serves(self, recipe: Recipe, roles: tuple[str, ...], kept: Sequence[Tensor]) -> bool:
+    def serves(
+        self, recipe: Recipe, roles: tuple[str, ...], kept: Sequence[Tensor], seed: int
+    ) -> bool:
         """Whether it was made for these tensors, and they still have the memory of then."""
-        if self._for[0] is not recipe or self._for[1] != roles or len(kept) != len(self._kept):
+        if self._for[0] is not recipe or self._for[1:] != (roles, seed):
+            return False
+        if len(kept) != len(self._kept):
             return False
         for tensor, (same, memory, exponents), layout in zip(
             kept, self._kept, self._layouts, strict=True
@@ -271,4 +275,4 @@ def root_values(root: Tensor) -> int:
 @cache
 def code_values(fmt: Format) -> Tensor:
     """The value of each code of a format of 8 bits without blocks: float32, shape (256,)."""
-    return dispatch.unpack(torch.arange(256, dtype=torch.uint8), None, fmt)
+    return dispatch.unpack(torch.arange(256, dtype=torch.uint8, device="cpu"), None, fmt)

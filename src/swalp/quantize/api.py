@@ -93,7 +93,7 @@ def quantize(
     if isinstance(rounding, Stochastic):
         step, call = rounding.step, rounding.call
         if rounding.seed is None:
-            key = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64)
+            key = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
         else:
             seed = _signed(rounding.seed)
     transformed = torch._C._are_functorch_transforms_active()
@@ -230,7 +230,7 @@ def _check_carrier(fmt: Format, dtype: torch.dtype) -> None:
             f"with x.float()"
         )
     info = torch.finfo(dtype)
-    significand = 1 - round(torch.log2(torch.tensor(info.eps, dtype=torch.float64)).item())
+    significand = 2 - math.frexp(info.eps)[1]
     name = str(dtype).removeprefix("torch.")
     if fmt.significand_bits > significand:
         raise ValueError(

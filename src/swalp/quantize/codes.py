@@ -123,7 +123,7 @@ def nan_code(fmt: Format) -> int:
 
 def table(fmt: Minifloat | Binary) -> Tensor:
     """The value of each pattern of `fmt.bits` bits: float32, shape (num_codes,)."""
-    return unpack(torch.arange(fmt.num_codes, dtype=torch.int32), None, fmt)
+    return unpack(torch.arange(fmt.num_codes, dtype=torch.int32, device="cpu"), None, fmt)
 
 
 def unpack(codes: Tensor, exponents: Tensor | None, fmt: Format) -> Tensor:

@@ -259,7 +259,7 @@ def stored(
 def join(codes: Tensor) -> Tensor:
     """`codes.join`, fast."""
     codes = codes.contiguous()
-    joined = torch.empty(-(-codes.numel() // 2), dtype=torch.uint8)
+    joined = torch.empty(-(-codes.numel() // 2), dtype=torch.uint8, device="cpu")
     _kernels.join(codes.data_ptr(), codes.numel(), joined.data_ptr(), torch.get_num_threads())
     return joined
 
@@ -267,7 +267,7 @@ def join(codes: Tensor) -> Tensor:
 def split(joined: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """`codes.split`, fast."""
     joined = joined.contiguous()
-    codes = torch.empty(tuple(shape), dtype=dtype)
+    codes = torch.empty(tuple(shape), dtype=dtype, device="cpu")
     _kernels.split(
         joined.data_ptr(), codes.numel(), dtype == torch.int8, codes.data_ptr(),
         torch.get_num_threads(),

@@ -55,7 +55,7 @@ def rounding_error(x: Tensor, rounded: Tensor, fmt: Format) -> RoundingError:
     exact, values = exact[finite], values[finite]
     # Powers of two, so that no square leaves float64: they change no other digit.
     largest = exact.abs().amax().item() if exact.numel() else 0.0
-    unit = torch.tensor(-math.frexp(largest)[1], dtype=torch.int64)
+    unit = torch.tensor(-math.frexp(largest)[1], dtype=torch.int64, device="cpu")
     error = values - exact
     norm = reference.scaled(exact, unit).norm().item()
     nonzero = exact != 0
@@ -77,7 +77,7 @@ def gaps(x: Tensor, fmt: Format) -> Tensor:
     Beyond the largest magnitude it is that of the grid as it would go on.
     """
     if x.numel() == 0:
-        return torch.zeros(x.shape, dtype=torch.float64)
+        return torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     match fmt:
         case FixedPoint():
             return torch.full(x.shape, fmt.gap, dtype=torch.float64, device=x.device)
@@ -89,7 +89,9 @@ def gaps(x: Tensor, fmt: Format) -> Tensor:
                 return _power(shared - element.frac_bits)
             return _power(_minifloat_gap(x, element, shared))
         case Minifloat():
-            return _power(_minifloat_gap(x, fmt, torch.zeros(x.shape, dtype=torch.int64)))
+            return _power(
+                _minifloat_gap(x, fmt, torch.zeros(x.shape, dtype=torch.int64, device=x.device))
+            )
         case Binary():
             return torch.full(x.shape, 2 * fmt.largest, dtype=torch.float64, device=x.device)
         case _:
@@ -117,7 +119,7 @@ def _root_mean_square(values: Tensor) -> float:
     if not 0.0 < largest < math.inf:
         return largest
     exponent = math.frexp(largest)[1]
-    unit = torch.tensor(-exponent, dtype=torch.int64)
+    unit = torch.tensor(-exponent, dtype=torch.int64, device="cpu")
     return math.ldexp(_share(reference.scaled(values, unit).square()) ** 0.5, exponent)
 
 

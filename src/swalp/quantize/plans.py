@@ -107,7 +107,7 @@ class Plan:
         if self.table is None:
             fmt = self.fmt
             element = fmt.element if isinstance(fmt, Microscaling) else fmt
-            table = torch.empty(0)
+            table = torch.empty(0, device="cpu")
             if isinstance(element, Minifloat | Binary):
                 values = definition.table(element)
                 table = values.repeat((1 << (8 if fmt.bits <= 8 else 16)) // values.numel())
@@ -126,7 +126,7 @@ class Plan:
         """Room for the exponents of a tensor's blocks."""
         if self.exponents is None:
             return None
-        return torch.empty(layout.grid, dtype=self.exponents)
+        return torch.empty(layout.grid, dtype=self.exponents, device="cpu")
 
 
 # By identity, as hashing a dataclass costs more than quantizing a thousand numbers. A plan found by

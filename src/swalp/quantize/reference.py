@@ -273,7 +273,10 @@ def _binary(wide: Tensor, fmt: Binary, rounding: Rounding, noise: Tensor) -> Ten
 
 def _max_exponent(dtype: torch.dtype) -> int:
     """Exponent of the largest number of a carrier."""
-    return int(torch.frexp(torch.tensor(torch.finfo(dtype).max, dtype=torch.float64))[1]) - 1
+    return (
+        int(torch.frexp(torch.tensor(torch.finfo(dtype).max, dtype=torch.float64, device="cpu"))[1])
+        - 1
+    )
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:
