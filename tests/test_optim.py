@@ -554,7 +554,7 @@ def test_compiled_step_leaves_other_memory_to_the_pure_step(make, first, then, m
 @pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
 @pytest.mark.parametrize("packed", [False, True])
 def test_memory_that_is_replaced_between_steps(packed, kind, monkeypatch):
-    """What the compiled step knows of a parameter's memory holds for that memory alone."""
+    """What the compiled step knows of a parameter's memory holds for that memory alone; and seed."""
     recipe = swalp.recipes.get("paper-small-block-8")
     results = []
     for compiled in (False, True):
@@ -571,6 +571,8 @@ def test_memory_that_is_replaced_between_steps(packed, kind, monkeypatch):
                 parameter.data = (parameter.data / 2).t().contiguous().t()
         train(model, optimizer)
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        train(model, optimizer)
+        optimizer.seed += 1
         train(model, optimizer)
         results.append([torch.Tensor.detach(p).to(torch.float64) for p in model.parameters()])
         monkeypatch.undo()
