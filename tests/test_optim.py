@@ -554,7 +554,7 @@ def test_compiled_step_leaves_other_memory_to_the_pure_step(make, first, then, m
 @pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
 @pytest.mark.parametrize("packed", [False, True])
 def test_memory_that_is_replaced_between_steps(packed, kind, monkeypatch):
-    """What the compiled step knows of a parameter's memory holds for that memory alone; and seed."""
+    """What the compiled step knows of a parameter's memory holds for it alone, and for one seed."""
     recipe = swalp.recipes.get("paper-small-block-8")
     results = []
     for compiled in (False, True):
