@@ -472,13 +472,19 @@ def test_the_c_locale_gets_question_marks(old_run):
     assert b"mean ? standard deviation" in said.stdout
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "sessions.jsonl"])
-def test_a_garbled_record_is_not_gone_on_with(run_swalp, stopped_run, name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("metrics.jsonl", "its first "),
+        ("sessions.jsonl", "line 1: damaged: "),
+    ],
+)
+def test_a_garbled_record_is_not_gone_on_with(run_swalp, stopped_run, name, message):
     path = stopped_run.path / name
     path.write_bytes(b'{"arm"\n' + path.read_bytes())
     status, _, err = run_swalp("resume", stopped_run.path)
     assert status == 2
-    assert f"{path}: line 1: damaged: " in err
+    assert f"{path}: {message}" in err
     assert err.count("\n") == 1
 
 

@@ -89,12 +89,23 @@ def test_two_processes_that_begin_one_run(tmp_path, monkeypatch):
 
 def test_metrics_are_cut_back_to_a_checkpoint(run):
     run.append_metrics({"epoch": 1, "loss": 1 / 3})
-    size = run.metrics_size()
+    size, sha256 = run.metrics_so_far()
     run.append_metrics({"epoch": 2})
     assert run.metrics() == [{"epoch": 1, "loss": 1 / 3}, {"epoch": 2}]
-    run.truncate_metrics(size)
+    run.truncate_metrics(size, sha256)
     run.append_metrics({"epoch": 7})
     assert run.metrics() == [{"epoch": 1, "loss": 1 / 3}, {"epoch": 7}]
+
+
+def test_metrics_that_were_changed_are_not_gone_on_with(run):
+    run.append_metrics({"epoch": 1, "loss": 1.5})
+    size, sha256 = run.metrics_so_far()
+    path = run.path / "metrics.jsonl"
+    changed = path.read_bytes().replace(b"1.5", b"4.5") + b"more"
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match="are not the records that the checkpoint counts; put them"):
+        run.truncate_metrics(size, sha256)
+    assert path.read_bytes() == changed
 
 
 def test_models_are_stored_packed_and_checked(run):

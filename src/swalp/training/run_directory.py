@@ -118,21 +118,31 @@ class RunDirectory:
         with self._metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def metrics_size(self) -> int:
-        """Bytes of all records so far, which are on the disk when this returns."""
-        with self._metrics.open("ab") as file:
+    def metrics_so_far(self) -> tuple[int, str]:
+        """Bytes of all records so far, which are on the disk when this returns; their SHA-256."""
+        with self._metrics.open("rb+") as file:
             os.fsync(file.fileno())
-            return file.tell()
+            content = file.read()
+        return len(content), hashlib.sha256(content).hexdigest()
 
-    def truncate_metrics(self, size: int) -> None:
-        """Forget the records beyond `size` bytes: those after a checkpoint."""
-        with self._metrics.open("ab") as file:
-            have = file.tell()
-            if have < size:
-                raise UserError(
-                    f"{self._metrics}: it has {have:,} bytes where the checkpoint counts {size:,}: "
-                    f"records are missing; put them back, or start the run anew"
-                )
+    def truncate_metrics(self, size: int, sha256: str | None = None) -> None:
+        """Forget the records beyond `size` bytes: those after a checkpoint.
+
+        Raises:
+            UserError: those before are not as they were; the file stays as it is.
+        """
+        content = reading.content(self._metrics)
+        if len(content) < size:
+            raise UserError(
+                f"{self._metrics}: it has {len(content):,} bytes where the checkpoint counts "
+                f"{size:,}: records are missing; put them back, or start the run anew"
+            )
+        if sha256 is not None and hashlib.sha256(content[:size]).hexdigest() != sha256:
+            raise UserError(
+                f"{self._metrics}: its first {size:,} bytes are not the records that the "
+                f"checkpoint counts; put them back, or start the run anew"
+            )
+        with self._metrics.open("rb+") as file:
             file.truncate(size)
 
     def sessions(self) -> list[Record]:

@@ -203,9 +203,11 @@ def _train(
             )
             stopping = stop()
             if stopping or time.monotonic() >= due:
+                size, sha256 = run.metrics_so_far()
                 state = {
                     "trajectory": index,
-                    "metrics_size": run.metrics_size(),
+                    "metrics_size": size,
+                    "metrics_sha256": sha256,
                     "state": trajectory.state_dict(),
                 }
                 checkpoint.save(run.checkpoints, total, state, keep=config.keep_checkpoints)
@@ -281,7 +283,8 @@ def _resume(run: RunDirectory, say: Callable[[str], None]) -> tuple[int, dict[st
         return 0, None
     for line in loaded.damaged:
         say(f"{line}; going on from {loaded.path}")
-    run.truncate_metrics(loaded.state["metrics_size"])
+    # An older checkpoint knows the size alone.
+    run.truncate_metrics(loaded.state["metrics_size"], loaded.state.get("metrics_sha256"))
     return loaded.state["trajectory"], loaded.state["state"]
 
 
