@@ -13,8 +13,12 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+SIGNALS = [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+
+
+@pytest.mark.parametrize(("number", "word"), SIGNALS)
 @pytest.mark.parametrize("slow_package", ["typer", "swalp"])
-def test_interrupted_while_importing(tmp_path, slow_package):
+def test_stopped_while_importing(tmp_path, slow_package, number, word):
     (tmp_path / slow_package).mkdir()
     # Naps, not one long sleep: a signal just before a sleep begins waits until it ends.
     naps = "for _ in range(600): time.sleep(0.1)"
@@ -34,10 +38,21 @@ def test_interrupted_while_importing(tmp_path, slow_package):
     with process:
         assert process.stdout is not None
         first = process.stdout.readline()
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, err = process.communicate(timeout=60)
     assert first == "importing\n", err
-    assert (process.returncode, err) == (130, "swalp: interrupted\n")
+    assert (process.returncode, err) == (128 + number, f"swalp: {word}\n")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["formats"]])
+def test_output_that_nobody_reads_is_no_difference(words):
+    code = "from swalp_command import main; main()"
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", code, *words]
+    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (run.returncode, run.stderr) == (141, "")
 
 
 def test_what_the_script_needs_is_shipped():

@@ -109,6 +109,14 @@ def test_several_files_of_rows_are_told_apart(tmp_path):
     ]
 
 
+def test_settings_may_begin_with_a_byte_order_mark(tmp_path):
+    path = write_run(tmp_path)
+    before = load(str(path)).settings
+    file = path / "config.toml"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load(str(path)).settings == before
+
+
 MISTAKES = [
     ({"metrics.jsonl": '{"a": 1}\n'}, r"metrics.jsonl: damaged: record 1 has no 'arm'"),
     ({"metrics.jsonl": "{\n{}\n"}, r"metrics.jsonl: line 1: damaged: Expecting property name"),

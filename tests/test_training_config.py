@@ -131,6 +131,7 @@ def test_changes_are_toml_values_or_bare_words():
         (["zzz=3"], "--set: unknown key 'zzz'; keys: data,"),
         (["epochs"], "--set 'epochs': give key=value"),
         (["=3"], "--set '=3': give key=value"),
+        (["width=5\nepochs=9"], "more than one setting; give each its own --set"),
         (["epochs=3.5"], "digits: epochs = 3.5: should be a valid integer"),
         (["epochs=ten"], 'digits: epochs = "ten": should be a valid integer'),
         (["epochs=true"], "digits: epochs = true: should be a valid integer"),

@@ -6,6 +6,7 @@ seconds, and help, and what is wrong with an option, need none of it.
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -20,6 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from swalp_command import Terminated, interrupted
+
 if TYPE_CHECKING:
     from swalp.report.progress import Display, Moment
     from swalp.training.config import RunConfig
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
 
 _MISTAKE = 2
 _DIFFERENT = 1
+_UNREAD = 128 + signal.SIGPIPE
 
 
 class _Commands(TyperGroup):
@@ -35,8 +39,8 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:  # the class differs from version to version
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            return _interrupted()
+        except KeyboardInterrupt as stop:
+            return interrupted(stop)
 
 
 app = typer.Typer(
@@ -61,28 +65,39 @@ TensorBoard = Annotated[
 ]
 
 
-def main() -> None:
+def main() -> int:
     """Run the command line.
 
     The exit status is 0; 1 if a claim does not hold, or an evaluated model differs from its record;
-    2 on a mistake; 130 when interrupted, and 143 when terminated.
+    2 on a mistake; 130 when interrupted, 143 when terminated, and 141 when nobody reads the output.
     """
     for stream in (sys.stdout, sys.stderr):
         # Where "±" has no code, a "?" stands for it, in place of an error.
         if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
-    sys.exit(run(sys.argv[1:]))
+    try:
+        status = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _UNREAD
+    return status
 
 
 def run(words: list[str]) -> int:
     """The exit status of ``swalp`` with those words."""
     try:
         return app(words, prog_name="swalp", standalone_mode=False) or 0
+    except SystemExit:  # what Typer makes of a pipe that nobody reads
+        return _UNREAD
+    except BrokenPipeError:
+        raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}")
-    except (KeyboardInterrupt, typer.Abort):
-        return _interrupted()
+    except (KeyboardInterrupt, typer.Abort) as stop:
+        return interrupted(stop)
     except Exception as error:
         # Typer's usage errors; the module of their class differs from version to version.
         if hasattr(error, "format_message"):
@@ -483,11 +498,6 @@ def _watching(
         yield both
 
 
-def _interrupted() -> int:
-    print("swalp: interrupted", file=sys.stderr)
-    return 130  # 128 + SIGINT, as shells report it
-
-
 def _fail(message: str) -> int:
     print(f"swalp: {message}", file=sys.stderr)
     return _MISTAKE
@@ -501,7 +511,7 @@ def _signals() -> Iterator[list[int]]:
 
     def handle(number: int, frame: object) -> None:
         if asked:
-            raise KeyboardInterrupt
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
         asked.append(number)
 
     before = [signal.signal(name, handle) for name in names]

@@ -135,7 +135,7 @@ def _find(word: str) -> Path:
 
 
 def _run(path: Path) -> Run:
-    text = reading.text(path / "config.toml")
+    text = reading.text(path / "config.toml").removeprefix("\ufeff")
     try:
         settings = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

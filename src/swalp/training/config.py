@@ -310,9 +310,12 @@ def _split(change: str) -> tuple[str, Any]:
         raise UserError(f"--set {change!r}: give key=value, such as --set epochs=20")
     _require_key(key, "--set")
     try:
-        return key, tomllib.loads(f"value = {text}")["value"]
+        found = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return key, text
+    if len(found) > 1:
+        raise UserError(f"--set {change!r}: more than one setting; give each its own --set")
+    return key, found["value"]
 
 
 def _require_key(key: str, source: str) -> None:
