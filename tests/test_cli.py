@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -509,3 +510,42 @@ def test_an_average_says_how_many_iterates_it_holds(tmp_path):
     rows = {row.get("average"): row for row in run.summary()["rows"] if row["arm"] == "float"}
     assert set(rows["every=1 window=2"]["averaged"]) == {2}
     assert rows["every=1"]["averaged"][0] > 2
+
+
+def _without(model):
+    def change(summary):
+        summary["rows"] = [row for row in summary["rows"] if row["model"] != model]
+
+    return change
+
+
+def _row(key, value):
+    return lambda summary: summary["rows"][0].update({key: value})
+
+
+DAMAGES = [
+    ("summary.json", dict.clear, "it has no rows"),
+    ("summary.json", lambda summary: summary.update(rows=None), "it has no rows"),
+    ("summary.json", lambda summary: summary.update(rows=[]), "it has no row of float, sgd"),
+    ("summary.json", _without("last"), "it has no row of float, last"),
+    ("summary.json", _row("arm", "flaot"), "it has no row of float, sgd"),
+    ("summary.json", _row("sha256", []), "sha256 of float, sgd must be a value for each of 1"),
+    ("summary.json", _row("test_error", [None]), "test_error of float, sgd must be a value for"),
+    ("run.json", lambda began: began.update(settings=None), "settings is not a JSON object"),
+    ("run.json", lambda began: began.update(recipes=[]), "recipes is not a JSON object"),
+    ("run.json", lambda began: began.update(version="1"), "it has no version"),
+]
+
+
+@pytest.mark.parametrize(("name", "change", "message"), DAMAGES)
+@pytest.mark.parametrize("command", ["evaluate", "export"])
+def test_a_record_of_other_values(run_swalp, tmp_path, old_run, command, name, change, message):
+    run = tmp_path / "run"
+    shutil.copytree(old_run, run)
+    record = json.loads((run / name).read_text())
+    change(record)
+    (run / name).write_text(json.dumps(record))
+    status, out, err = run_swalp(command, run)
+    assert (status, out) == (2, "")
+    assert f"{run / name}: damaged: {message}" in err
+    assert err.count("\n") == 1

@@ -45,7 +45,7 @@ def test_an_empty_directory_will_do(tmp_path):
     ("content", "message"),
     [
         ('{"version": 99}', "a run directory of version 99; this swalp reads version 1"),
-        ("{}", "a run directory of version None"),
+        ("{}", "damaged: it has no version"),
         ("{", "run.json: damaged: Expecting property name"),
         ("[]", "run.json: damaged: not a JSON object"),
     ],

@@ -45,7 +45,7 @@ def load(run: Path) -> dict[str, Recipe]:
         UserError: one is missing, or not what was written.
     """
     file = run / "run.json"
-    digests = reading.record(file).get(_KEY, {}) if file.is_file() else {}
+    digests = reading.table(file, _KEY) if file.is_file() else {}
     return {arm: _load(_path(run, arm), digest, file) for arm, digest in digests.items()}
 
 

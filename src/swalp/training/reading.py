@@ -41,6 +41,18 @@ def record(path: Path) -> Record:
     return _parsed(str(path), content(path))
 
 
+def table(path: Path, key: str) -> Record:
+    """An object in the JSON object in a file; empty if there is none of that name.
+
+    Raises:
+        UserError: the file cannot be read, or what has the name is something else.
+    """
+    found = record(path).get(key, {})
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: damaged: {key} is not a JSON object")
+    return found
+
+
 def records(path: Path) -> list[Record]:
     """The JSON objects in the lines of a file, in order; half a line at its end is not yet one.
 

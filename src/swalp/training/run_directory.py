@@ -87,7 +87,7 @@ class RunDirectory:
     @property
     def finished(self) -> bool:
         """Whether the summary is written."""
-        return self._summary.exists()
+        return self.summary_path.exists()
 
     def summary(self) -> Record:
         """The rows of the table.
@@ -99,11 +99,11 @@ class RunDirectory:
             raise UserError(
                 f"{self.path}: the run is not finished; go on with: swalp resume {self.path}"
             )
-        return reading.record(self._summary)
+        return reading.record(self.summary_path)
 
     def finish(self, summary: Record) -> None:
         """Write the summary, which marks the run as finished."""
-        write_file(self._summary, json.dumps(summary, indent=1).encode() + b"\n")
+        write_file(self.summary_path, json.dumps(summary, indent=1).encode() + b"\n")
 
     def save_curves(self, png: bytes) -> None:
         """Save the picture."""
@@ -190,7 +190,9 @@ class RunDirectory:
         """
         content = reading.content(path)
         if hashlib.sha256(content).hexdigest() != sha256:
-            raise UserError(f"{path}: damaged: it does not match the SHA-256 in {self._summary}")
+            raise UserError(
+                f"{path}: damaged: it does not match the SHA-256 in {self.summary_path}"
+            )
         with safetensors.safe_open(path, framework="pt") as file:
             packed = json.loads(file.metadata()["packed"])
         plain = safetensors.torch.load(content)
@@ -223,7 +225,8 @@ class RunDirectory:
         return self.path / "sessions.jsonl"
 
     @property
-    def _summary(self) -> Path:
+    def summary_path(self) -> Path:
+        """Where the rows of the table are, when the run is finished."""
         return self.path / "summary.json"
 
 
@@ -291,7 +294,7 @@ def require_settings(path: Path, now: Record) -> None:
 
     A run that began before they were noted may have any.
     """
-    began = reading.record(path / "run.json").get("settings", {})
+    began = reading.table(path / "run.json", "settings")
     differing = [key for key, was in began.items() if key in now and now[key] != was]
     if differing:
         file = path / "config.toml"
@@ -315,6 +318,8 @@ def open_run(path: Path) -> RunDirectory:
     if not (path / "run.json").is_file():
         raise UserError(f"{path}: not a run directory (it has no run.json)")
     version = reading.record(path / "run.json").get("version")
+    if type(version) is not int:
+        raise UserError(f"{path / 'run.json'}: damaged: it has no version")
     if version != VERSION:
         raise UserError(
             f"{path}: a run directory of version {version}; this swalp reads version {VERSION}: "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import swalp
 from swalp import parse_format
 from swalp.export import MissingPackageError, graph, weights
-from swalp.training import deployment, loop, study
+from swalp.training import deployment, loop, study, summary
 from swalp.training.config import FLOAT, RunConfig
 from swalp.training.data import Dataset, evaluation_batches, hold_out
 from swalp.training.durable import write_file
@@ -70,8 +70,9 @@ def export(
         UserError: an argument does not fit the run, a package is missing, or the file cannot be
             written; then there is none.
     """
-    config, rows = run.config(), run.summary()["rows"]
+    config = run.config()
     run.require_settings(config)
+    rows = summary.read(run, config)["rows"]
     data = hold_out(data, config.validation_examples)
     arm = arm or next((each for each in config.arms if each != FLOAT), config.arms[0])
     seed = config.first_seed if seed is None else seed

@@ -135,8 +135,9 @@ def evaluate(run: RunDirectory, data: Dataset) -> Record:
     Raises:
         UserError: the run is not finished, or a model is missing or damaged.
     """
-    config, before = run.config(), run.summary()
+    config = run.config()
     run.require_settings(config)
+    before = summary.read(run, config)
     data = hold_out(data, config.validation_examples)
     rows = []
     for row in before["rows"]:

@@ -8,6 +8,7 @@ from typing import Any
 from swalp.training import deployment, loop
 from swalp.training.config import RunConfig
 from swalp.training.data import Dataset
+from swalp.training.mistakes import UserError
 from swalp.training.reading import Record
 from swalp.training.run_directory import RunDirectory
 
@@ -24,6 +25,34 @@ def models(config: RunConfig) -> list[str]:
     best = ["best"] if config.validation_examples else []
     further = [f"{_FURTHER}{text}" for text in config.averages]
     return ["sgd", "last", "average", *best, *deployment.MODELS, *further]
+
+
+def read(run: RunDirectory, config: RunConfig) -> Record:
+    """What `build` made.
+
+    Raises:
+        UserError: the run is not finished, or the file is damaged.
+    """
+    found = run.summary()
+    rows = found.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"{run.summary_path}: damaged: it has no rows")
+    pairs = [(row.get("arm"), row.get("model")) for row in rows]
+    for arm in config.arms:
+        for model in ("sgd", "last", "average"):
+            if (arm, model) not in pairs:
+                raise UserError(f"{run.summary_path}: damaged: it has no row of {arm}, {model}")
+    for row, (arm, model) in zip(rows, pairs, strict=True):
+        if arm not in config.arms or model not in models(config):
+            raise UserError(f"{run.summary_path}: damaged: {arm}, {model} is not of this run")
+        for key, kind in (("test_error", float), ("sha256", str)):
+            values = row.get(key)
+            if not isinstance(values, list) or list(map(type, values)) != [kind] * config.seeds:
+                raise UserError(
+                    f"{run.summary_path}: damaged: {key} of {arm}, {model} must be a value for "
+                    f"each of {config.seeds} seeds"
+                )
+    return found
 
 
 def file_of(model: str) -> str:
