@@ -44,6 +44,18 @@ def test_stopped_while_importing(tmp_path, slow_package, number, word):
     assert (process.returncode, err) == (128 + number, f"swalp: {word}\n")
 
 
+@pytest.mark.parametrize(
+    ("where", "status", "said"),
+    [(">&-", 0, ""), ("> /dev/full", 2, "swalp: No space left on device\n")],
+)
+@pytest.mark.parametrize("words", ["--version", "formats"])
+def test_output_that_is_closed_or_finds_no_room(where, status, said, words):
+    code = "from swalp_command import main; main()"
+    script = f'"{sys.executable}" -c "{code}" {words} {where}'
+    run = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
+    assert (run.returncode, run.stdout, run.stderr) == (status, "", said)
+
+
 @pytest.mark.parametrize("words", [["--help"], ["formats"]])
 def test_output_that_nobody_reads_is_no_difference(words):
     code = "from swalp_command import main; main()"

@@ -49,9 +49,8 @@ def stream_seed(run_seed: int, role: str, name: str) -> int:
 
 def fresh_seed() -> int:
     """A 64-bit key from torch's default generator."""
-    return int(torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu").item()) & (
-        2**64 - 1
-    )
+    seed = torch.randint(-(2**63), 2**63 - 1, (), dtype=torch.int64, device="cpu")
+    return int(seed.item()) & (2**64 - 1)
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> tuple[Tensor, ...]:

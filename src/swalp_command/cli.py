@@ -75,24 +75,20 @@ def main() -> int:
         # Where "±" has no code, a "?" stands for it, in place of an error.
         if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
-    try:
-        status = run(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _UNREAD
-    return status
+    return run(sys.argv[1:])
 
 
 def run(words: list[str]) -> int:
     """The exit status of ``swalp`` with those words."""
     try:
-        return app(words, prog_name="swalp", standalone_mode=False) or 0
-    except SystemExit:  # what Typer makes of a pipe that nobody reads
+        status = app(words, prog_name="swalp", standalone_mode=False) or 0
+        if sys.stdout is not None:  # closed, such as by >&-
+            sys.stdout.flush()
+        return status
+    except (SystemExit, BrokenPipeError):  # Typer makes the first of the second
+        # Python flushes once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _UNREAD
-    except BrokenPipeError:
-        raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}")

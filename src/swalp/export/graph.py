@@ -284,9 +284,8 @@ def _affine(low: float, high: float) -> tuple[Tensor, Tensor]:
     zero = 0 if low >= 0 else 128
     largest = max(high / (255 - zero), -low / zero if zero else 0.0)
     step = 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 1.0
-    return torch.tensor(step, dtype=torch.float32, device="cpu"), torch.tensor(
-        zero, dtype=torch.uint8, device="cpu"
-    )
+    gap = torch.tensor(step, dtype=torch.float32, device="cpu")
+    return gap, torch.tensor(zero, dtype=torch.uint8, device="cpu")
 
 
 def _layer(node: Any, made_by: dict[str, Any]) -> str | None:

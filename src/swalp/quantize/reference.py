@@ -7,6 +7,7 @@ integers. Nothing here rounds twice, overflows, or depends on the machine.
 
 from __future__ import annotations
 
+import math
 from typing import assert_never
 
 import torch
@@ -273,10 +274,7 @@ def _binary(wide: Tensor, fmt: Binary, rounding: Rounding, noise: Tensor) -> Ten
 
 def _max_exponent(dtype: torch.dtype) -> int:
     """Exponent of the largest number of a carrier."""
-    return (
-        int(torch.frexp(torch.tensor(torch.finfo(dtype).max, dtype=torch.float64, device="cpu"))[1])
-        - 1
-    )
+    return math.frexp(torch.finfo(dtype).max)[1] - 1
 
 
 def _power_of_two(exponent: Tensor) -> Tensor:

@@ -37,13 +37,14 @@ def read(run: RunDirectory, config: RunConfig) -> Record:
     rows = found.get("rows")
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{run.summary_path}: damaged: it has no rows")
+    known = [(arm, model) for arm in config.arms for model in models(config)]
     pairs = [(row.get("arm"), row.get("model")) for row in rows]
     for arm in config.arms:
         for model in ("sgd", "last", "average"):
             if (arm, model) not in pairs:
                 raise UserError(f"{run.summary_path}: damaged: it has no row of {arm}, {model}")
     for row, (arm, model) in zip(rows, pairs, strict=True):
-        if arm not in config.arms or model not in models(config):
+        if (arm, model) not in known:
             raise UserError(f"{run.summary_path}: damaged: {arm}, {model} is not of this run")
         for key, kind in (("test_error", float), ("sha256", str)):
             values = row.get(key)
