@@ -14,6 +14,7 @@
 
 #include "halves.h"
 #include "layout.h"
+#include "scratch.h"
 
 namespace {
 
@@ -143,6 +144,7 @@ template <int values> struct Block {
 
 // Steps of a parameter do not keep more floats than this for a block before its exponents are known.
 constexpr int64_t kKept = 1 << 14;
+constexpr int64_t kAligned = 16;  // floats of a line of the cache: a vector across two takes twice the time
 
 // The step of a part of a block, of at most kKept elements: what will be rounded.
 template <int values> struct Scratch {
@@ -242,9 +244,9 @@ template <class Kept> struct SgdStep {
   // times, to know its exponents.
   void survey(Shared& b, int64_t begin, int64_t count) const {
     if (!has_exponents()) return search(b, begin, count);
-    Most most;
+    Surveyed most;
     chunks(begin, count, [&](int64_t at, int64_t n) {
-      most = walk<false>(b, at, n, p.gradient + b.base + at, nullptr, nullptr, most);
+      most = walk(b, at, n, p.gradient + b.base + at, nullptr, nullptr, most);
     });
     b.gradient.raise(largest_of(most.gradient, p.gradient + b.base + begin, count));
     b.surveyed[kVelocity].raise(largest_of(most.velocity));
@@ -281,7 +283,7 @@ template <class Kept> struct SgdStep {
       alignas(64) float rounded[kChunk];
       const float* const g =
           gradient_of(h.has_gradient ? &gradient : nullptr, p.gradient, b, at, n, rounded, buffer);
-      most = walk<true>(b, at, n, g, to.of[kVelocity] + (at - begin), to.of[kMoved] + (at - begin), most);
+      most = walk(b, at, n, g, to.of[kVelocity] + (at - begin), to.of[kMoved] + (at - begin), most);
     });
     b.most[kVelocity].raise(largest_of(most.velocity, to.of[kVelocity], count));
     b.most[kMoved].raise(largest_of(most.moved, to.of[kMoved], count));
@@ -312,25 +314,33 @@ template <class Kept> struct SgdStep {
     return weight.format.blocked || (h.has_momentum && momentum.format.blocked);
   }
 
+  // Largest magnitudes as `twice_bits`. What nobody wants of these would go through memory with each
+  // vector: hence two.
   struct Most {
-    I gradient = Lanes::set(0), direction = gradient, velocity = gradient, moved = gradient;
+    static constexpr bool stores = true;
+    I velocity = Lanes::set(0), moved = velocity;
+  };
+  struct Surveyed {
+    static constexpr bool stores = false;
+    I velocity = Lanes::set(0), moved = velocity, gradient = velocity, direction = velocity;
   };
 
-  // The step of a chunk with the gradient g. If it `stores`: velocity and moved weight, and their
-  // largest magnitudes. If not: only the largest, of what `survey` wants. All as `twice_bits`.
-  template <bool stores>
-  Most walk(const Shared& b, int64_t at, int64_t n, const float* g, float* velocity, float* next,
-            Most most) const {
+  // The step of a chunk with the gradient g, and the largest magnitudes. With `Most` velocity and moved
+  // weight are stored.
+  template <class Wanted>
+  Wanted walk(const Shared& b, int64_t at, int64_t n, const float* g, float* velocity, float* next,
+              Wanted most) const {
     const Stored<Kept> weights(weight.format, b.before[kMoved]);
     const Stored<Kept> velocities(momentum.format, b.before[kVelocity]);
     return weights.is_plain() && velocities.is_plain()
-               ? walk<stores, true>(b, at, n, g, weights, velocities, velocity, next, most)
-               : walk<stores, false>(b, at, n, g, weights, velocities, velocity, next, most);
+               ? walk<true>(b, at, n, g, weights, velocities, velocity, next, most)
+               : walk<false>(b, at, n, g, weights, velocities, velocity, next, most);
   }
 
-  template <bool stores, bool plain>
-  Most walk(const Shared& b, int64_t at, int64_t n, const float* g, const Stored<Kept>& weights,
-            const Stored<Kept>& velocities, float* velocity, float* next, Most most) const {
+  template <bool plain, class Wanted>
+  Wanted walk(const Shared& b, int64_t at, int64_t n, const float* g, const Stored<Kept>& weights,
+              const Stored<Kept>& velocities, float* velocity, float* next, Wanted most) const {
+    constexpr bool stores = Wanted::stores;
     const F decay = Lanes::set(h.weight_decay), rho = Lanes::set(h.momentum), rate = Lanes::set(-h.lr);
     const bool decays = h.weight_decay != 0, has_momentum = h.has_momentum, nesterov = h.nesterov;
     alignas(64) Kept weight_room[kRoom<Kept>], momentum_room[kRoom<Kept>];
@@ -339,22 +349,22 @@ template <class Kept> struct SgdStep {
     const auto larger = [](I most, F x) __attribute__((always_inline)) {
       return Lanes::max_unsigned(most, twice_bits(x));
     };
-    return vectors(n, most, [=](int64_t i, int64_t left, auto is_whole, Most so_far)
+    return vectors(n, most, [=](int64_t i, int64_t left, auto is_whole, Wanted so_far)
                                 __attribute__((always_inline)) {
       constexpr bool whole = decltype(is_whole)::value;
       F d = load<whole>(g + i, left);
-      if (!stores) so_far.gradient = larger(so_far.gradient, d);
+      if constexpr (!stores) so_far.gradient = larger(so_far.gradient, d);
       const F w = weights.template get<whole, plain>(w0 + i, left);
       if (decays) d = Lanes::fma(w, decay, d);
-      if (!stores) so_far.direction = larger(so_far.direction, d);
+      if constexpr (!stores) so_far.direction = larger(so_far.direction, d);
       if (has_momentum) {
         const F v = Lanes::add(Lanes::mul(velocities.template get<whole, plain>(m0 + i, left), rho), d);
-        if (stores) store<whole>(velocity + i, v, left);
+        if constexpr (stores) store<whole>(velocity + i, v, left);
         so_far.velocity = larger(so_far.velocity, v);
         d = nesterov ? Lanes::fma(v, rho, d) : v;
       }
       const F moved = Lanes::fma(d, rate, w);
-      if (stores) store<whole>(next + i, moved, left);
+      if constexpr (stores) store<whole>(next + i, moved, left);
       so_far.moved = larger(so_far.moved, moved);
       return so_far;
     });
@@ -498,9 +508,10 @@ int optimize(const Hyper& hyper, const Parameter* parameters, int64_t count, int
     elements += parameters[k].blocks * parameters[k].length;
   }
   if (elements < kSerial) threads = 1;
-  const int64_t own = longest < kKept ? longest : kKept;
-  const size_t bytes = static_cast<size_t>(Step::values * own * threads) * sizeof(float);
-  float* floats = static_cast<float*>(malloc(bytes));
+  const int64_t own = ceil_div(longest < kKept ? longest : kKept, kAligned) * kAligned;
+  static thread_local Workspace workspace;
+  const int64_t bytes = Step::values * own * threads * static_cast<int64_t>(sizeof(float));
+  float* const floats = reinterpret_cast<float*>(workspace.at_least(bytes));
   if (!floats) return -1;
   typename Step::Shared common = {};
   int64_t next = 0;  // share of the short blocks
@@ -568,7 +579,6 @@ int optimize(const Hyper& hyper, const Parameter* parameters, int64_t count, int
       share += shares;
     }
   }
-  free(floats);
   return lost;
 }
 

@@ -1,4 +1,4 @@
-// What the products of matrices and of convolutions share: sizes, scratch memory, powers of two.
+// What products and optimizers share: sizes, scratch memory, powers of two.
 #pragma once
 #include <stdint.h>
 #include <stdlib.h>
