@@ -114,17 +114,27 @@ template <class Isa> struct Product {
     return reinterpret_cast<const int8_t*>(panel + row % Isa::kTall * 4);
   }
 
-  int64_t row_blocks() const { return ceil_div(p.m, Isa::kRowBlock); }
-  int64_t pieces(const Part& part) const {
-    return row_blocks() * ceil_div(part.columns, Isa::kColumnBlock);
+  // One of `team` equal shares of a part: block of columns after block, in each some rows of tiles.
+  void share(int64_t mine, int64_t team, const Part& part, const Finish& f, uint8_t* memory) const {
+    const int64_t tiles = ceil_div(p.m, Isa::kRows), end = part.n + part.columns;
+    int64_t from = tiles * part.columns * mine / team, to = tiles * part.columns * (mine + 1) / team;
+    for (int64_t n = part.n; n < end; n += Isa::kColumnBlock) {
+      const int64_t width = smaller(Isa::kColumnBlock, end - n);
+      const auto row_of = [=](int64_t work) {
+        return work <= 0 ? 0 : smaller(p.m, ceil_div(work, width) * Isa::kRows);
+      };
+      const int64_t last = row_of(to);
+      for (int64_t m = row_of(from); m < last; m += Isa::kRowBlock)
+        block(m, smaller(last, m + Isa::kRowBlock), n, n + width, part, f, memory);
+      from -= tiles * width;
+      to -= tiles * width;
+    }
   }
 
-  void piece(int64_t index, const Part& part, const Finish& f, uint8_t* memory) const {
+  // Rows m0 to m1 and columns n0 to n1 of the result.
+  void block(int64_t m0, int64_t m1, int64_t n0, int64_t n1, const Part& part, const Finish& f,
+             uint8_t* memory) const {
     const int64_t k = part.k, depth = part.depth;
-    const int64_t m0 = index % row_blocks() * Isa::kRowBlock;
-    const int64_t n0 = part.n + index / row_blocks() * Isa::kColumnBlock;
-    const int64_t m1 = smaller(p.m, m0 + Isa::kRowBlock);
-    const int64_t n1 = smaller(part.n + part.columns, n0 + Isa::kColumnBlock);
     const int32_t* sums = sums_in(memory);
     for (int64_t n = n0; n < n1; n += Isa::kWide) {
       const int64_t width = smaller(Isa::kWide, n1 - n);
@@ -157,7 +167,7 @@ template <class Isa> struct Product {
     each_part([&](const Part& part) {
       const Finish f = finish(part, exponent);
       for (int64_t i = 0; i < packings(part); ++i) pack_piece(i, part, memory);
-      for (int64_t i = 0; i < pieces(part); ++i) piece(i, part, f, memory);
+      share(0, 1, part, f, memory);
     });
   }
 
@@ -166,10 +176,10 @@ template <class Isa> struct Product {
 #pragma omp parallel num_threads(threads)
     each_part([&](const Part& part) {
       const Finish f = finish(part, exponent);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < packings(part); ++i) pack_piece(i, part, memory);
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < pieces(part); ++i) piece(i, part, f, memory);
+      share(omp_get_thread_num(), omp_get_num_threads(), part, f, memory);
+#pragma omp barrier
     });
 #else
     (void)threads;
