@@ -8,6 +8,7 @@ namespace {
 struct Lanes {
   static constexpr int N = 8;
   static constexpr int counters = 4;
+  static constexpr bool pairs = false;
   static constexpr float exact_limit = 128;
 
   using F = __m256;

@@ -8,6 +8,7 @@ namespace {
 struct Lanes {
   static constexpr int N = 16;
   static constexpr int counters = 8;
+  static constexpr bool pairs = true;  // there is `round_up`
   // Rounding toward +infinity makes ceil_minus_half exact as long as its result fits an int32.
   static constexpr float exact_limit = 16384;
   static constexpr int up = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
@@ -93,6 +94,23 @@ struct Lanes {
   static I increment(M m, I v) { return _mm512_mask_sub_epi32(v, m, v, set(-1)); }
   static I with_sign(F x, I v) {
     return _mm512_mask_sub_epi32(v, sign(x), _mm512_setzero_si512(), v);
+  }
+  // Of 2 * N numbers x = a, b with the integers k of 2**16 times their magnitudes, w = k >> 16: w, or w + 1
+  // where the rest of k is more than the 16 random bits, with the sign of x. False, and nothing written,
+  // if `unequal` is asked for and rest and bits are equal somewhere.
+  static bool round_up(F a, F b, I k0, I k1, const uint16_t* bits, bool unequal, int8_t* out) {
+    alignas(64) static constexpr uint16_t evens[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
+                                                       22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42,
+                                                       44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
+    const I even = _mm512_load_si512(evens), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
+    const I rest = _mm512_permutex2var_epi16(k0, even, k1), u = _mm512_loadu_si512(bits);
+    if (unequal && __builtin_expect(_mm512_cmpeq_epi16_mask(rest, u) != 0, false)) return false;
+    const I whole = _mm512_permutex2var_epi16(k0, odd, k1);
+    const __mmask32 up = _mm512_cmpgt_epu16_mask(rest, u), minus = _mm512_kunpackw(sign(b), sign(a));
+    const I w = _mm512_mask_sub_epi16(whole, up, whole, _mm512_set1_epi16(-1));
+    const I q = _mm512_mask_sub_epi16(w, minus, _mm512_setzero_si512(), w);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi16_epi8(q));
+    return true;
   }
   static F keep_nan(F x, F v) { return _mm512_mask_add_ps(v, is_nan(x), x, x); }
 

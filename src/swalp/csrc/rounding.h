@@ -119,6 +119,7 @@ template <int way, int range> struct Grid {
   static constexpr bool stochastic = way >= kFast16, simple = true;
   static constexpr bool fast = way == kFast16 || way == kFast32;
   static constexpr bool extreme = range == kExtreme, bounded = range >= kBounded;
+  static constexpr bool pairs = Lanes::pairs && fast && bounded;
 
   const swalp_format& f;
   const Rule rule;
@@ -148,6 +149,23 @@ template <int way, int range> struct Grid {
     scale = power_of_two(Lanes::sub(Lanes::set(fast ? 16 : 0), moved));
   }
 
+  inline __attribute__((always_inline)) F magnitude(F moved) const {
+    if constexpr (range == kBoundedEvenly) return Lanes::min(Lanes::abs(moved), high);
+    if constexpr (range == kBounded) return Lanes::abs(Lanes::min(moved, high));
+    return Lanes::abs(Lanes::min(Lanes::max(moved, low), high));
+  }
+
+  // The codes of two vectors, if `pairs`. False, and nothing written: where the lower bits must decide.
+  template <class V>
+  inline __attribute__((always_inline)) bool codes(const float* x, const uint16_t* upper, int8_t* out) const {
+    const auto integer = [this](F v) __attribute__((always_inline)) {
+      if constexpr (way == kFast16) return V::ceil_minus_half(magnitude(v), scale);
+      else return V::truncate(V::mul(magnitude(v), scale));
+    };
+    const F a = V::load(x), b = V::load(x + V::N);
+    return V::round_up(a, b, integer(a), integer(b), upper, way == kFast32, out);
+  }
+
   inline __attribute__((always_inline)) I integers(F x, const Random& random) const {
     F moved = x;
     if constexpr (extreme) moved = Lanes::mul(x, before);
@@ -155,10 +173,7 @@ template <int way, int range> struct Grid {
       if constexpr (range != kBounded) moved = Lanes::max(moved, low);
       return Lanes::nearest(Lanes::mul(Lanes::min(moved, high), scale));
     }
-    F size;
-    if constexpr (range == kBoundedEvenly) size = Lanes::min(Lanes::abs(moved), high);
-    else if constexpr (range == kBounded) size = Lanes::abs(Lanes::min(moved, high));
-    else size = Lanes::abs(Lanes::min(Lanes::max(moved, low), high));
+    const F size = magnitude(moved);
     I steps;
     if constexpr (way == kFast16) {
       // K = ceil(2**16 * s - 1/2) = 2**16 * w + k and q = (K + 2**16 - 1 - U) >> 16 = w + [k > U],
@@ -200,7 +215,7 @@ template <int way, int range> struct Grid {
 
 // Values of a minifloat times 2**shared.
 template <int way> struct Mini {
-  static constexpr bool stochastic = way >= kFast16, simple = false;
+  static constexpr bool stochastic = way >= kFast16, simple = false, pairs = false;
 
   const swalp_format& f;
   const Rule rule;
@@ -320,7 +335,7 @@ template <int way> struct Mini {
 
 // The two values ±largest.
 template <int way> struct Sign {
-  static constexpr bool stochastic = way >= kFast16, simple = false;
+  static constexpr bool stochastic = way >= kFast16, simple = false, pairs = false;
 
   const swalp_format& f;
   const Rule rule;
