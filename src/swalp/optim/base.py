@@ -242,8 +242,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
                 ready.setdefault(prepared.kind, []).append(prepared)
         for (packed, rounds), all_prepared in ready.items():
             lost = self._run([one.kernel for one in all_prepared], packed, rounds, group)
-            for one in all_prepared:
-                one.announce()
+            fused.announce(all_prepared)
             if lost:
                 raise ValueError(
                     f"{type(self).__name__}: a parameter or its state became NaN, for which its "

@@ -68,6 +68,7 @@ class Prepared:
     Attributes:
         kernel: of that kind, with its roles; None if the compiled step cannot take the tensors.
         kind: whether the parameter is packed, and whether gradients are rounded.
+        written: the tensors whose memory a step writes to, each once.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class Prepared:
         self._for = recipe, roles, seed
         self._kept = [(tensor, *_memory(tensor)) for tensor in kept]
         # Of a packed tensor autograd keeps the whole, others look at its codes.
-        self._written = {id(t): t for tensor, memory, _ in self._kept for t in (tensor, memory)}
+        self.written = list({id(t): t for one in self._kept for t in one[:2]}.values())
         self._layouts = [_layout(memory) for _, memory, _ in self._kept]
         blocks = fits(recipe, roles, parameter)
         if blocks is None or not all(
@@ -113,20 +114,22 @@ class Prepared:
             return False
         if len(kept) != len(self._kept):
             return False
-        for tensor, (same, memory, exponents), layout in zip(
+        for tensor, (same, memory, exponents), (shape, stride, dtype, device, negative) in zip(
             kept, self._kept, self._layouts, strict=True
         ):
-            if tensor is not same or _layout(memory) != layout:
+            if tensor is not same:
                 return False
-            now, exponents_now = _memory(tensor)
-            if now is not memory or exponents_now is not exponents:
+            if isinstance(tensor, PackedTensor):
+                if tensor.codes is not memory or tensor.exponents is not exponents:
+                    return False
+            elif tensor is not memory:
+                return False
+            # As `_layout` has it, without its call and tuple: hundreds are asked at each step.
+            if memory.shape != shape or memory.stride() != stride or memory.dtype is not dtype:
+                return False
+            if memory.device != device or memory.is_neg() is not negative:
                 return False
         return True
-
-    def announce(self) -> None:
-        """Tell PyTorch that the memory was written to, as operations of its own do."""
-        for tensor in self._written.values():
-            increment_version(tensor)
 
     def addresses(self) -> list[int]:
         """Of the memory of all that is kept, each followed by that of its exponents, 0 if none."""
@@ -142,7 +145,12 @@ def _memory(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
     return resident(tensor), tensor.exponents if isinstance(tensor, PackedTensor) else None
 
 
-def _layout(memory: Tensor) -> tuple[object, ...]:
+def announce(steps: Sequence[Prepared]) -> None:
+    """Tell PyTorch of the memory that was written to, as operations of its own do."""
+    increment_version([tensor for step in steps for tensor in step.written])
+
+
+def _layout(memory: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device, bool]:
     """What may change without another tensor: `parameter.data` can be assigned."""
     return memory.shape, memory.stride(), memory.dtype, memory.device, memory.is_neg()
 
