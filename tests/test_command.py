@@ -52,8 +52,10 @@ def test_stopped_while_importing(tmp_path, slow_package, number, word):
 def test_output_that_is_closed_or_finds_no_room(where, status, said, words):
     code = "from swalp_command import main; main()"
     script = f'"{sys.executable}" -c "{code}" {words} {where}'
-    run = subprocess.run(["sh", "-c", script], capture_output=True, text=True)
-    assert (run.returncode, run.stdout, run.stderr) == (status, "", said)
+    for unbuffered in ("", "1"):  # in a buffer it is lost at another place
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        run = subprocess.run(["sh", "-c", script], capture_output=True, text=True, env=environment)
+        assert (run.returncode, run.stdout, run.stderr) == (status, "", said)
 
 
 @pytest.mark.parametrize("words", [["--help"], ["formats"]])
@@ -62,9 +64,13 @@ def test_output_that_nobody_reads_is_no_difference(words):
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-c", code, *words]
-    run = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    for unbuffered in ("", "1"):
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        run = subprocess.run(
+            command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        assert (run.returncode, run.stderr) == (141, "")
     os.close(write)
-    assert (run.returncode, run.stderr) == (141, "")
 
 
 def test_what_the_script_needs_is_shipped():

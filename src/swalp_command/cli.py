@@ -75,19 +75,29 @@ def main() -> int:
         # Where "±" has no code, a "?" stands for it, in place of an error.
         if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
-    return run(sys.argv[1:])
+    status = run(sys.argv[1:])
+    _end_output()
+    return status
+
+
+def _end_output() -> None:
+    """Drop what cannot be written: Python tries again at its end, and ends in its own way then."""
+    if sys.stdout is None:  # closed, such as by >&-
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run(words: list[str]) -> int:
     """The exit status of ``swalp`` with those words."""
     try:
         status = app(words, prog_name="swalp", standalone_mode=False) or 0
-        if sys.stdout is not None:  # closed, such as by >&-
+        if sys.stdout is not None:
             sys.stdout.flush()
         return status
     except (SystemExit, BrokenPipeError):  # Typer makes the first of the second
-        # Python flushes once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _UNREAD
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
