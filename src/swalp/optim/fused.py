@@ -114,20 +114,13 @@ class Prepared:
             return False
         if len(kept) != len(self._kept):
             return False
-        for tensor, (same, memory, exponents), (shape, stride, dtype, device, negative) in zip(
+        for tensor, (same, memory, exponents), layout in zip(
             kept, self._kept, self._layouts, strict=True
         ):
-            if tensor is not same:
+            if tensor is not same or _layout(memory) != layout:
                 return False
-            if isinstance(tensor, PackedTensor):
-                if tensor.codes is not memory or tensor.exponents is not exponents:
-                    return False
-            elif tensor is not memory:
-                return False
-            # As `_layout` has it, without its call and tuple: hundreds are asked at each step.
-            if memory.shape != shape or memory.stride() != stride or memory.dtype is not dtype:
-                return False
-            if memory.device != device or memory.is_neg() is not negative:
+            now, exponents_now = _memory(tensor)
+            if now is not memory or exponents_now is not exponents:
                 return False
         return True
 
@@ -150,7 +143,7 @@ def announce(steps: Sequence[Prepared]) -> None:
     increment_version([tensor for step in steps for tensor in step.written])
 
 
-def _layout(memory: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device, bool]:
+def _layout(memory: Tensor) -> tuple[object, ...]:
     """What may change without another tensor: `parameter.data` can be assigned."""
     return memory.shape, memory.stride(), memory.dtype, memory.device, memory.is_neg()
 
