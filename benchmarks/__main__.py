@@ -30,6 +30,7 @@ from benchmarks.records import Row
 BENCHMARKS: dict[str, Callable[[Plan], list[Row]]] = {
     "quantize": quantizers.against_copy,
     "quantize-peers": quantizers.against_peers,
+    "codes": quantizers.codes,
     "calls": quantizers.small_calls,
     "scaling": quantizers.scaling,
     "optimizer": optimizer.step,

@@ -92,6 +92,28 @@ def against_peers(plan: Plan) -> list[Row]:
     return [replace(row, subject="swalp") for row in rows]
 
 
+def codes(plan: Plan) -> list[Row]:
+    """To codes, and from codes to floats, against a clone: all allocate their results."""
+    x, _ = _large(plan)
+    packed = swalp.pack(x, PER_ROW)
+    turned = packed.t()
+    clone = Contender("clone", x.clone)
+    entries = [
+        Contender("pack, per row, 16 random bits", lambda: swalp.pack(x, PER_ROW, SHORT)),
+        Contender("dequantize, per row", packed.dequantize),
+        Contender("dequantize, of its transpose", turned.dequantize),
+    ]
+    times = interleave([clone, *entries], plan.rounds)
+    return [
+        replace(
+            compared("codes", entry.name, times, entry, clone, "time ratio", None,
+                     {"elements": plan.elements, "columns": plan.columns}),
+            subject="swalp",
+        )
+        for entry in entries
+    ]  # fmt: skip
+
+
 def small_calls(plan: Plan) -> list[Row]:
     """One call on a small tensor, allocation included, and many small tensors in one call."""
     count = 320

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -232,6 +233,9 @@ def assert_equals_definition(make, argument, fmt, rule):
     assert got.stride() == torch.empty_like(x).stride()
     assert_same_codes(cpu.pack(clean, fmt, rule), packed)
     assert same_bits(cpu.unpack(*packed, fmt), unpacked)
+    ours = cpu.pack(clean, fmt, rule)  # which lie in memory as `x` does
+    assert same_bits(cpu.unpack(*ours, fmt), unpacked)
+    assert cpu.unpack(*ours, fmt).stride() == torch.empty_like(ours[0]).stride()
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -248,6 +252,24 @@ def test_sizes(size, build, threads):
     for fmt in (FixedPoint(8, 4), BlockFloat(8), parse_format("e5m2")):
         for rule in FEW_RULES:
             assert_equals_definition(ugly, size, fmt, rule)
+
+
+@pytest.mark.parametrize("text", ["bfp8", "bfp8t", "bfp6e5", "bfp12", "bfp16t"])
+def test_all_codes_of_all_exponents(text, build):
+    """Of rows, of columns, and of columns that are rows in memory."""
+    fmt = parse_format(text)
+    last = 1 << (fmt.bits - 1)
+    numbers = torch.arange(-last, last, max(1, last >> 10), dtype=codes.code_dtype(fmt))
+    exponents = torch.arange(fmt.min_exponent, fmt.max_exponent + 1)
+    exponents = exponents.to(codes.exponent_dtype(fmt)).view(-1, 1)
+    rows, columns = (replace(fmt, axes=(axis,)) for axis in (0, 1))
+    whole = numbers.expand(len(exponents), -1).contiguous()
+    want = codes.unpack(whole, exponents, rows)
+    assert same_bits(cpu.unpack(whole, exponents, rows), want)
+    for turned in (whole.t(), whole.t().contiguous()):
+        got = cpu.unpack(turned, exponents.t(), columns)
+        assert same_bits(got, want.t())
+        assert got.stride() == turned.stride()
 
 
 BLOCKS = [

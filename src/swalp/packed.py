@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from swalp.formats import BlockFloat, Format, Microscaling, Minifloat
 from swalp.packed_views import mode_of, read_only, refuse_collectives, targets, viewed, views
 from swalp.quantize import dispatch
 from swalp.quantize.api import check
-from swalp.quantize.blocks import block_extents
+from swalp.quantize.blocks import block_extents, permuted
 from swalp.quantize.codes import code_dtype, exponent_dtype, holds_nan, nan_code
 from swalp.rounding import Nearest, Rounding, Stochastic
 
@@ -338,14 +337,8 @@ def _permute(x: PackedTensor, order: Sequence[int]) -> Any:
     """Codes and exponents in another order of axes; the axes of the format follow."""
     if joined(x.format):
         return NotImplemented
-    order = [axis % x.dim() for axis in order]
-    fmt = x.format
-    if isinstance(fmt, BlockFloat) and (fmt.axes is not None or fmt.tile is not None):
-        tiled = len(fmt.tile) if isinstance(fmt.tile, tuple) else 0
-        axes = fmt.axes or tuple(range(-tiled, 0))
-        fmt = replace(fmt, axes=tuple(order.index(axis % x.dim()) for axis in axes))
-    elif isinstance(fmt, Microscaling):
-        fmt = replace(fmt, axis=order.index(fmt.axis % x.dim()))
+    order = tuple(axis % x.dim() for axis in order)
+    fmt = permuted(x.format, order)
     result = x._like(lambda part: part.permute(order), fmt, [x.shape[axis] for axis in order])
     result.readonly = True
     return result

@@ -117,33 +117,85 @@ void relu_gradient(int64_t n, const float* gradient, const uint8_t* passed, floa
   });
 }
 
+// The exponents of neighbours in memory: one that all share, or one for each.
+struct Shared {
+  const int32_t* first;
+  bool each;
+
+  Shared from(int64_t i) const { return {each ? first + i : first, each}; }
+};
+
+// Two powers of two whose product is 2**exponent, as far as float32 reaches.
+struct Powers {
+  F first, second;
+  explicit Powers(I exponent) {
+    const I e = Lanes::min(Lanes::max(exponent, Lanes::set(-252)), Lanes::set(252));
+    const I half = Lanes::right<1>(e);
+    first = power_of_two(half);
+    second = power_of_two(Lanes::sub(e, half));
+  }
+};
+
 template <class Code>
-void decode(const swalp_format& f, const Code* codes, int64_t n, int32_t shared, const float* table,
-            float* out) {
-  if (table) {
-    const Factors scale(f.blocked ? shared : 0);
-    for (int64_t i = 0; i < n; ++i)
-      out[i] = table[sizeof(Code) == 1 ? static_cast<uint8_t>(codes[i]) : static_cast<uint16_t>(codes[i])] *
-               scale.first * scale.second;
+void look_up(const swalp_format& f, const Code* codes, int64_t n, Shared shared, const float* table,
+             float* out) {
+  const auto entry = [&](int64_t i) __attribute__((always_inline)) {
+    return table[sizeof(Code) == 1 ? static_cast<uint8_t>(codes[i]) : static_cast<uint16_t>(codes[i])];
+  };
+  if (!f.blocked) {
+    for (int64_t i = 0; i < n; ++i) out[i] = entry(i);
     return;
   }
-  const Factors scale(gap_of(f, shared));
-  const int32_t nan = f.has_nan ? f.nan_code : INT32_MIN;
+  Factors scale(*shared.first);
   for (int64_t i = 0; i < n; ++i) {
-    const float value = static_cast<float>(codes[i]) * scale.first * scale.second;
-    out[i] = codes[i] == nan ? __builtin_nanf("") : value;
+    if (shared.each) scale = Factors(shared.first[i]);
+    out[i] = entry(i) * scale.first * scale.second;
   }
 }
 
-// work(at, count, shared exponent) over all stretches of elements that share an exponent.
+template <class Code>
+void decode(const swalp_format& f, const Code* codes, int64_t n, Shared shared, const float* table,
+            float* out) {
+  if (table) return look_up(f, codes, n, shared, table, out);
+  constexpr int N = Lanes::N;
+  const F nan = Lanes::set(__builtin_nanf(""));
+  const M has_nan = Lanes::all(f.has_nan);
+  const I nan_code = Lanes::set(f.nan_code);
+  const auto value = [&](I code, const Powers& scale) __attribute__((always_inline)) {
+    const F v = Lanes::mul(Lanes::mul(Lanes::convert(code), scale.first), scale.second);
+    return Lanes::select(Lanes::both(has_nan, Lanes::equal(code, nan_code)), nan, v);
+  };
+  const auto gap = [&](I exponents) __attribute__((always_inline)) {
+    return Powers(Lanes::max(Lanes::add(exponents, Lanes::set(f.gap_offset)), Lanes::set(kLowestGap)));
+  };
+  const auto scale = gap(Lanes::set(f.blocked ? *shared.first : 0));
+  int64_t i = 0;
+  if (shared.each)
+    for (; i + N <= n; i += N)
+      Lanes::store(out + i, value(Lanes::load(codes + i), gap(Lanes::load(shared.first + i))));
+  else
+    for (; i + N <= n; i += N) Lanes::store(out + i, value(Lanes::load(codes + i), scale));
+  if (i == n) return;
+  Code from[N] = {};
+  int32_t exponents[N] = {};
+  float to[N];
+  for (int k = 0; i + k < n; ++k) {
+    from[k] = codes[i + k];
+    if (shared.each) exponents[k] = shared.first[i + k];
+  }
+  Lanes::store(to, value(Lanes::load(from), shared.each ? gap(Lanes::load(exponents)) : scale));
+  for (int k = 0; i + k < n; ++k) out[i + k] = to[k];
+}
+
+// work(at, count, their exponents) over all stretches of elements with one exponent, or, where that
+// changes from one to the next, over rows.
 template <class Work>
 void each_stretch(const swalp_format& f, const swalp_layout& l, const int32_t* exponents,
                   int threads, const Work& work) {
   const int64_t n = elements(l);
   if (!f.blocked || (l.dims == 1 && l.extent[0] == n)) {
-    const int32_t shared = f.blocked ? exponents[0] : 0;
     parallel(n, threads, [&](int64_t b, int64_t e) {
-      work(b, e - b, shared);
+      work(b, e - b, Shared{exponents, false});
       return false;
     });
   } else if (l.dims == 1) {
@@ -151,19 +203,22 @@ void each_stretch(const swalp_format& f, const swalp_layout& l, const int32_t* e
     if (length >= kSerial)
       for (int64_t block = 0; block < blocks; ++block)
         parallel(length, threads, [&](int64_t b, int64_t e) {
-          work(block * length + b, e - b, exponents[block]);
+          work(block * length + b, e - b, Shared{exponents + block, false});
           return false;
         });
     else
       parallel(blocks, threads, [&](int64_t b, int64_t e) {
-        for (; b < e; ++b) work(b * length, length, exponents[b]);
+        if (length == 1) work(b, e - b, Shared{exponents + b, true});
+        else
+          for (; b < e; ++b) work(b * length, length, Shared{exponents + b, false});
         return false;
       });
   } else {
     const Strips strips(l, threads);
+    const bool each = l.extent[l.dims - 1] == 1;
     parallel(strips.grid[strips.owner], threads, [&](int64_t b, int64_t e) {
-      strips.walk(b, e, true, [&](int64_t at, int64_t count, int64_t block) {
-        work(at, count, exponents[block]);
+      strips.walk(b, e, !each, [&](int64_t at, int64_t count, int64_t block) {
+        work(at, count, Shared{exponents + block, each});
       });
       return false;
     });
@@ -173,7 +228,7 @@ void each_stretch(const swalp_format& f, const swalp_layout& l, const int32_t* e
 template <class Code>
 void unpack_codes(const swalp_format& f, const swalp_layout& l, const Code* codes,
                   const int32_t* exponents, const float* table, float* out, int threads) {
-  each_stretch(f, l, exponents, threads, [&](int64_t at, int64_t count, int32_t shared) {
+  each_stretch(f, l, exponents, threads, [&](int64_t at, int64_t count, Shared shared) {
     decode(f, codes + at, count, shared, table, out + at);
   });
 }
@@ -213,9 +268,9 @@ template <class Code, class Taker>
 void take_codes(const Taker& take, const swalp_average_arguments& a, const swalp_format& f,
                 const swalp_layout& l, int threads) {
   const Code* codes = static_cast<const Code*>(a.x);
-  each_stretch(f, l, a.exponents, threads, [&](int64_t at, int64_t n, int32_t shared) {
+  each_stretch(f, l, a.exponents, threads, [&](int64_t at, int64_t n, Shared shared) {
     take_widened(take, at, n, [&](int64_t from, int64_t count, float* values) {
-      decode(f, codes + at + from, count, shared, a.table, values);
+      decode(f, codes + at + from, count, shared.from(from), a.table, values);
     });
   });
 }

@@ -19,6 +19,7 @@ struct Lanes {
   static F load(const float* p) { return *p; }
   static I load(const int32_t* p) { return *p; }
   static I load(const int8_t* p) { return *p; }
+  static I load(const int16_t* p) { return *p; }
   static I load(const uint16_t* p) { return *p; }
   static I load(const uint32_t* p) { return static_cast<I>(*p); }
   static void store(float* p, F v) { *p = v; }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 from torch import Tensor
 
-from swalp.formats import BlockFloat, Microscaling
+from swalp.formats import BlockFloat, Format, Microscaling
 
 
 def block_extents(fmt: BlockFloat | Microscaling, shape: Sequence[int]) -> tuple[int, ...]:
@@ -47,6 +49,28 @@ def block_extents(fmt: BlockFloat | Microscaling, shape: Sequence[int]) -> tuple
             )
         extents[where] = extent
     return tuple(extents)
+
+
+@lru_cache(4096)
+def permuted(fmt: Format, order: tuple[int, ...]) -> Format:
+    """The format of a tensor of `fmt` whose axes are put in that order: of the same blocks.
+
+    Args:
+        fmt: of the tensor before.
+        order: of all its axes, each from 0 on, as for `torch.permute`.
+
+    Example:
+        >>> str(permuted(BlockFloat(8, axes=(0,)), (1, 0)))
+        'bfp8[1]'
+    """
+    axes = len(order)
+    if isinstance(fmt, Microscaling):
+        return replace(fmt, axis=order.index(fmt.axis % axes))
+    if not isinstance(fmt, BlockFloat) or (fmt.axes is None and fmt.tile is None):
+        return fmt
+    tiled = len(fmt.tile) if isinstance(fmt.tile, tuple) else 0
+    named = fmt.axes or tuple(range(-tiled, 0))
+    return replace(fmt, axes=tuple(order.index(axis % axes) for axis in named))
 
 
 def block_max(x: Tensor, extents: Sequence[int]) -> Tensor:

@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 from swalp import buffers
 from swalp.formats import Format
 from swalp.quantize import codes as definition
+from swalp.quantize.blocks import permuted
 from swalp.quantize.plans import Plan, available, plan_of, rule_arguments
 from swalp.quantize.storage import partly_the_same
 from swalp.rounding import Rounding, Stochastic
@@ -232,7 +233,15 @@ def unpack(codes: Tensor, exponents: Tensor | None, fmt: Format) -> Tensor:
         return definition.unpack(codes, exponents, fmt)
     found = plan.layout_of(codes)
     if found is None:
-        return unpack(codes.contiguous(), exponents, fmt)
+        # No noise asks for the order of elements: of a dense tensor, that of memory will do.
+        stride = codes.stride()
+        order = tuple(sorted(range(codes.dim()), key=lambda axis: -stride[axis]))
+        in_memory = codes.permute(order)
+        if codes.is_contiguous() or not in_memory.is_contiguous():
+            return unpack(codes.contiguous(), exponents, fmt)
+        turned = None if exponents is None else exponents.permute(order)
+        values = unpack(in_memory, turned, permuted(fmt, order))
+        return values.permute([order.index(axis) for axis in range(codes.dim())]).detach()
     out = torch.empty_like(codes, dtype=torch.float32)
     assert plan.kernel is not None  # `knows`
     if exponents is not None and plan.exponents is not None:
