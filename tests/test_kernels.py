@@ -299,6 +299,28 @@ def test_blocks(shape, fmt, build, threads):
         assert_equals_definition(uneven, shape, fmt, rule)
 
 
+def ugly_of_shape(shape):
+    return ugly(*shape)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65])
+def test_short_blocks(length, build, threads):
+    tiled, several = BlockFloat(8, tile=length), BlockFloat(6, axes=(0, 2), tile=(2, length))
+    scaled = Microscaling(parse_format("e4m3fn"), tile=length)
+    for shape, fmt in (
+        ((70_000 // length, length), BlockFloat(8, axes=(0,))),
+        ((41, 37, length), BlockFloat(8, axes=(1,))),
+        ((3, 41, length), BlockFloat(8, axes=(0, 1))),
+        ((1100, length), BlockFloat(8, axes=(1,))),
+        ((300, length, 2), BlockFloat(8, axes=(1,), symmetric=False)),
+        ((5, 23, 3 * length), tiled),
+        ((6, 23, 3 * length), several),
+        ((40, 2 * length), scaled),
+    ):
+        for rule in FEW_RULES:
+            assert_equals_definition(ugly_of_shape, shape, fmt, rule)
+
+
 floats = st.floats(width=32) | st.sampled_from(SPECIAL)
 
 

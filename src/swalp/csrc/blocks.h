@@ -13,6 +13,12 @@ Lanes::I order(Lanes::F x) {
   return Lanes::add(Lanes::add(bits, bits), Lanes::set(static_cast<int32_t>(kZero)));
 }
 
+uint32_t order_of(const float* x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, x, 4);
+  return 2 * bits + kZero;
+}
+
 // Twice the bits: these order like the numbers, infinities and NaN above all others.
 Lanes::I twice_bits(Lanes::F x) { return Lanes::add(Lanes::bits(x), Lanes::bits(x)); }
 
@@ -75,9 +81,29 @@ void largest_each(const float* x, int64_t n, uint32_t* most) {
     Lanes::store(reinterpret_cast<float*>(most + i), Lanes::floats(m));
   }
   for (; i < n; ++i) {
-    const uint32_t one = largest(x + i, 1).magnitude;
+    const uint32_t one = order_of(x + i);
     if (one > most[i]) most[i] = one;
   }
+}
+
+// The `order` of n elements, and the largest of a few.
+void orders(const float* x, int64_t n, uint32_t* out) {
+  int64_t i = 0;
+  for (; i + Lanes::N <= n; i += Lanes::N)
+    Lanes::store(reinterpret_cast<int32_t*>(out + i), order(Lanes::load(x + i)));
+  for (; i < n; ++i) out[i] = order_of(x + i);
+}
+
+uint32_t largest_of(const uint32_t* orders, int64_t n) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) most = orders[i] > most ? orders[i] : most;
+  return most;
+}
+
+uint32_t largest_of_few(const float* x, int64_t n) {
+  uint32_t most = 0;
+  for (int64_t i = 0; i < n; ++i) most = order_of(x + i) > most ? order_of(x + i) : most;
+  return most;
 }
 
 int32_t shared_exponent(const swalp_format& f, uint32_t largest_magnitude) {

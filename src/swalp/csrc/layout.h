@@ -1,6 +1,7 @@
 // Which elements, in which order, by which thread.
 #pragma once
 #include <stdlib.h>
+#include <string.h>
 
 #include "noise.h"
 #include "parallel.h"
@@ -11,7 +12,6 @@ namespace {
 // Below this many elements a second thread costs more than it saves, and on a busy machine a
 // parallel region can stall for milliseconds.
 constexpr int64_t kSerial = 1 << 16;
-constexpr int64_t kChunk = 1024;      // elements whose noise is made at a time: it stays in L1
 constexpr int64_t kNoise = kChunk / 2 + kPadding;  // words of that
 constexpr int64_t kStretch = 512;     // pieces that are worked on in order of memory: 2 MB or more
 constexpr int64_t kTile = 16384;      // the same of a transposed tile, at most: it stays in L2
@@ -223,12 +223,13 @@ struct Strips {
       blocks *= grid[axis];
     }
     owner = grid[0] > 1 ? 0 : 1;
-    // Along the last axis strips should be wide, as memory is read row by row.
+    // Strips should be wide, as memory is read row by row.
     step = 1;
-    if (owner == l.dims - 1) {
-      int64_t width = l.size[owner] / threads;
+    const int64_t block = l.extent[owner] * stride[owner];
+    if (owner > 0 || block < 256) {
+      int64_t width = grid[owner] * block / threads;
       width = width < 256 ? 256 : width > 16384 ? 16384 : width;
-      step = (width + l.extent[owner] - 1) / l.extent[owner];
+      step = (width + block - 1) / block;
     }
   }
 
@@ -277,10 +278,20 @@ struct Strips {
 bool run_strips(const Task& task, int32_t* exponents) {
   const Strips strips(task.layout, task.threads);
   const int64_t shares = (strips.grid[strips.owner] + strips.step - 1) / strips.step;
-  const bool each = task.layout.extent[task.layout.dims - 1] == 1;
+  const int64_t extent = task.layout.extent[task.layout.dims - 1];
+  const bool each = extent == 1, few = extent < kShort;
   return parallel(shares, task.threads, [&](int64_t first, int64_t last) {
     alignas(64) uint32_t buffer[kNoise];
     bool lost = false;
+    // Of short blocks: neighbours from `start` on, each with its exponent, until they are a chunk.
+    int32_t own[kChunk];
+    int64_t start = 0, count = 0;
+    const auto finish = [&] {
+      const Words words = fill(task.noise, start, count, buffer);
+      lost |= task.kernel.columns(task.format, task.rule, task.x + start,
+                                  task.out + start * task.item, count, words, own);
+      count = 0;
+    };
     for (int64_t share = first; share < last; ++share) {
       const int64_t begin = share * strips.step, all = strips.grid[strips.owner];
       const int64_t end = begin + strips.step < all ? begin + strips.step : all;
@@ -289,23 +300,33 @@ bool run_strips(const Task& task, int32_t* exponents) {
       strips.walk_blocks(begin, end, [&](int64_t block) { most[block] = 0; });
       strips.walk(begin, end, !each, [&](int64_t at, int64_t n, int64_t block) {
         if (each) return largest_each(task.x + at, n, most + block);
-        const uint32_t here = largest(task.x + at, n).magnitude;
+        const uint32_t here =
+            few ? largest_of_few(task.x + at, n) : largest(task.x + at, n).magnitude;
         if (here > most[block]) most[block] = here;
       });
       strips.walk_blocks(begin, end, [&](int64_t block) {
         exponents[block] = shared_exponent(task.format, most[block]);
       });
       strips.walk(begin, end, !each, [&](int64_t at, int64_t n, int64_t block) {
-        for (int64_t done = 0; done < n; done += kChunk) {
-          const int64_t here = at + done, count = n - done < kChunk ? n - done : kChunk;
-          const Words words = fill(task.noise, here, count, buffer);
-          if (each)
-            lost |= task.kernel.columns(task.format, task.rule, task.x + here,
-                                        task.out + here * task.item, count, words,
-                                        exponents + block + done);
-          else lost |= task.span(here, count, words, {exponents[block], false});
+        for (int64_t done = 0; done < n;) {
+          if (few && (count == kChunk || (count && at + done != start + count))) finish();
+          const int64_t here = at + done, room = kChunk - count, left = n - done;
+          const int64_t part = left < room ? left : room;
+          done += part;
+          if (!few) {
+            const Words words = fill(task.noise, here, part, buffer);
+            lost |= task.span(here, part, words, {exponents[block], false});
+            continue;
+          }
+          if (count == 0) start = here;
+          const int32_t* const from = exponents + block;
+          if (each) memcpy(own + count, from + (here - at), part * sizeof(int32_t));
+          else
+            for (int64_t i = 0; i < part; ++i) own[count + i] = *from;
+          count += part;
         }
       });
+      if (count) finish();
     }
     return lost;
   });

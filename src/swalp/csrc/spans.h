@@ -6,6 +6,11 @@
 
 namespace {
 
+constexpr int64_t kChunk = 1024;  // elements whose noise is made at a time: it stays in L1
+
+// Blocks of fewer neighbours are no work for vectors one by one: each element gets its exponent.
+constexpr int64_t kShort = 2 * Lanes::N;
+
 // Quantizes n elements. Returns whether a NaN was lost.
 template <class Op, class Out>
 inline __attribute__((always_inline)) bool each(const Op& op, const float* x, Out* out, int64_t n,
@@ -39,7 +44,8 @@ inline __attribute__((always_inline)) bool each(const Op& op, const float* x, Ou
   if (i < n) {
     float from[N] = {};
     Out to[N];
-    uint16_t bits[N] = {};
+    uint16_t bits[N];
+    for (int k = 0; k < N; ++k) bits[k] = 0xffff;  // no zero is undecided
     for (int k = 0; i + k < n; ++k) {
       from[k] = x[i + k];
       if constexpr (Op::stochastic) bits[k] = upper[i + k];
@@ -48,6 +54,21 @@ inline __attribute__((always_inline)) bool each(const Op& op, const float* x, Ou
     for (int k = 0; i + k < n; ++k) out[i + k] = to[k];
   }
   return !op.f.has_nan && Lanes::any(nan);
+}
+
+// The same, each element with a shared exponent of its own: `make` gives the op of a vector of them.
+template <class Out, class Make>
+inline __attribute__((always_inline)) bool each_with(const float* x, Out* out, int64_t n, const Words& words,
+                                                     const int32_t* shared, const Make& make) {
+  constexpr int N = Lanes::N;
+  bool lost = false;
+  int64_t i = 0;
+  for (; i + N <= n; i += N)
+    lost |= each(make(Lanes::load(shared + i)), x + i, out + i, N, words.from(i));
+  if (i == n) return lost;
+  int32_t rest[N] = {};
+  for (int k = 0; i + k < n; ++k) rest[k] = shared[i + k];
+  return lost | each(make(Lanes::load(rest)), x + i, out + i, n - i, words.from(i));
 }
 
 int32_t gap_of(const swalp_format& f, int32_t shared) {
@@ -71,7 +92,13 @@ template <template <int> class Op, int way> struct Plain {
                   const Words& words, Scale scale) {
     return each(Op<way>(f, rule, Lanes::set(scale.exponent)), x, out, n, words);
   }
-  static Op<way> lanes(const swalp_format& f, const Rule& rule, I shared) { return {f, rule, shared}; }
+  template <class Out>
+  static bool run_each(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
+                       const Words& words, const int32_t* shared) {
+    return each_with(x, out, n, words, shared, [&](I own) __attribute__((always_inline)) {
+      return Op<way>(f, rule, own);
+    });
+  }
 };
 
 template <int way> struct Gridded {
@@ -88,8 +115,19 @@ template <int way> struct Gridded {
     }
     return each(Grid<way, kOrdinary>(f, rule, gaps), x, out, n, words);
   }
-  static Grid<way, kExtreme> lanes(const swalp_format& f, const Rule& rule, I shared) {
-    return {f, rule, Lanes::max(Lanes::add(shared, Lanes::set(f.gap_offset)), Lanes::set(kLowestGap))};
+  template <class Out>
+  static bool run_each(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
+                       const Words& words, const int32_t* shared) {
+    bool extreme = false;
+    for (int64_t i = 0; i < n; ++i) extreme |= is_extreme(shared[i] + f.gap_offset);
+    if (extreme)
+      return each_with(x, out, n, words, shared, [&](I own) __attribute__((always_inline)) {
+        const I gaps = Lanes::add(own, Lanes::set(f.gap_offset));
+        return Grid<way, kExtreme>(f, rule, Lanes::max(gaps, Lanes::set(kLowestGap)));
+      });
+    return each_with(x, out, n, words, shared, [&](I own) __attribute__((always_inline)) {
+      return Grid<way, kOrdinary>(f, rule, Lanes::add(own, Lanes::set(f.gap_offset)));
+    });
   }
 };
 
@@ -99,32 +137,34 @@ bool span(const swalp_format& f, const Rule& rule, const float* x, void* out, in
   return Family::run(f, rule, x, static_cast<Out*>(out), n, words, scale);
 }
 
-// Blocks that follow each other in memory.
+// A shared exponent for each element.
+template <class Family, class Out>
+bool columns(const swalp_format& f, const Rule& rule, const float* x, void* out, int64_t n,
+             const Words& words, const int32_t* shared) {
+  return Family::run_each(f, rule, x, static_cast<Out*>(out), n, words, shared);
+}
+
+// Blocks that follow each other in memory: kChunk elements at most.
 template <class Family, class Out>
 bool rows(const swalp_format& f, const Rule& rule, const float* x, void* out, int64_t count,
           int64_t length, const Words& words, int32_t* shared) {
+  if (length < kShort) {
+    int32_t own[kChunk];
+    uint32_t magnitudes[kChunk];
+    orders(x, count * length, magnitudes);
+    for (int64_t row = 0; row < count; ++row) {
+      const int32_t exponent = shared_exponent(f, largest_of(magnitudes + row * length, length));
+      if (shared) shared[row] = exponent;
+      for (int64_t i = 0; i < length; ++i) own[row * length + i] = exponent;
+    }
+    return columns<Family, Out>(f, rule, x, out, count * length, words, own);
+  }
   bool lost = false;
   for (int64_t row = 0; row < count; ++row) {
     const int64_t at = row * length;
     const Scale scale = scale_of(f, largest(x + at, length));
     if (shared) shared[row] = scale.exponent;
     lost |= Family::run(f, rule, x + at, static_cast<Out*>(out) + at, length, words.from(at), scale);
-  }
-  return lost;
-}
-
-// A shared exponent for each element.
-template <class Family, class Out>
-bool columns(const swalp_format& f, const Rule& rule, const float* x, void* out, int64_t n,
-             const Words& words, const int32_t* shared) {
-  constexpr int N = Lanes::N;
-  bool lost = false;
-  for (int64_t i = 0; i < n; i += N) {
-    const int64_t count = n - i < N ? n - i : N;
-    int32_t padded[N] = {};
-    for (int64_t k = 0; k < count; ++k) padded[k] = shared[i + k];
-    lost |= each(Family::lanes(f, rule, Lanes::load(padded)), x + i, static_cast<Out*>(out) + i,
-                 count, words.from(i));
   }
   return lost;
 }
