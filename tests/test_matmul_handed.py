@@ -1,16 +1,17 @@
-"""The three steps of a layer's backward pass: what autograd users see is as with one."""
+"""The two steps of a layer's backward pass: what autograd users see is as with one."""
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import swalp
 from swalp.matmul import handed
 from swalp.packed import PackedTensor
 
 
-@pytest.fixture(params=["one step", "three steps"], autouse=True)
+@pytest.fixture(params=["one step", "two steps"], autouse=True)
 def steps(request, monkeypatch):
-    if request.param == "three steps":
+    if request.param == "two steps":
         monkeypatch.setattr(handed, "SMALL", 0)
 
 
@@ -114,6 +115,28 @@ def test_results_may_be_changed_in_place(shape):
         y.sum().backward()
         gradients.append((given.grad, y.detach()))
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_gradient_that_came_in_is_let_go_unless_somebody_holds_it(held):
+    model, kept, gone, after = _model(), [], [], []
+    x = torch.randn(32, 16, requires_grad=True)
+    hidden = model[0](x)
+    y = model[2](model[1](hidden))
+
+    def note(grad):
+        gone.append(StorageWeakRef(grad.untyped_storage()))
+        if held:
+            kept.append(grad)
+
+    hidden.register_hook(note)
+    weight = model[0].weight
+    weight.register_post_accumulate_grad_hook(lambda _: after.append(gone[0].expired()))
+    y.square().sum().backward()
+    assert after == [not held]
+    if held:
+        assert kept[0].shape == hidden.shape
+        assert kept[0].abs().max() > 0
 
 
 def test_gradients_of_gradients_are_refused():

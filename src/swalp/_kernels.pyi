@@ -71,12 +71,12 @@ class AdamParameter:
 def sgd(
     parameters: list[SgdParameter], lr: float, momentum: float, weight_decay: float,
     nesterov: bool, packed: bool, has_gradient: bool, threads: int, /,
-) -> bool: ...  # fmt: skip
+) -> tuple[bool, bool]: ...  # fmt: skip
 def adam(
     parameters: list[AdamParameter], rate: float, share1: float, beta2: float, share2: float,
     correction2: float, eps: float, weight_decay: float, decoupled: bool, packed: bool,
     has_gradient: bool, threads: int, /,
-) -> bool: ...  # fmt: skip
+) -> tuple[bool, bool]: ...  # fmt: skip
 def quantize(
     fmt: Format, layout: Layout, x: int, out: int, output: int, exponents: int,
     exponent_bytes: int, rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,

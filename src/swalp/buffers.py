@@ -128,18 +128,15 @@ def empty(*shape: int, channels_last: bool = False, dtype: torch.dtype = torch.f
         channels_last: whether dimension 1 is the last in memory; else the tensor is contiguous.
         dtype: of the tensor.
     """
-    size = dtype.itemsize * math.prod(shape)
-    if size < SMALLEST and not channels_last:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    strides = _strides(shape, channels_last)
+    count = math.prod(shape)
+    size = dtype.itemsize * count
     if size < SMALLEST:
-        return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
+        if channels_last:
+            return torch.empty_strided(shape, _strides(shape), dtype=dtype, device="cpu")
+        return torch.empty(shape, dtype=dtype, device="cpu")
     regions = _codes if dtype.itemsize == 1 else _regions
-    place = _take(-(-size // _PAGE) * _PAGE, regions)
-    memory = torch.frombuffer(place, dtype=torch.uint8, count=size)
-    return torch.empty(0, dtype=dtype, device="cpu").set_(
-        memory.untyped_storage(), 0, shape, strides
-    )
+    memory = torch.frombuffer(_take(-(-size // _PAGE) * _PAGE, regions), dtype=dtype, count=count)
+    return memory.as_strided_(shape, _strides(shape)) if channels_last else memory.resize_(shape)
 
 
 def holds(x: Tensor) -> bool:
@@ -219,10 +216,10 @@ def _region(size: int) -> _Region:
         return _Region(size)
 
 
-def _strides(shape: Sequence[int], channels_last: bool) -> tuple[int, ...]:
-    order = [0, *range(2, len(shape)), 1] if channels_last else range(len(shape))
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a tensor whose dimension 1 is the last in memory."""
     strides, step = [0] * len(shape), 1
-    for axis in reversed(order):
+    for axis in reversed([0, *range(2, len(shape)), 1]):
         strides[axis] = step
         step *= max(shape[axis], 1)
     return tuple(strides)

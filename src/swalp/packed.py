@@ -143,6 +143,11 @@ class PackedTensor(torch.Tensor):
         self._found = (weakref.ref(self.codes), version, nan) if known else None
         return nan
 
+    def note_no_nan(self) -> None:
+        """Take it from who wrote the codes that no element is NaN, until they change."""
+        codes = self.codes
+        self._found = None if codes.is_inference() else (weakref.ref(codes), codes._version, False)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # untyped
         return f"PackedTensor({self.dequantize()!r}, format={self.format}, nbytes={self.nbytes})"
 

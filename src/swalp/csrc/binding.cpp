@@ -240,16 +240,17 @@ void bind_adam(swalp_adam_parameter& p, uint32_t step, uintptr_t gradient, uintp
     role->rounding.step = step;
 }
 
-// One step of all parameters, without the interpreter's lock. Returns whether a NaN was lost.
+// One step of all parameters, without the interpreter's lock. Returns whether a NaN was lost, and whether
+// all weights were finite.
 template <class Hyper, class Parameter>
-bool optimize(int (*step)(const Hyper*, const Parameter*, int64_t, int), const Hyper& hyper,
+std::tuple<bool, bool> optimize(int (*step)(const Hyper*, const Parameter*, int64_t, int), const Hyper& hyper,
               const std::vector<Parameter*>& parameters, int threads) {
   std::vector<Parameter> all;
   for (const Parameter* p : parameters) all.push_back(*p);
   nb::gil_scoped_release unlocked;
-  const int lost = step(&hyper, all.data(), static_cast<int64_t>(all.size()), threads);
-  if (lost < 0) throw std::bad_alloc();
-  return lost != 0;
+  const int flags = step(&hyper, all.data(), static_cast<int64_t>(all.size()), threads);
+  if (flags < 0) throw std::bad_alloc();
+  return {flags & SWALP_LOST, !(flags & SWALP_STRANGE)};
 }
 
 // Calls `run` with a trajectory, without the interpreter's lock, so that Python threads run many.

@@ -90,14 +90,14 @@ inline __attribute__((always_inline)) State vectors(int64_t n, State state, cons
   return i < n ? body(i, n - i, std::false_type(), state) : state;
 }
 
-// Numbers of a block as they are kept: floats on their grid, or codes. `plain`: known to have neither
-// an extreme exponent nor a code for NaN.
+// Numbers of a block as they are kept: floats on their grid, or codes. `plain`: without an extreme
+// exponent, and none of them NaN.
 template <class Kept> struct Stored;
 
 template <> struct Stored<float> {
   static constexpr int output = SWALP_FLOAT32;
   Stored(const swalp_format&, int32_t) {}
-  bool is_plain() const { return true; }
+  bool are_plain(const float*, int64_t) const { return true; }
   template <bool whole, bool plain = false> F get(const float* from, int64_t n) const {
     return load<whole>(from, n);
   }
@@ -106,16 +106,23 @@ template <> struct Stored<float> {
 template <> struct Stored<int8_t> {
   static constexpr int output = SWALP_CODE8;
   bool has_nan, extreme;
+  int nan_code;
   I nan;
   F first, second;  // 2**gap is `first`, or if `extreme` their product: with a code, exact
-  Stored(const swalp_format& f, int32_t shared) : has_nan(f.has_nan), nan(Lanes::set(f.nan_code)) {
+  Stored(const swalp_format& f, int32_t shared)
+      : has_nan(f.has_nan), nan_code(f.nan_code), nan(Lanes::set(f.nan_code)) {
     const int32_t gap = gap_of(f, shared);
     extreme = gap < -126 || gap > 126;
     const int32_t half = extreme ? gap / 2 : gap;
     first = power_of_two(Lanes::set(half));
     second = power_of_two(Lanes::set(gap - half));
   }
-  bool is_plain() const { return !has_nan && !extreme; }
+  bool are_plain(const int8_t* from, int64_t n) const {
+    if (extreme || !has_nan) return !extreme;
+    int8_t lowest = INT8_MAX;  // NaN has the lowest code
+    for (int64_t i = 0; i < n; ++i) lowest = from[i] < lowest ? from[i] : lowest;
+    return lowest != nan_code;
+  }
   template <bool whole, bool plain = false> F get(const int8_t* from, int64_t n) const {
     const I code = load<whole>(from, n);
     F value = Lanes::mul(Lanes::convert(code), first);
@@ -139,7 +146,9 @@ template <int values> struct Block {
   Raised gradient;              // the largest magnitudes: of the gradient,
   Raised most[values];          // of what will be rounded,
   Raised surveyed[values + 1];  // and of that and one number more, before any noise
-  int lost = 0;
+  int flags = 0;                // of SWALP_LOST, SWALP_STRANGE
+
+  void flag(int bit) { __atomic_fetch_or(&flags, bit, __ATOMIC_RELAXED); }
 };
 
 // Steps of a parameter do not keep more floats than this for a block before its exponents are known.
@@ -286,7 +295,9 @@ template <class Kept> struct SgdStep {
       most = walk(b, at, n, g, to.of[kVelocity] + (at - begin), to.of[kMoved] + (at - begin), most);
     });
     b.most[kVelocity].raise(largest_of(most.velocity, to.of[kVelocity], count));
-    b.most[kMoved].raise(largest_of(most.moved, to.of[kMoved], count));
+    const Largest moved = largest_of(most.moved, to.of[kMoved], count);
+    if (!moved.finite) b.flag(SWALP_STRANGE);
+    b.most[kMoved].raise(moved);
   }
 
   void keep(Shared& b, int64_t begin, int64_t count, const Scratch<values>& from, const Raised* most,
@@ -300,7 +311,7 @@ template <class Kept> struct SgdStep {
         lost |= momentum.template keep<Kept>(from.of[kVelocity] + kept, p.momentum, place, n, v, buffer);
       lost |= weight.template keep<Kept>(from.of[kMoved] + kept, p.weight, place, n, w, buffer);
     });
-    if (lost) __atomic_store_n(&b.lost, 1, __ATOMIC_RELAXED);
+    if (lost) b.flag(SWALP_LOST);
   }
 
   void finish(const Shared& b, const Raised* most) const {
@@ -332,20 +343,21 @@ template <class Kept> struct SgdStep {
               Wanted most) const {
     const Stored<Kept> weights(weight.format, b.before[kMoved]);
     const Stored<Kept> velocities(momentum.format, b.before[kVelocity]);
-    return weights.is_plain() && velocities.is_plain()
-               ? walk<true>(b, at, n, g, weights, velocities, velocity, next, most)
-               : walk<false>(b, at, n, g, weights, velocities, velocity, next, most);
+    alignas(64) Kept weight_room[kRoom<Kept>], momentum_room[kRoom<Kept>];
+    const Kept* const w0 = weight.kept(p.weight, b.base + at, n, weight_room);
+    const Kept* const m0 = h.has_momentum ? momentum.kept(p.momentum, b.base + at, n, momentum_room) : nullptr;
+    return weights.are_plain(w0, n) && (!m0 || velocities.are_plain(m0, n))
+               ? walk<true>(n, g, weights, w0, velocities, m0, velocity, next, most)
+               : walk<false>(n, g, weights, w0, velocities, m0, velocity, next, most);
   }
 
   template <bool plain, class Wanted>
-  Wanted walk(const Shared& b, int64_t at, int64_t n, const float* g, const Stored<Kept>& weights,
-              const Stored<Kept>& velocities, float* velocity, float* next, Wanted most) const {
+  Wanted walk(int64_t n, const float* g, const Stored<Kept>& weights, const Kept* w0,
+              const Stored<Kept>& velocities, const Kept* m0, float* velocity, float* next,
+              Wanted most) const {
     constexpr bool stores = Wanted::stores;
     const F decay = Lanes::set(h.weight_decay), rho = Lanes::set(h.momentum), rate = Lanes::set(-h.lr);
     const bool decays = h.weight_decay != 0, has_momentum = h.has_momentum, nesterov = h.nesterov;
-    alignas(64) Kept weight_room[kRoom<Kept>], momentum_room[kRoom<Kept>];
-    const Kept* const w0 = weight.kept(p.weight, b.base + at, n, weight_room);
-    const Kept* const m0 = has_momentum ? momentum.kept(p.momentum, b.base + at, n, momentum_room) : nullptr;
     const auto larger = [](I most, F x) __attribute__((always_inline)) {
       return Lanes::max_unsigned(most, twice_bits(x));
     };
@@ -450,7 +462,9 @@ template <class Kept> struct AdamStep {
       });
     });
     b.most[kMoment].raise(largest_of(most.moment, to.of[kMoment], count));
-    b.most[kMoved].raise(largest_of(most.moved, to.of[kMoved], count));
+    const Largest moved = largest_of(most.moved, to.of[kMoved], count);
+    if (!moved.finite) b.flag(SWALP_STRANGE);
+    b.most[kMoved].raise(moved);
   }
 
   void keep(Shared& b, int64_t begin, int64_t count, const Scratch<values>& from, const Raised* most,
@@ -464,7 +478,7 @@ template <class Kept> struct AdamStep {
       lost |= root.template keep<Kept>(from.of[kRoot] + kept, p.root, place, n, {}, buffer);
       lost |= weight.template keep<Kept>(from.of[kMoved] + kept, p.weight, place, n, w, buffer);
     });
-    if (lost) __atomic_store_n(&b.lost, 1, __ATOMIC_RELAXED);
+    if (lost) b.flag(SWALP_LOST);
   }
 
   void finish(const Shared& b, const Raised* most) const {
@@ -515,7 +529,7 @@ int optimize(const Hyper& hyper, const Parameter* parameters, int64_t count, int
   if (!floats) return -1;
   typename Step::Shared common = {};
   int64_t next = 0;  // share of the short blocks
-  int lost = 0;
+  int flags = 0;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
 #endif
@@ -548,7 +562,7 @@ int optimize(const Hyper& hyper, const Parameter* parameters, int64_t count, int
         if (me == 0) common = step.block(i);
         wait();
         const Raised* most = long_block(step, common, begin, end - begin, scratch, buffer, wait);
-        if (common.lost) __atomic_store_n(&lost, 1, __ATOMIC_RELAXED);
+        __atomic_fetch_or(&flags, common.flags, __ATOMIC_RELAXED);
         if (me == 0) step.finish(common, most);
       }
     }
@@ -573,13 +587,13 @@ int optimize(const Hyper& hyper, const Parameter* parameters, int64_t count, int
             most = long_block(step, b, 0, p.length, scratch, buffer, [] {});
           }
           step.finish(b, most);
-          if (b.lost) __atomic_store_n(&lost, 1, __ATOMIC_RELAXED);
+          if (b.flags) __atomic_fetch_or(&flags, b.flags, __ATOMIC_RELAXED);
         }
       }
       share += shares;
     }
   }
-  return lost;
+  return flags;
 }
 
 int adam(const swalp_adam* hyper, const swalp_adam_parameter* parameters, int64_t count, int threads) {

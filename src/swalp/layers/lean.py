@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from swalp import buffers
-from swalp.layers.owned import alone, references
 from swalp.layers.single import QuantizedLayer
 from swalp.matmul.again import Again, again_of
 from swalp.matmul.once import once
+from swalp.matmul.owned import alone, references
 from swalp.packed import PackedTensor
 from swalp.quantize import plans, storage
 

@@ -27,9 +27,9 @@ class Again(NamedTuple):
 _known: dict[int, tuple[weakref.ref[Tensor], Again, int]] = {}
 
 
-def carry(inner: Tensor, y: Tensor) -> Tensor:
-    """`y`, with what the context of the function that made `inner` calls `again`."""
-    node = inner.grad_fn
+def carry(y: Tensor) -> Tensor:
+    """`y`, with what the context of the function that made it calls `again`."""
+    node = y.grad_fn
     if node is not None and (again := getattr(node, "again", None)) is not None:
         del node.again  # type: ignore[attr-defined]  # the context of a function is its node
         place = id(y)

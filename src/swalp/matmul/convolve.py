@@ -13,7 +13,7 @@ from swalp.formats import Format
 from swalp.matmul import convolution
 from swalp.matmul.again import Again, carry
 from swalp.matmul.convolution import Weight, Window
-from swalp.matmul.handed import Handed
+from swalp.matmul.handed import Handed, let_go
 from swalp.matmul.linear import (
     Quantization,
     apart,
@@ -25,6 +25,7 @@ from swalp.matmul.linear import (
 )
 from swalp.matmul.once import once
 from swalp.matmul.operands import Operand, values
+from swalp.matmul.owned import alone, references
 from swalp.matmul.products import channel_sums
 from swalp.packed import PackedTensor
 
@@ -58,12 +59,11 @@ def convolve(
     Returns:
         float32, (batch, out, ...), channels last in memory.
     """
-    size = window.out_size(x.shape[2:], weight.shape[2:])
-    handed = Handed(x.shape, (x.shape[0], weight.shape[0], *size))
+    handed = Handed(x, weight)
     y: Tensor = _Convolve.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
         handed.gradient_of(x), weight, bias, window, weight_format, activation, error, handed
     )
-    return carry(y, handed.errors_of(y))
+    return carry(y)
 
 
 def _again(
@@ -97,9 +97,8 @@ class _Convolve(torch.autograd.Function):
         inputs = operand(x, activation)
         weights = weight_operand(weight, weight_format)
         added = bias_values(bias)
-        handed.round = partial(operand, quantization=error)
         ctx.handed, ctx.weight_format, ctx.window = handed, weight_format, window
-        ctx.size, ctx.has_bias = x.shape[2:], bias is not None
+        ctx.error, ctx.shape, ctx.has_bias = error, x.shape, bias is not None
         keep(ctx, inputs, weight)
         if isinstance(inputs, Operand) and isinstance(weights, Operand):
             packed = Weight(weights, window.groups)
@@ -115,20 +114,21 @@ class _Convolve(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mine = references(grad) == alone()
         inputs, (weight,) = kept(ctx)
         window: Window = ctx.window
-        errors = ctx.handed.take_errors(grad)
+        errors = operand(grad, ctx.error)
+        let_go(grad, mine)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             weights = weight_operand(weight, ctx.weight_format)
             if isinstance(errors, Operand) and isinstance(weights, Operand):
                 packed = Weight(weights, window.groups)
                 packed.packed(True)  # a copy, which an optimizer leaves alone
-                compute = partial(convolution.input_gradient, errors, packed, ctx.size, window)
+                compute = partial(convolution.input_gradient, errors, packed, ctx.shape[2:], window)
             else:
                 compute = partial(_backward, errors, inputs, apart(weights, weight), window, 0)
-            shape = (grad.shape[0], weight.shape[1] * window.groups, *ctx.size)
-            dx = ctx.handed.later(shape, compute)
+            dx = ctx.handed.later(ctx.shape, compute)
         if ctx.needs_input_grad[1]:
             if isinstance(errors, Operand) and isinstance(inputs, Operand):
                 last = not weight.is_contiguous()
@@ -139,7 +139,7 @@ class _Convolve(torch.autograd.Function):
             if isinstance(errors, Operand):
                 db = channel_sums(errors)
             else:
-                db = errors.sum([0, *range(2, grad.dim())])
+                db = errors.sum([0, *range(2, errors.dim())])
         return dx, dw, db, None, None, None, None, None
 
 

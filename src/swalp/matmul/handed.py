@@ -1,17 +1,16 @@
-"""A layer's backward pass in three steps, so that its large float tensors are not alive at once.
+"""A layer's backward pass so that its large float tensors are not alive at once.
 
-A function of autograd holds the gradient that came in until it returns, and returns all results
-together: the gradients of output, weight and input, each as large as float32 is. As three functions
-one after the other, the first makes codes of the gradient of the output, and lets it go; the second
-gives the gradient of the weight, which an optimizer may use at once and free; the third makes that
-of the input. Between them go codes, by hand, and through autograd a zero that stands for a
-gradient. Small layers do without: there two functions of autograd take longer than their memory is
-worth.
+A function of autograd returns all its results together: the gradients of weight and input, and
+holds the gradient that came in until then. Each is as large as float32 is. So what came in is let
+go as soon as there are codes of it. And where both results are large, they are made by two
+functions, one after the other: the first gives the gradient of the weight, which an optimizer may
+use at once and free; the second that of the input. Between them goes, through autograd, a zero that
+stands for a gradient. Small layers do without: there a function of autograd takes longer than its
+memory is worth.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,88 +18,60 @@ import torch
 from torch import Tensor
 
 from swalp.matmul.once import once
-from swalp.matmul.operands import Operand
 
-SMALL = 1 << 18  # floats of an input and an output that may as well be alive at once
+SMALL = 1 << 19  # floats of a gradient that may as well be alive beside another
 
 
 class Handed:
-    """What the steps of one call of a layer hand on to each other.
+    """What the two steps of one call of a layer hand on to each other.
 
     Args:
-        input_shape: of the layer.
-        output_shape: likewise.
+        x: the input of the layer.
+        weight: its weight.
 
     Attributes:
-        at_once: whether there is but one step, as input and output are `SMALL`.
-        round: makes codes of the gradient of the output, or float values if it has a NaN.
+        at_once: whether there is but one step, as one of the gradients is `SMALL`.
     """
 
-    round: Callable[[Tensor], Operand | Tensor]
-
-    def __init__(self, input_shape: Sequence[int], output_shape: Sequence[int]) -> None:
-        self.at_once = max(math.prod(input_shape), math.prod(output_shape)) <= SMALL
-        self._errors: Operand | Tensor | None = None
+    def __init__(self, x: Tensor, weight: Tensor) -> None:
+        self.at_once = min(x.numel(), weight.numel()) <= SMALL
         self._compute: Callable[[], Tensor] | None = None
 
     def gradient_of(self, x: Tensor) -> Tensor:
-        """`x`, whose gradient is computed in the third step."""
+        """`x`, whose gradient is computed in the second step."""
         if self.at_once or not (x.requires_grad and torch.is_grad_enabled()):
             return x
         alias: Tensor = _Gradient.apply(x, self)  # type: ignore[no-untyped-call]  # PyTorch ships no type
         return alias
 
-    def errors_of(self, y: Tensor) -> Tensor:
-        """`y`, whose gradient is rounded in the first step."""
-        if self.at_once or not y.requires_grad:
-            return y
-        alias: Tensor = _Errors.apply(y, self)  # type: ignore[no-untyped-call]  # PyTorch ships no type
-        return alias
-
-    def take_errors(self, grad: Tensor) -> Operand | Tensor:
-        """The rounded gradient of the output, in the second step, whose argument is `grad`."""
-        if self.at_once:
-            return self.round(grad)
-        errors, self._errors = self._errors, None
-        assert errors is not None  # the first step ran
-        return errors
-
     def later(self, shape: Sequence[int], compute: Callable[[], Tensor]) -> Tensor:
-        """What the second step returns, for `compute` to give the gradient in the third.
+        """What the first step returns, for `compute` to give the gradient in the second.
 
         By then the weight may be another: unless `at_once`, `compute` needs a copy of its own.
         """
         if self.at_once:
             return compute().detach()  # no view: nothing else refers to its memory
         self._compute = compute
-        return _stand_in(shape)
+        return torch.zeros((), dtype=torch.float32, device="cpu").expand(tuple(shape))
 
 
-class _Errors(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, handed: Handed) -> Tensor:
-        ctx.handed = handed
-        return y.detach()  # an alias, but no view
+def let_go(grad: Tensor, mine: bool) -> None:
+    """Free the memory of a gradient that came in, if it is nobody else's.
 
-    @staticmethod
-    @once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.handed._errors = ctx.handed.round(grad)
-        return _stand_in(grad.shape), None
+    From here on it has no elements. `mine`: as `owned` tells.
+    """
+    if mine:
+        grad.set_()  # type: ignore[call-overload]  # PyTorch's stub wants a source
 
 
 class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, handed: Handed) -> Tensor:
         ctx.handed = handed
-        return x.detach()
+        return x.detach()  # an alias, but no view
 
     @staticmethod
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         compute, ctx.handed._compute = ctx.handed._compute, None
         return compute().detach(), None  # no view
-
-
-def _stand_in(shape: Sequence[int]) -> Tensor:
-    return torch.zeros((), dtype=torch.float32, device="cpu").expand(tuple(shape))

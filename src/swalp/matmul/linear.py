@@ -12,9 +12,10 @@ from torch import Tensor
 from swalp import buffers
 from swalp.formats import Format
 from swalp.matmul.again import Again, carry
-from swalp.matmul.handed import Handed
+from swalp.matmul.handed import Handed, let_go
 from swalp.matmul.once import once
 from swalp.matmul.operands import Operand, of_packed, quantized
+from swalp.matmul.owned import alone, references
 from swalp.matmul.products import channel_sums, product
 from swalp.packed import PackedTensor
 from swalp.quantize import quantize
@@ -54,12 +55,11 @@ def linear(
     Returns:
         float32, (..., out_features).
     """
-    features = weight.shape[1] if transposed else weight.shape[0]
-    handed = Handed(x.shape, (*x.shape[:-1], features))
+    handed = Handed(x, weight)
     y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
         handed.gradient_of(x), weight, bias, weight_format, activation, error, transposed, handed
     )
-    return carry(y, handed.errors_of(y))
+    return carry(y)
 
 
 def operand(x: Tensor, quantization: Quantization) -> Operand | Tensor:
@@ -133,9 +133,8 @@ class _Linear(torch.autograd.Function):
         inputs = rows(operand(x, activation))
         weights = weight_operand(weight, weight_format)
         added = bias_values(bias)
-        handed.round = partial(_rounded_rows, quantization=error)
         ctx.weight_format, ctx.shape, ctx.handed = weight_format, x.shape, handed
-        ctx.has_bias, ctx.transposed = bias is not None, transposed
+        ctx.error, ctx.has_bias, ctx.transposed = error, bias is not None, transposed
         keep(ctx, inputs, weight)
         y = product(inputs, weights if transposed else transpose(weights), added)
         y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
@@ -148,8 +147,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mine = references(grad) == alone()
         inputs, (weight,) = kept(ctx)
-        errors = ctx.handed.take_errors(grad)
+        errors = rows(operand(grad, ctx.error))
+        let_go(grad, mine)
         dx = dw = db = None
         if ctx.needs_input_grad[0]:
             weights = weight_operand(weight, ctx.weight_format)
@@ -163,10 +164,6 @@ class _Linear(torch.autograd.Function):
         if ctx.has_bias and ctx.needs_input_grad[2]:
             db = column_sums(errors)
         return dx, dw, db, None, None, None, None, None
-
-
-def _rounded_rows(grad: Tensor, quantization: Quantization) -> Operand | Tensor:
-    return rows(operand(grad, quantization))
 
 
 def _input_gradient(

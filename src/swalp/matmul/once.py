@@ -15,6 +15,7 @@ Backward = Callable[[Any, Tensor], Any]
 
 def once(backward: Backward) -> Backward:
     """`once_differentiable`, which refuses several gradients at once as well."""
+    refuses: Backward = once_differentiable(backward)  # a second derivative
 
     @wraps(backward)
     def checked(ctx: Any, grad: Tensor) -> Any:
@@ -23,7 +24,7 @@ def once(backward: Backward) -> Backward:
                 "native layers take back one gradient at a time; leave is_grads_batched and "
                 'vectorize False, or convert with a recipe of product="simulated"'
             )
-        return backward(ctx, grad)
+        # Nobody records what happens here, most times, and then there is nothing to refuse.
+        return refuses(ctx, grad) if torch.is_grad_enabled() else backward(ctx, grad)
 
-    result: Backward = once_differentiable(checked)
-    return result
+    return checked

@@ -192,11 +192,11 @@ class Adam(LowPrecisionOptimizer):
 
     def _run(
         self, kernels: list[Any], packed: bool, has_gradient: bool, group: dict[str, Any]
-    ) -> bool:
-        lost = False
+    ) -> fused.Outcome:
+        lost, finite = False, True
         # The bias corrections depend on the step, and parameters may be at different ones.
         for step in sorted({kernel.step for kernel in kernels}):
-            lost |= fused.adam(
+            outcome = fused.adam(
                 [kernel for kernel in kernels if kernel.step == step],
                 step,
                 group["lr"],
@@ -207,4 +207,5 @@ class Adam(LowPrecisionOptimizer):
                 packed,
                 has_gradient,
             )
-        return lost
+            lost, finite = lost or outcome.lost, finite and outcome.finite
+        return fused.Outcome(lost, finite)

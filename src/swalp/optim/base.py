@@ -241,9 +241,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             else:
                 ready.setdefault(prepared.kind, []).append(prepared)
         for (packed, rounds), all_prepared in ready.items():
-            lost = self._run([one.kernel for one in all_prepared], packed, rounds, group)
-            fused.announce(all_prepared)
-            if lost:
+            outcome = self._run([one.kernel for one in all_prepared], packed, rounds, group)
+            fused.announce(all_prepared, outcome.finite)
+            if outcome.lost:
                 raise ValueError(
                     f"{type(self).__name__}: a parameter or its state became NaN, for which its "
                     f"format has no code; lower the learning rate, or go back to a checkpoint"
@@ -264,9 +264,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
     @abstractmethod
     def _run(
         self, kernels: list[Any], packed: bool, has_gradient: bool, group: dict[str, Any]
-    ) -> bool:
+    ) -> fused.Outcome:
         """Step parameters, all packed or none, all with a gradient role or none, by the compiled
-        step; whether a NaN had no code.
+        step.
         """
 
     def _groups(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, Tensor]]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +49,18 @@ def blocks(fmt: Format, shape: Sequence[int]) -> tuple[int, int] | None:
     return elements // length, length
 
 
+class Outcome(NamedTuple):
+    """What happened in a compiled step.
+
+    Attributes:
+        lost: whether a NaN had no code.
+        finite: whether all weights were finite, before they were rounded.
+    """
+
+    lost: bool
+    finite: bool
+
+
 def resident(tensor: Tensor) -> Tensor:
     """The memory a step works on: codes of a packed tensor, or the tensor itself."""
     return tensor.codes if isinstance(tensor, PackedTensor) else tensor
@@ -66,6 +78,7 @@ class Prepared:
         seed: of the run.
 
     Attributes:
+        parameter: which it is.
         kernel: of that kind, with its roles; None if the compiled step cannot take the tensors.
         kind: whether the parameter is packed, and whether gradients are rounded.
         written: the tensors whose memory a step writes to, each once.
@@ -80,7 +93,7 @@ class Prepared:
         name: str,
         seed: int,
     ) -> None:
-        parameter = kept[0]
+        self.parameter = parameter = kept[0]
         self.kind = isinstance(parameter, PackedTensor), recipe.gradient is not None
         self.kernel: Any = None
         self._for = recipe, roles, seed
@@ -138,9 +151,16 @@ def _memory(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
     return resident(tensor), tensor.exponents if isinstance(tensor, PackedTensor) else None
 
 
-def announce(steps: Sequence[Prepared]) -> None:
-    """Tell PyTorch of the memory that was written to, as operations of its own do."""
+def announce(steps: Sequence[Prepared], finite: bool) -> None:
+    """Tell PyTorch of the memory that was written to, as operations of its own do.
+
+    `finite`: of their `Outcome`.
+    """
     increment_version([tensor for step in steps for tensor in step.written])
+    if finite:
+        for step in steps:
+            if isinstance(step.parameter, PackedTensor):
+                step.parameter.note_no_nan()
 
 
 def _layout(memory: Tensor) -> tuple[object, ...]:
@@ -229,12 +249,13 @@ def sgd(
     nesterov: bool,
     packed: bool,
     has_gradient: bool,
-) -> bool:
-    """`sgd_step` of bound parameters, in place; whether a NaN had no code."""
-    return _kernels.sgd(
+) -> Outcome:
+    """`sgd_step` of bound parameters, in place."""
+    lost, finite = _kernels.sgd(
         kernels, lr, momentum, weight_decay, nesterov, packed, has_gradient,
         torch.get_num_threads(),
     )  # fmt: skip
+    return Outcome(lost, finite)
 
 
 def adam(
@@ -247,10 +268,10 @@ def adam(
     decoupled: bool,
     packed: bool,
     has_gradient: bool,
-) -> bool:
-    """`adam_step` of bound parameters, in place; whether a NaN had no code."""
+) -> Outcome:
+    """`adam_step` of bound parameters, in place."""
     decoupled = decoupled and weight_decay != 0
-    return _kernels.adam(
+    lost, finite = _kernels.adam(
         kernels,
         lr / (1 - betas[0] ** step),
         1 - betas[0],
@@ -264,6 +285,7 @@ def adam(
         has_gradient,
         torch.get_num_threads(),
     )
+    return Outcome(lost, finite)
 
 
 def root_values(root: Tensor) -> int:

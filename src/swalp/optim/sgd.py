@@ -171,7 +171,7 @@ class SGD(LowPrecisionOptimizer):
 
     def _run(
         self, kernels: list[Any], packed: bool, has_gradient: bool, group: dict[str, Any]
-    ) -> bool:
+    ) -> fused.Outcome:
         return fused.sgd(
             kernels,
             group["lr"],

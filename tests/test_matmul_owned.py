@@ -11,13 +11,14 @@ from torch._C._dynamo.eval_frame import set_eval_frame
 
 import swalp
 from swalp import buffers
-from swalp.layers import lean, owned
-from swalp.layers.owned import References
+from swalp.layers import lean
+from swalp.matmul import owned
+from swalp.matmul.owned import References
 from swalp.quantize import plans
 
 pytestmark = pytest.mark.skipif(not plans.available, reason="swalp was built without C++ kernels")
 
-ROWS, WIDTH = 1024, 512  # large enough for `buffers`, and for three steps
+ROWS, WIDTH = 1024, 1024  # large enough for `buffers`, and for two steps
 HOLDERS = {
     "the tensor": lambda h, kept: h.register_hook(lambda g: kept.append(g)),
     "an alias": lambda h, kept: h.register_hook(lambda g: kept.append(g.detach())),
@@ -86,7 +87,7 @@ def test_another_way_to_call_functions():
     """In a process of its own, as no error of Dynamo's may have been there before."""
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
-import torch; from torch import nn; import test_layers_owned as here
+import torch; from torch import nn; import test_matmul_owned as here
 for kind in (nn.ReLU, nn.GELU):
     results = [here.held_after_other_calls(kind, holders) for holders in range(1, 5)]
     here.lean.references = lambda _: here.References(0, 0, 0, 0)
