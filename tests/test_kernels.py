@@ -164,6 +164,26 @@ def test_values_and_codes_on_every_build(fmt):
     _kernels.use(before)
 
 
+@pytest.mark.parametrize("fmt", [*FORMATS, Minifloat(8, 7), Minifloat(5, 10)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_all_numbers_of_16_bits(dtype, fmt):
+    """By way of float32; where that would be another result, by the definition itself."""
+    make = torch.Generator().manual_seed(SEED)
+    numbers = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
+    shuffled = numbers[torch.randperm(1 << 16, generator=make)]
+    for x in (numbers.view(2, 8, 4096), shuffled.view(2, 64, 512).transpose(1, 2), numbers[:0]):
+        for rule in rules_of(fmt, RULES):
+            try:
+                check(x, fmt, rule)
+            except ValueError:  # it does not fit this dtype, or this shape
+                continue
+            got, want = dispatch.run(x, fmt, rule), reference.quantize(x, fmt, rule)
+            assert torch.equal(
+                got.contiguous().view(torch.int16), want.contiguous().view(torch.int16)
+            )
+            assert got.stride() == want.stride()
+
+
 def outcome(pack, x, fmt, rule):
     """The codes, or the words of the error."""
     try:

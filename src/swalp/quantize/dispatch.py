@@ -21,8 +21,12 @@ class SlowQuantizationWarning(RuntimeWarning):
 
 def run(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = None) -> Tensor:
     """Quantize `x`, already checked, into `out` or a new tensor, with the fastest exact kernel."""
-    if storage.has_memory(x) and _has_kernels() and plans.supports(fmt, rounding, x.dtype):
-        return cpu.quantize(x, fmt, rounding, out)
+    if storage.has_memory(x) and _has_kernels():
+        if plans.supports(fmt, rounding, x.dtype):
+            return cpu.quantize(x, fmt, rounding, out)
+        if plans.widens(fmt, x.dtype):
+            result = cpu.quantize(x.float(), fmt, rounding)
+            return (torch.empty_like(x) if out is None else out).copy_(result)
     result = reference.quantize(x, fmt, rounding)
     return result if out is None else out.copy_(result)
 

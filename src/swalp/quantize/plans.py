@@ -167,6 +167,22 @@ def supports(fmt: Format, rounding: Rounding, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and knows(fmt)
 
 
+def widens(fmt: Format, dtype: torch.dtype) -> bool:
+    """Whether float32 takes the place of `dtype` on the way to `fmt`, with the same result.
+
+    It holds every number of bfloat16 and float16, and what leaves these at the end leaves them in
+    the same way. But float16 ends below 2**16, where a block in two's complement has to know it.
+    """
+    if dtype == torch.bfloat16:
+        return knows(fmt)
+    integers: BlockFloat | FixedPoint | None = fmt if isinstance(fmt, BlockFloat) else None
+    if isinstance(fmt, Microscaling) and isinstance(fmt.element, FixedPoint):
+        integers = fmt.element
+    if integers is not None and integers.min_integer < -integers.max_integer:
+        return False
+    return dtype == torch.float16 and knows(fmt)
+
+
 def knows(fmt: Format) -> bool:
     """Whether the kernels have that format."""
     return plan_of(fmt).kernel is not None
