@@ -215,3 +215,19 @@ def test_weights_that_are_computed_anew_are_refused():
         torch.nn.utils.parametrizations.weight_norm(layer, name)
         with pytest.raises(ValueError, match="computes its weights anew each time"):
             swalp.convert(layer, "paper-big-block-4")
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_packed_weights_train_to_the_same_numbers(kind):
+    found = []
+    for packed in (False, True):
+        torch.manual_seed(0)
+        model = swalp.convert(kind(8, 16, num_layers=2), "paper-small-block-8", packed=packed)
+        optimizer = swalp.optim.SGD(model, lr=0.1, momentum=0.9, recipe="paper-small-block-8")
+        x = torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(1))
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x)[0].square().sum().backward()
+            optimizer.step()
+        found.append([torch.zeros_like(p).copy_(p.detach()) for p in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

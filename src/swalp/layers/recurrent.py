@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 from swalp.layers.base import Quantized
 from swalp.layers.functions import paused
 from swalp.layers.products import Products
+from swalp.packed import PackedTensor
 
 # A cell takes the gates of the input and of the hidden state, and the state, and returns the next:
 # (h,), or (h, c) for the LSTM.
@@ -147,6 +148,7 @@ def _scan(
         for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
     )
     assert weight_ih is not None
+    weight_hh, weight_hr, bias_hh = map(_as_floats, (weight_hh, weight_hr, bias_hh))
     assert weight_hh is not None
     cell = _CELLS[module.mode]
     inner = torch.split(products.leave(F.linear(operand, weight_ih, bias_ih)), sizes)
@@ -175,6 +177,11 @@ def _scan(
     parts = [state, *reversed(finished)]
     final = tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
     return torch.cat(outputs), final
+
+
+def _as_floats(parameter: Tensor | None) -> Tensor | None:
+    """The values of a packed parameter, unpacked for all steps at once; others as they are."""
+    return parameter.mul(1.0) if isinstance(parameter, PackedTensor) else parameter
 
 
 def _zeros(module: nn.RNNBase, x: Tensor, batch: int, is_lstm: bool) -> State:
