@@ -243,8 +243,9 @@ void bind_adam(swalp_adam_parameter& p, uint32_t step, uintptr_t gradient, uintp
 // One step of all parameters, without the interpreter's lock. Returns whether a NaN was lost, and whether
 // all weights were finite.
 template <class Hyper, class Parameter>
-std::tuple<bool, bool> optimize(int (*step)(const Hyper*, const Parameter*, int64_t, int), const Hyper& hyper,
-              const std::vector<Parameter*>& parameters, int threads) {
+std::tuple<bool, bool> optimize(int (*step)(const Hyper*, const Parameter*, int64_t, int),
+                                const Hyper& hyper, const std::vector<Parameter*>& parameters,
+                                int threads) {
   std::vector<Parameter> all;
   for (const Parameter* p : parameters) all.push_back(*p);
   nb::gil_scoped_release unlocked;

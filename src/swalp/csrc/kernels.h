@@ -157,11 +157,12 @@ typedef struct {
 } swalp_rounded_average;
 int swalp_average_rounded(float weight, const swalp_rounded_average*, int threads);
 
-// One step of `count` parameters. Returns -1 without memory, else which of these happened.
 enum {
   SWALP_LOST = 1,     // a NaN had no code
   SWALP_STRANGE = 2,  // a weight, not rounded yet, was infinite or NaN
 };
+
+// One step of `count` parameters. Returns -1 without memory, else which of these happened.
 int swalp_sgd_step(const swalp_sgd*, const swalp_sgd_parameter*, int64_t count, int threads);
 int swalp_adam_step(const swalp_adam*, const swalp_adam_parameter*, int64_t count, int threads);
 

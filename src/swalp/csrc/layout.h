@@ -223,11 +223,12 @@ struct Strips {
       blocks *= grid[axis];
     }
     owner = grid[0] > 1 ? 0 : 1;
-    // Strips should be wide, as memory is read row by row.
+    // Strips should be wide, as memory is read row by row: along the last axis, and where blocks are
+    // narrow.
     step = 1;
     const int64_t block = l.extent[owner] * stride[owner];
-    if (owner > 0 || block < 256) {
-      int64_t width = grid[owner] * block / threads;
+    if (owner == l.dims - 1 || block < 256) {
+      int64_t width = owner == l.dims - 1 ? l.size[owner] / threads : 256;
       width = width < 256 ? 256 : width > 16384 ? 16384 : width;
       step = (width + block - 1) / block;
     }
@@ -319,10 +320,10 @@ bool run_strips(const Task& task, int32_t* exponents) {
             continue;
           }
           if (count == 0) start = here;
-          const int32_t* const from = exponents + block;
-          if (each) memcpy(own + count, from + (here - at), part * sizeof(int32_t));
+          const int32_t* const exponent = exponents + block;
+          if (each) memcpy(own + count, exponent + (here - at), part * sizeof(int32_t));
           else
-            for (int64_t i = 0; i < part; ++i) own[count + i] = *from;
+            for (int64_t i = 0; i < part; ++i) own[count + i] = *exponent;
           count += part;
         }
       });
