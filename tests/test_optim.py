@@ -757,3 +757,22 @@ def test_without_a_recipe_small_updates_of_packed_weights_are_not_lost(kind):
 
     assert moved() == pytest.approx(-20e-4, rel=0.2)  # a gap is 2**-7
     assert moved() == moved()
+
+
+@pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
+@pytest.mark.parametrize("axes", [None, (0,)])
+@pytest.mark.parametrize("shape", [(4, 8), (300, 300)])
+def test_a_step_says_whether_weights_became_nan(kind, axes, shape):
+    rule = Quantizer(BlockFloat(8, axes=axes), Stochastic())
+    roots = Quantizer(Minifloat(4, 3, specials="fn"), Stochastic())
+    recipe = Recipe(name="nan", weight=rule, momentum=rule, gradient=rule, second_moment=roots)
+    module = nn.Linear(*shape, bias=False)
+    model = swalp.convert(module, recipe, packed=True)
+    optimizer = kind(model, lr=0.1, recipe=recipe)
+    for bad in (0.0, torch.nan, 0.0):
+        gradient = torch.randn(shape[1], shape[0], generator=torch.Generator().manual_seed(1))
+        gradient[-1, -1] += bad
+        model.weight.grad = gradient
+        optimizer.step()
+        assert model.weight.has_nan() == bool(model.weight.dequantize().isnan().any())
+        assert model.weight.has_nan() or bad == 0
