@@ -15,6 +15,7 @@ from swalp import BlockFloat, FixedPoint, pack, quantize
 from swalp.averaging.kernel import take_rounded
 from swalp.lab.engine import Method, Trajectory, descend
 from swalp.lab.problems import LeastSquares, Softmax
+from swalp.matmul import handed
 from swalp.quantize import codes, dispatch, plans
 
 BYTE = BlockFloat(8)
@@ -278,6 +279,7 @@ def test_results_of_other_kernels_may_be_changed_in_place_too(shape, monkeypatch
     from swalp.matmul import kernels
 
     monkeypatch.setattr(kernels, "kernel", lambda: kernels.Kernel("f", kernels.multiply_float))
+    assert handed.SMALL > 96
     model = linear()
     model[1].inplace = True
     assert (model(values(*shape).requires_grad_()) >= 0).all()

@@ -86,20 +86,7 @@ void largest_each(const float* x, int64_t n, uint32_t* most) {
   }
 }
 
-// The `order` of n elements, and the largest of a few.
-void orders(const float* x, int64_t n, uint32_t* out) {
-  int64_t i = 0;
-  for (; i + Lanes::N <= n; i += Lanes::N)
-    Lanes::store(reinterpret_cast<int32_t*>(out + i), order(Lanes::load(x + i)));
-  for (; i < n; ++i) out[i] = order_of(x + i);
-}
-
-uint32_t largest_of(const uint32_t* orders, int64_t n) {
-  uint32_t most = 0;
-  for (int64_t i = 0; i < n; ++i) most = orders[i] > most ? orders[i] : most;
-  return most;
-}
-
+// The largest `order` of elements too few for vectors.
 uint32_t largest_of_few(const float* x, int64_t n) {
   uint32_t most = 0;
   for (int64_t i = 0; i < n; ++i) most = order_of(x + i) > most ? order_of(x + i) : most;

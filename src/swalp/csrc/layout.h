@@ -308,23 +308,26 @@ bool run_strips(const Task& task, int32_t* exponents) {
       strips.walk_blocks(begin, end, [&](int64_t block) {
         exponents[block] = shared_exponent(task.format, most[block]);
       });
-      strips.walk(begin, end, !each, [&](int64_t at, int64_t n, int64_t block) {
-        for (int64_t done = 0; done < n;) {
-          if (few && (count == kChunk || (count && at + done != start + count))) finish();
-          const int64_t here = at + done, room = kChunk - count, left = n - done;
-          const int64_t part = left < room ? left : room;
-          done += part;
-          if (!few) {
+      if (!few) {
+        strips.walk(begin, end, true, [&](int64_t at, int64_t n, int64_t block) {
+          for (int64_t done = 0; done < n; done += kChunk) {
+            const int64_t here = at + done, part = n - done < kChunk ? n - done : kChunk;
             const Words words = fill(task.noise, here, part, buffer);
             lost |= task.span(here, part, words, {exponents[block], false});
-            continue;
           }
-          if (count == 0) start = here;
-          const int32_t* const exponent = exponents + block;
-          if (each) memcpy(own + count, exponent + (here - at), part * sizeof(int32_t));
+        });
+        continue;
+      }
+      strips.walk(begin, end, !each, [&](int64_t at, int64_t n, int64_t block) {
+        for (int64_t done = 0; done < n;) {
+          if (count == kChunk || (count && at + done != start + count)) finish();
+          if (count == 0) start = at + done;
+          const int64_t room = kChunk - count, part = n - done < room ? n - done : room;
+          if (each) memcpy(own + count, exponents + block + done, part * sizeof(int32_t));
           else
-            for (int64_t i = 0; i < part; ++i) own[count + i] = *exponent;
+            for (int64_t i = 0; i < part; ++i) own[count + i] = exponents[block];
           count += part;
+          done += part;
         }
       });
       if (count) finish();

@@ -150,10 +150,8 @@ bool rows(const swalp_format& f, const Rule& rule, const float* x, void* out, in
           int64_t length, const Words& words, int32_t* shared) {
   if (length < kShort) {
     int32_t own[kChunk];
-    uint32_t magnitudes[kChunk];
-    orders(x, count * length, magnitudes);
     for (int64_t row = 0; row < count; ++row) {
-      const int32_t exponent = shared_exponent(f, largest_of(magnitudes + row * length, length));
+      const int32_t exponent = shared_exponent(f, largest_of_few(x + row * length, length));
       if (shared) shared[row] = exponent;
       for (int64_t i = 0; i < length; ++i) own[row * length + i] = exponent;
     }

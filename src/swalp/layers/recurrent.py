@@ -180,7 +180,7 @@ def _scan(
 
 
 def _as_floats(parameter: Tensor | None) -> Tensor | None:
-    """The values of a packed parameter, unpacked for all steps at once; others as they are."""
+    """A packed parameter unpacked for all steps at once, as autograd sees; others as they are."""
     return parameter.mul(1.0) if isinstance(parameter, PackedTensor) else parameter
 
 

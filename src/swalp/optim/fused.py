@@ -251,11 +251,10 @@ def sgd(
     has_gradient: bool,
 ) -> Outcome:
     """`sgd_step` of bound parameters, in place."""
-    lost, finite = _kernels.sgd(
+    return Outcome(*_kernels.sgd(
         kernels, lr, momentum, weight_decay, nesterov, packed, has_gradient,
         torch.get_num_threads(),
-    )  # fmt: skip
-    return Outcome(lost, finite)
+    ))  # fmt: skip
 
 
 def adam(
