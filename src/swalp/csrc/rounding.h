@@ -102,6 +102,28 @@ inline __attribute__((always_inline)) I round_magnitude(F s, F x, const Random& 
   }
 }
 
+// The same for kFast16 and kFast32: |x| = `size` to the integer s, where `scale` takes it to 2**16 * s.
+template <int way>
+inline __attribute__((always_inline)) I shifted(F size, F scale, const Random& random, const Rule& rule) {
+  const I down = Lanes::sub(Lanes::set(0xffff), random.upper);
+  if constexpr (way == kFast16) {
+    // K = ceil(2**16 * s - 1/2) = 2**16 * w + k and q = (K + 2**16 - 1 - U) >> 16 = w + [k > U],
+    // as 0 <= k + 2**16 - 1 - U < 2**17.
+    return Lanes::right<16>(Lanes::add(Lanes::ceil_minus_half(size, scale), down));
+  } else {
+    // The same sum for H, with the integer K = floor(2**16 * s), as H < k or not. It is undecided
+    // where H = k: where the sum ends in ones.
+    const F large = Lanes::mul(size, scale);
+    const I k = Lanes::truncate(large);
+    const I sum = Lanes::add(k, down);
+    const I steps = Lanes::right<16>(sum);
+    if (__builtin_expect(!Lanes::any_low_ones(sum), true)) return steps;
+    const M undecided = Lanes::equal(Lanes::and_(sum, Lanes::set(0xffff)), Lanes::set(0xffff));
+    const F r = Lanes::sub(large, Lanes::convert(k));
+    return Lanes::increment(lower_takes_up(r, undecided, random, rule), steps);
+  }
+}
+
 // Below this gap every nonzero float32 is a multiple of 2**24 gaps: only blocks without a finite
 // nonzero element have it, and of them only infinities are not 0: 2**24 gaps, which underflow.
 constexpr int32_t kLowestGap = -226;
@@ -174,27 +196,8 @@ template <int way, int range> struct Grid {
       return Lanes::nearest(Lanes::mul(Lanes::min(moved, high), scale));
     }
     const F size = magnitude(moved);
-    I steps;
-    if constexpr (way == kFast16) {
-      // K = ceil(2**16 * s - 1/2) = 2**16 * w + k and q = (K + 2**16 - 1 - U) >> 16 = w + [k > U],
-      // as 0 <= k + 2**16 - 1 - U < 2**17.
-      const I k = Lanes::ceil_minus_half(size, scale);
-      steps = Lanes::right<16>(Lanes::add(k, Lanes::sub(Lanes::set(0xffff), random.upper)));
-    } else if constexpr (way == kFast32) {
-      // The same sum for H, with the integer K = floor(2**16 * s), as H < k or not. It is undecided
-      // where H = k: where the sum ends in ones.
-      const F large = Lanes::mul(size, scale);
-      const I k = Lanes::truncate(large);
-      const I sum = Lanes::add(k, Lanes::sub(Lanes::set(0xffff), random.upper));
-      steps = Lanes::right<16>(sum);
-      if (__builtin_expect(Lanes::any_low_ones(sum), false)) {
-        const M undecided = Lanes::equal(Lanes::and_(sum, Lanes::set(0xffff)), Lanes::set(0xffff));
-        const F r = Lanes::sub(large, Lanes::convert(k));
-        steps = Lanes::increment(lower_takes_up(r, undecided, random, rule), steps);
-      }
-    } else {
-      steps = round_magnitude<way>(Lanes::mul(size, scale), x, random, rule);
-    }
+    const I steps = fast ? shifted<way>(size, scale, random, rule)
+                         : round_magnitude<way>(Lanes::mul(size, scale), x, random, rule);
     return Lanes::with_sign(x, steps);
   }
 
@@ -330,6 +333,68 @@ template <int way> struct Mini {
   F scale() const {
     const M lowest = Lanes::less(shared, Lanes::set(-126));
     return Lanes::select(lowest, Lanes::floats(Lanes::set(1 << 22)), power_of_two(shared));
+  }
+};
+
+// The same of the usual kind: each value is an integer of `mantissa_bits + 1` bits times a gap that is a
+// normal float32, as its inverse is, and what is beyond the largest becomes that.
+template <int way> struct Usual {
+  static constexpr bool stochastic = way >= kFast16, simple = false, pairs = false;
+  static constexpr bool fast = way == kFast16 || way == kFast32;
+
+  const swalp_format& f;
+  const Rule rule;
+  I lowest, inverse;  // bits of 2**e for the smallest normal value, and of scale * 2**e for all
+  F high;
+
+  Usual(const swalp_format& format, const Rule& r, I shared) : f(format), rule(r) {
+    const I up = Lanes::left<23>(shared);
+    lowest = Lanes::add(Lanes::set((f.min_normal + 127) << 23), up);
+    high = Lanes::floats(Lanes::add(Lanes::bits(Lanes::set(f.largest)), up));
+    inverse = Lanes::set(static_cast<int32_t>(uint32_t{254} + (fast ? 16 : 0) + f.mantissa_bits) << 23);
+  }
+
+  // Whether a format is one, with shared exponents from `least` to `most`.
+  static bool holds(const swalp_format& f, int32_t least, int32_t most) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &f.largest, 4);
+    const int32_t top = static_cast<int32_t>(bits >> 23);
+    return f.saturating && f.has_zero && !f.fnuz && f.mantissa_bits > 0 &&
+           f.lowest_gap == f.min_normal - f.mantissa_bits &&
+           (!fast || static_cast<float>(2 << f.mantissa_bits) <= Lanes::exact_limit) &&
+           f.min_normal + 127 + least > 16 + f.mantissa_bits && top + most < 255;
+  }
+
+  struct Rounded {
+    I steps, field;  // |x| = steps * 2**-mantissa_bits times the power of two that has the bits `field`
+  };
+
+  inline __attribute__((always_inline)) Rounded round(F x, const Random& random) const {
+    const F size = Lanes::min(Lanes::abs(x), high);
+    const I field = Lanes::max(Lanes::and_(Lanes::bits(size), Lanes::set(0x7f800000)), lowest);
+    const F scale = Lanes::floats(Lanes::sub(inverse, field));
+    if constexpr (way == kNearest) return {Lanes::nearest(Lanes::mul(size, scale)), field};
+    return {shifted<way>(size, scale, random, rule), field};
+  }
+
+  inline __attribute__((always_inline)) F value(F x, const Random& random) const {
+    const Rounded r = round(x, random);
+    const I gap = Lanes::sub(r.field, Lanes::set(f.mantissa_bits << 23));
+    F v = Lanes::mul(Lanes::convert(r.steps), Lanes::floats(gap));
+    if (f.is_signed) v = Lanes::floats(Lanes::or_(Lanes::bits(v), Lanes::and_(Lanes::bits(x), Lanes::set(INT32_MIN))));
+    else v = Lanes::select(Lanes::less(x, Lanes::set(0.0f)), Lanes::floats(Lanes::set(0x7fc00000)), v);
+    return Lanes::keep_nan(x, v);
+  }
+
+  inline __attribute__((always_inline)) I code(F x, const Random& random, M& seen) const {
+    const Rounded r = round(x, random);
+    // Codes count the values: an exponent more is 2**mantissa_bits more.
+    const I field = Lanes::right_unsigned_by(Lanes::sub(r.field, lowest), 23 - f.mantissa_bits);
+    I code = Lanes::add(field, r.steps);
+    M nan = Lanes::is_nan(x);
+    if (f.is_signed) code = Lanes::or_(code, Lanes::select(Lanes::sign(x), Lanes::set(f.sign_code), Lanes::set(0)));
+    else nan = Lanes::either(nan, Lanes::less(x, Lanes::set(0.0f)));
+    return or_nan(f, nan, code, seen);
   }
 };
 

@@ -101,6 +101,34 @@ template <template <int> class Op, int way> struct Plain {
   }
 };
 
+template <int way> struct Minifloats {
+  static constexpr int general = way == kFast16 ? kSplit16 : way == kFast32 ? kSplit32 : way;
+  static constexpr bool quick = way == kNearest || way == kFast16 || way == kFast32;
+
+  template <class Out>
+  static bool run(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
+                  const Words& words, Scale scale) {
+    if constexpr (quick)
+      if (Usual<way>::holds(f, scale.exponent, scale.exponent))
+        return Plain<Usual, way>::run(f, rule, x, out, n, words, scale);
+    return Plain<Mini, general>::run(f, rule, x, out, n, words, scale);
+  }
+  template <class Out>
+  static bool run_each(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
+                       const Words& words, const int32_t* shared) {
+    if constexpr (quick) {
+      int32_t least = INT32_MAX, most = INT32_MIN;
+      for (int64_t i = 0; i < n; ++i) {
+        least = shared[i] < least ? shared[i] : least;
+        most = shared[i] > most ? shared[i] : most;
+      }
+      if (Usual<way>::holds(f, least, most))
+        return Plain<Usual, way>::run_each(f, rule, x, out, n, words, shared);
+    }
+    return Plain<Mini, general>::run_each(f, rule, x, out, n, words, shared);
+  }
+};
+
 template <int way> struct Gridded {
   template <class Out>
   static bool run(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
@@ -194,18 +222,16 @@ template <template <int> class Family> Kernel choose(int way, int output) {
   }
 }
 
-template <int way> using PlainMini = Plain<Mini, way>;
 template <int way> using PlainSign = Plain<Sign, way>;
 
 Kernel choose(const swalp_format& f, const swalp_rounding& r, int output) {
   int way = kNearest;
   if (r.rule == SWALP_STOCHASTIC) way = r.bits > 16 ? kSplit32 : kSplit16;
   else if (r.rule != SWALP_NEAREST) way = kDirected;
-  if (f.kind == SWALP_MINIFLOAT) return choose<PlainMini>(way, output);
   if (f.kind == SWALP_BINARY) return choose<PlainSign>(way, output);
-  if (r.rule == SWALP_STOCHASTIC && r.bits >= 16 &&
-      static_cast<float>(-f.min_integer) <= Lanes::exact_limit)
-    way = r.bits == 16 ? kFast16 : kFast32;
+  const bool small = f.kind == SWALP_MINIFLOAT || static_cast<float>(-f.min_integer) <= Lanes::exact_limit;
+  if (r.rule == SWALP_STOCHASTIC && r.bits >= 16 && small) way = r.bits == 16 ? kFast16 : kFast32;
+  if (f.kind == SWALP_MINIFLOAT) return choose<Minifloats>(way, output);
   return choose<Gridded>(way, output);
 }
 
