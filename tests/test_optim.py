@@ -286,6 +286,12 @@ FUSED = [
     "paper-small-block-6",
     "paper-big-block-4",  # packed: two codes to a byte
     "paper-small-block-3",  # packed: likewise; rows of odd length are left to the pure step
+    "fixed-8",
+    "fp8",
+    "mxint8",  # blocks of 32 neighbours, many at a time; tiles that do not fit go the pure way
+    "mxfp8",
+    "mxfp6",
+    "mxfp4",
 ]
 
 
@@ -301,6 +307,7 @@ def odd_network():
             "scalar": nn.Parameter(torch.randn(())),
             "even": nn.Parameter(torch.randn(6, 2, 17)),
             "tiny": nn.Parameter(torch.randn(4, 17) * 1e-36),
+            "tiles": nn.Parameter(torch.randn(67, 96) * 2.0 ** torch.randint(-30, 30, (67, 96))),
         }
     )
     with torch.no_grad():
@@ -323,11 +330,11 @@ def steps_of(recipe, packed, make, gradient_of, monkeypatch, compiled):
                 parameter.grad = gradient_of(name, parameter.shape, step)
             optimizer.step()
     for parameter, prepared in optimizer._kernels.items():
-        number, length = fused.blocks(
-            swalp.recipes.fit(recipe.weight.format, parameter.shape), parameter.shape
-        )
-        halved = packed and recipe.weight.format.bits <= 4
-        cut = halved and number > 1 and length % 2  # a byte would belong to two blocks
+        grid = swalp.recipes.fit(recipe.weight.format, parameter.shape)
+        # Blocks that are no stretches of memory, or a byte would belong to two.
+        blocks = fused.blocks(grid, parameter.shape)
+        halved = packed and grid.bits <= 4
+        cut = blocks is None or (halved and blocks[0] > 1 and blocks[1] % 2)
         assert (prepared.kernel is not None) == (compiled and fused.available() and not cut)
     kept = {}
     for name, parameter in model.items():
@@ -362,7 +369,7 @@ def makers():
 def test_compiled_step_is_the_pure_step(name, packed, monkeypatch):
     recipe = swalp.recipes.get(name)
     # Every setting with 8 bits; of other word lengths, which share their code, every third.
-    for number, make in enumerate(list(makers())[:: 1 if name.endswith("8") else 3]):
+    for number, make in enumerate(list(makers())[:: 1 if "8" in name else 3]):
         arguments = (recipe, packed, make, gradient_of, monkeypatch)
         pure, compiled = (steps_of(*arguments, compiled) for compiled in (False, True))
         assert pure.keys() == compiled.keys()
@@ -465,9 +472,11 @@ def test_exponents_of_long_blocks(name, packed, monkeypatch):
                     assert torch.equal(*same_nan), (seed, key)
 
 
-def test_compiled_step_does_not_depend_on_threads_or_instructions(monkeypatch):
-    recipe = swalp.recipes.get("paper-big-block-8")
-    make = next(makers())
+@pytest.mark.parametrize("which", [0, len(SETTINGS)], ids=["SGD", "Adam"])
+@pytest.mark.parametrize("name", ["paper-big-block-8", "fp8", "mxfp8", "mxfp4"])
+def test_compiled_step_does_not_depend_on_threads_or_instructions(name, which, monkeypatch):
+    recipe = swalp.recipes.get(name)
+    make = list(makers())[which]
     results = []
     before, threads = fused._kernels.used(), torch.get_num_threads()
     try:

@@ -50,7 +50,7 @@ class Layout:
 class SgdParameter:
     def __init__(self, blocks: int, length: int, /) -> None: ...
     def set_role(
-        self, role: str, fmt: Format, rule: int, bits: int, seed: int, halved: bool, /
+        self, role: str, fmt: Format, rule: int, bits: int, seed: int, halved: bool, table: int, /
     ) -> None: ...
     def bind(
         self, step: int, gradient: int, weight: int, weight_exponents: int,
@@ -61,11 +61,11 @@ class AdamParameter:
     step: int
     def __init__(self, blocks: int, length: int, /) -> None: ...
     def set_role(
-        self, role: str, fmt: Format, rule: int, bits: int, seed: int, halved: bool, /
+        self, role: str, fmt: Format, rule: int, bits: int, seed: int, halved: bool, table: int, /
     ) -> None: ...
     def bind(
         self, step: int, gradient: int, weight: int, weight_exponents: int,
-        moment: int, moment_exponents: int, root: int, root_table: int, /,
+        moment: int, moment_exponents: int, root: int, /,
     ) -> None: ...  # fmt: skip
 
 def sgd(

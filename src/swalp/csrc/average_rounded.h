@@ -9,6 +9,7 @@ namespace {
 // X: what the iterate is kept in, codes or float32.
 template <class X> struct RoundedAverage {
   static constexpr int values = 1;
+  static constexpr bool grouped = false;
   using Shared = Block<values>;
 
   const float moves;

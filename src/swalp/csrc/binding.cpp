@@ -187,9 +187,10 @@ void noise(uintptr_t out, int64_t start, int64_t count, int32_t bits, uint64_t s
 }
 
 void set(swalp_role& role, const swalp_format& f, int32_t rule, int32_t bits, uint64_t seed,
-         bool halved) {
+         bool halved, uintptr_t table = 0) {
   role.format = f;
   role.halved = halved;
+  role.table = at<float>(table);
   role.rounding = {rule, bits, seed, 0, 0};
 }
 
@@ -228,14 +229,13 @@ void bind_sgd(swalp_sgd_parameter& p, uint32_t step, uintptr_t gradient, uintptr
 
 void bind_adam(swalp_adam_parameter& p, uint32_t step, uintptr_t gradient, uintptr_t weight,
                uintptr_t weight_exponents, uintptr_t moment, uintptr_t moment_exponents,
-               uintptr_t root, uintptr_t root_table) {
+               uintptr_t root) {
   p.gradient = at<float>(gradient);
   p.weight = at<void>(weight);
   p.weight_exponents = at<int8_t>(weight_exponents);
   p.moment = at<void>(moment);
   p.moment_exponents = at<int8_t>(moment_exponents);
   p.root = at<void>(root);
-  p.root_table = at<float>(root_table);
   for (swalp_role* role : {&p.gradient_role, &p.moment_role, &p.root_role, &p.weight_role})
     role->rounding.step = step;
 }
@@ -351,9 +351,9 @@ NB_MODULE(_kernels, m) {
         p->length = length;
       })
       .def("set_role", [](swalp_sgd_parameter& p, const std::string& role, const swalp_format& f,
-                          int32_t rule, int32_t bits, uint64_t seed, bool halved) {
+                          int32_t rule, int32_t bits, uint64_t seed, bool halved, uintptr_t table) {
         set(role == "gradient" ? p.gradient_role : role == "momentum" ? p.momentum_role : p.weight_role,
-            f, rule, bits, seed, halved);
+            f, rule, bits, seed, halved, table);
       })
       .def("bind", &bind_sgd);
   nb::class_<swalp_adam_parameter>(m, "AdamParameter", nb::dynamic_attr())
@@ -363,12 +363,12 @@ NB_MODULE(_kernels, m) {
         p->length = length;
       })
       .def("set_role", [](swalp_adam_parameter& p, const std::string& role, const swalp_format& f,
-                          int32_t rule, int32_t bits, uint64_t seed, bool halved) {
+                          int32_t rule, int32_t bits, uint64_t seed, bool halved, uintptr_t table) {
         set(role == "gradient"        ? p.gradient_role
             : role == "momentum"      ? p.moment_role
             : role == "second_moment" ? p.root_role
                                       : p.weight_role,
-            f, rule, bits, seed, halved);
+            f, rule, bits, seed, halved, table);
       })
       .def("bind", &bind_adam);
   m.def("sgd", [](const std::vector<swalp_sgd_parameter*>& parameters, float lr, float momentum,

@@ -14,6 +14,7 @@
 #include "average.h"
 #include "average_rounded.h"
 #include "convex.h"
+#include "decode.h"
 #include "optim.h"
 #include "scratch.h"
 
@@ -117,121 +118,6 @@ void relu_gradient(int64_t n, const float* gradient, const uint8_t* passed, floa
   });
 }
 
-// The exponents of neighbours in memory: one that all share, or one for each.
-struct Shared {
-  const int32_t* first;
-  bool each;
-
-  Shared from(int64_t i) const { return {each ? first + i : first, each}; }
-};
-
-// Two powers of two whose product is 2**exponent, as far as float32 reaches.
-struct Powers {
-  F first, second;
-  explicit Powers(I exponent) {
-    const I e = Lanes::min(Lanes::max(exponent, Lanes::set(-252)), Lanes::set(252));
-    const I half = Lanes::right<1>(e);
-    first = power_of_two(half);
-    second = power_of_two(Lanes::sub(e, half));
-  }
-};
-
-// Reads integers times 2**gap.
-struct Integers {
-  const swalp_format& f;
-  const M has_nan;
-  const I nan_code;
-
-  explicit Integers(const swalp_format& format)
-      : f(format), has_nan(Lanes::all(f.has_nan)), nan_code(Lanes::set(f.nan_code)) {}
-
-  Powers scale(I shared) const {
-    return Powers(Lanes::max(Lanes::add(shared, Lanes::set(f.gap_offset)), Lanes::set(kLowestGap)));
-  }
-  inline __attribute__((always_inline)) F value(I code, const Powers& scale) const {
-    const F v = Lanes::mul(Lanes::mul(Lanes::convert(code), scale.first), scale.second);
-    const M nan = Lanes::both(has_nan, Lanes::equal(code, nan_code));
-    return Lanes::select(nan, Lanes::set(__builtin_nanf("")), v);
-  }
-};
-
-// Reads bit patterns: by arithmetic up to the largest finite value of most formats, else in a table.
-template <class Code> struct Patterns {
-  const swalp_format& f;
-  const float* table;
-  bool computes;
-  I largest;  // code that is computed
-  int to_sign;
-
-  Patterns(const swalp_format& format, const float* values) : f(format), table(values) {
-    computes = f.kind == SWALP_MINIFLOAT && f.has_zero && !f.fnuz && f.min_normal >= -126 &&
-               f.lowest_gap >= -126 && f.lowest_gap == f.min_normal - f.mantissa_bits;
-    largest = Lanes::set(f.largest_code);
-    to_sign = f.is_signed ? __builtin_clz(static_cast<uint32_t>(f.sign_code)) : 0;
-  }
-
-  Powers scale(I shared) const { return Powers(shared); }
-  inline __attribute__((always_inline)) F value(I code, const Powers& scale) const {
-    const F v = element(code);
-    return f.blocked ? Lanes::mul(Lanes::mul(v, scale.first), scale.second) : v;
-  }
-
- private:
-  inline __attribute__((always_inline)) F element(I code) const {
-    if (!computes) return look_up(code);
-    constexpr int32_t all = sizeof(Code) == 1 ? 0xff : 0xffff;
-    const I size = Lanes::and_(code, Lanes::set(f.is_signed ? f.sign_code - 1 : all));
-    if (__builtin_expect(Lanes::any(Lanes::less(largest, size)), false)) return look_up(code);
-    const I bits = Lanes::add(Lanes::left_by(size, 23 - f.mantissa_bits), Lanes::set((f.min_normal + 126) << 23));
-    const F small = Lanes::mul(Lanes::convert(size), power_of_two(Lanes::set(f.lowest_gap)));
-    const M subnormal = Lanes::less(size, Lanes::set(1 << f.mantissa_bits));
-    const F v = Lanes::select(subnormal, small, Lanes::floats(bits));
-    if (!f.is_signed) return v;
-    const I sign = Lanes::and_(Lanes::left_by(code, to_sign), Lanes::set(INT32_MIN));
-    return Lanes::floats(Lanes::or_(Lanes::bits(v), sign));
-  }
-
-  F look_up(I code) const {
-    int32_t codes[Lanes::N];
-    float values[Lanes::N];
-    Lanes::store(codes, code);
-    for (int k = 0; k < Lanes::N; ++k)
-      values[k] = table[sizeof(Code) == 1 ? static_cast<uint8_t>(codes[k]) : static_cast<uint16_t>(codes[k])];
-    return Lanes::load(values);
-  }
-};
-
-template <class Reader, class Code>
-inline __attribute__((always_inline)) void read(const Reader& reader, const Code* codes, int64_t n,
-                                                Shared shared, float* out) {
-  constexpr int N = Lanes::N;
-  const auto scale = reader.scale(Lanes::set(reader.f.blocked ? *shared.first : 0));
-  int64_t i = 0;
-  if (shared.each)
-    for (; i + N <= n; i += N)
-      Lanes::store(out + i, reader.value(Lanes::load(codes + i), reader.scale(Lanes::load(shared.first + i))));
-  else
-    for (; i + N <= n; i += N) Lanes::store(out + i, reader.value(Lanes::load(codes + i), scale));
-  if (i == n) return;
-  Code from[N] = {};
-  int32_t exponents[N] = {};
-  float to[N];
-  for (int k = 0; i + k < n; ++k) {
-    from[k] = codes[i + k];
-    if (shared.each) exponents[k] = shared.first[i + k];
-  }
-  const auto last = shared.each ? reader.scale(Lanes::load(exponents)) : scale;
-  Lanes::store(to, reader.value(Lanes::load(from), last));
-  for (int k = 0; i + k < n; ++k) out[i + k] = to[k];
-}
-
-template <class Code>
-void decode(const swalp_format& f, const Code* codes, int64_t n, Shared shared, const float* table,
-            float* out) {
-  if (table) read(Patterns<Code>(f, table), codes, n, shared, out);
-  else read(Integers(f), codes, n, shared, out);
-}
-
 // work(at, count, their exponents) over all stretches of elements with one exponent, or, where that
 // changes from one to the next, over rows.
 template <class Work>
@@ -240,7 +126,7 @@ void each_stretch(const swalp_format& f, const swalp_layout& l, const int32_t* e
   const int64_t n = elements(l);
   if (!f.blocked || (l.dims == 1 && l.extent[0] == n)) {
     parallel(n, threads, [&](int64_t b, int64_t e) {
-      work(b, e - b, Shared{exponents, false});
+      work(b, e - b, Exponents{exponents, false});
       return false;
     });
   } else if (l.dims == 1) {
@@ -248,14 +134,14 @@ void each_stretch(const swalp_format& f, const swalp_layout& l, const int32_t* e
     if (length >= kSerial)
       for (int64_t block = 0; block < blocks; ++block)
         parallel(length, threads, [&](int64_t b, int64_t e) {
-          work(block * length + b, e - b, Shared{exponents + block, false});
+          work(block * length + b, e - b, Exponents{exponents + block, false});
           return false;
         });
     else
       parallel(blocks, threads, [&](int64_t b, int64_t e) {
-        if (length == 1) work(b, e - b, Shared{exponents + b, true});
+        if (length == 1) work(b, e - b, Exponents{exponents + b, true});
         else
-          for (; b < e; ++b) work(b * length, length, Shared{exponents + b, false});
+          for (; b < e; ++b) work(b * length, length, Exponents{exponents + b, false});
         return false;
       });
   } else {
@@ -263,7 +149,7 @@ void each_stretch(const swalp_format& f, const swalp_layout& l, const int32_t* e
     const bool each = l.extent[l.dims - 1] == 1;
     parallel(strips.grid[strips.owner], threads, [&](int64_t b, int64_t e) {
       strips.walk(b, e, !each, [&](int64_t at, int64_t count, int64_t block) {
-        work(at, count, Shared{exponents + block, each});
+        work(at, count, Exponents{exponents + block, each});
       });
       return false;
     });
@@ -273,7 +159,7 @@ void each_stretch(const swalp_format& f, const swalp_layout& l, const int32_t* e
 template <class Code>
 void unpack_codes(const swalp_format& f, const swalp_layout& l, const Code* codes,
                   const int32_t* exponents, const float* table, float* out, int threads) {
-  each_stretch(f, l, exponents, threads, [&](int64_t at, int64_t count, Shared shared) {
+  each_stretch(f, l, exponents, threads, [&](int64_t at, int64_t count, Exponents shared) {
     decode(f, codes + at, count, shared, table, out + at);
   });
 }
@@ -313,7 +199,7 @@ template <class Code, class Taker>
 void take_codes(const Taker& take, const swalp_average_arguments& a, const swalp_format& f,
                 const swalp_layout& l, int threads) {
   const Code* codes = static_cast<const Code*>(a.x);
-  each_stretch(f, l, a.exponents, threads, [&](int64_t at, int64_t n, Shared shared) {
+  each_stretch(f, l, a.exponents, threads, [&](int64_t at, int64_t n, Exponents shared) {
     take_widened(take, at, n, [&](int64_t from, int64_t count, float* values) {
       decode(f, codes + at + from, count, shared.from(from), a.table, values);
     });

@@ -107,7 +107,8 @@ void swalp_noise(const swalp_rounding*, int64_t start, int64_t count, uint32_t* 
 typedef struct {
   swalp_format format;
   swalp_rounding rounding;
-  int32_t halved;  // two codes lie in each byte
+  int32_t halved;      // two codes lie in each byte
+  const float* table;  // values of codes that are bit patterns, as for `swalp_unpack`
 } swalp_role;
 
 // What is kept lies in `packed` codes of 4 or 8 bits with exponents, or in floats on their grid without.
@@ -138,7 +139,6 @@ typedef struct {
   const float* gradient;
   void *weight, *moment, *root;
   int8_t *weight_exponents, *moment_exponents;  // NULL without blocks
-  const float* root_table;                      // values of the root's codes
   swalp_role gradient_role, moment_role, root_role, weight_role;
 } swalp_adam_parameter;
 

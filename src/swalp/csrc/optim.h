@@ -3,7 +3,7 @@
 // A parameter is worked off block by block. A short block: the gradient's exponent; the step in
 // float32, with the largest magnitudes of what will be kept; then their codes. Of a long block the
 // exponents come first, by a look at all of it, and then the steps and the codes of one chunk after
-// another. Equal to `sgd_step` and `adam_step` of `swalp.optim` in the arithmetic of PyTorch's vector
+// another. The shortest go many at a time. Equal to `sgd_step` and `adam_step` of `swalp.optim` in the arithmetic of PyTorch's vector
 // units, in which x + alpha * y is one fused operation.
 #pragma once
 #include <float.h>
@@ -12,6 +12,7 @@
 
 #include <type_traits>
 
+#include "decode.h"
 #include "halves.h"
 #include "layout.h"
 #include "scratch.h"
@@ -25,10 +26,11 @@ struct Role {
   const Noise noise;
   const Kernel kernel;
   const bool halved;
+  const float* const table;
 
   Role(const swalp_role& role, int output)
       : format(role.format), rule(role.rounding), noise(role.rounding),
-        kernel(choose(role.format, role.rounding, output)), halved(role.halved) {}
+        kernel(choose(role.format, role.rounding, output)), halved(role.halved), table(role.table) {}
 
   bool span(const float* x, void* out, int64_t at, int64_t n, Scale scale, uint32_t* buffer) const {
     return kernel.span(format, rule, x, out, n, fill(noise, at, n, buffer), scale);
@@ -57,6 +59,38 @@ struct Role {
       }
     }
     return span(x, static_cast<Kept*>(all) + at, at, n, scale, buffer);
+  }
+
+  // The values from element `at` of what is kept on: there, or in `room`.
+  template <class Kept>
+  const float* values(const void* all, int64_t at, int64_t n, Exponents exponents, float* room) const {
+    if constexpr (sizeof(Kept) == 4) return static_cast<const float*>(all) + at;
+    alignas(64) int8_t codes[kChunk];
+    decode(format, kept<int8_t>(all, at, n, codes), n, exponents, table, room);
+    return room;
+  }
+
+  // Rounds blocks of `length` neighbours, kChunk elements at most, from element `at` of what is rounded on.
+  bool rows(const float* x, void* out, int64_t at, int64_t count, int64_t length, int8_t* exponents,
+            uint32_t* buffer) const {
+    const int64_t n = count * length;
+    if (!format.blocked) return span(x, out, at, n, {}, buffer);
+    int32_t shared[kChunk];
+    const bool lost = kernel.rows(format, rule, x, out, count, length, fill(noise, at, n, buffer), shared);
+    if (exponents)
+      for (int64_t i = 0; i < count; ++i) exponents[i] = static_cast<int8_t>(shared[i]);
+    return lost;
+  }
+
+  // The same to their places.
+  template <class Kept>
+  bool keep_rows(const float* x, void* all, int64_t at, int64_t count, int64_t length, int8_t* exponents,
+                 uint32_t* buffer) const {
+    if (!halved) return rows(x, static_cast<Kept*>(all) + at, at, count, length, exponents, buffer);
+    alignas(64) int8_t codes[kChunk];
+    const bool lost = rows(x, codes, at, count, length, exponents, buffer);
+    join_halves(codes, count * length, static_cast<uint8_t*>(all) + at / 2);
+    return lost;
   }
 };
 
@@ -133,7 +167,22 @@ template <> struct Stored<int8_t> {
   }
 };
 
+constexpr int32_t kZeroExponent = 0;
+constexpr Exponents kNoExponents = {&kZeroExponent, false};
+
 int32_t exponent_of(const int8_t* exponents, int64_t block) { return exponents ? exponents[block] : 0; }
+
+// The same of each element of short blocks.
+struct EachExponent {
+  int32_t of[kChunk];
+
+  Exponents read(const int8_t* exponents, int64_t first, int64_t count, int64_t length) {
+    of[0] = 0;
+    for (int64_t block = 0; exponents && block < count; ++block)
+      for (int64_t i = 0; i < length; ++i) of[block * length + i] = exponents[first + block];
+    return {of, exponents != nullptr};
+  }
+};
 
 void keep_exponent(int8_t* exponents, int64_t block, const swalp_format& f, const Raised& most) {
   if (exponents) exponents[block] = static_cast<int8_t>(shared_exponent(f, most.value().magnitude));
@@ -153,6 +202,7 @@ template <int values> struct Block {
 
 // Steps of a parameter do not keep more floats than this for a block before its exponents are known.
 constexpr int64_t kKept = 1 << 14;
+constexpr int64_t kGrouped = 128;    // blocks up to this length go many at a time
 constexpr int64_t kAligned = 16;  // floats of a line of the cache: a vector across two takes twice the time
 
 // The step of a part of a block, of at most kKept elements: what will be rounded.
@@ -226,6 +276,7 @@ bool settles(const swalp_format& f, const Raised& most, double error) {
 
 template <class Kept> struct SgdStep {
   static constexpr int values = 2;
+  static constexpr bool grouped = true;
   enum { kVelocity, kMoved, kDirection };
   using Shared = Block<values>;
 
@@ -320,6 +371,32 @@ template <class Kept> struct SgdStep {
     keep_exponent(p.weight_exponents, block, weight.format, most[kMoved]);
   }
 
+  // All of it for `count` blocks that are kChunk elements at most. Returns flags.
+  int group(int64_t first, int64_t count, const Scratch<values>& to, uint32_t* buffer) const {
+    const int64_t length = p.length, at = first * length, n = count * length;
+    alignas(64) float rounded[kChunk], w[kChunk], v[kChunk];
+    EachExponent each;
+    const float* g = p.gradient + at;
+    if (h.has_gradient) gradient.rows(g, rounded, at, count, length, nullptr, buffer), g = rounded;
+    const float* const w0 = weight.template values<Kept>(
+        p.weight, at, n, each.read(p.weight_exponents, first, count, length), w);
+    const float* const m0 =
+        h.has_momentum ? momentum.template values<Kept>(
+                             p.momentum, at, n, each.read(p.momentum_exponents, first, count, length), v)
+                       : nullptr;
+    float *const velocity = to.of[kVelocity], *const next = to.of[kMoved];
+    const Most most = walk(n, g, w0, m0, velocity, next, Most());
+    int flags = largest_of(most.moved, next, n).finite ? 0 : SWALP_STRANGE;
+    const auto next_exponents = [=](int8_t* all) { return all ? all + first : nullptr; };
+    if (h.has_momentum && momentum.template keep_rows<Kept>(velocity, p.momentum, at, count, length,
+                                                            next_exponents(p.momentum_exponents), buffer))
+      flags |= SWALP_LOST;
+    if (weight.template keep_rows<Kept>(next, p.weight, at, count, length, next_exponents(p.weight_exponents),
+                                        buffer))
+      flags |= SWALP_LOST;
+    return flags;
+  }
+
  private:
   bool has_exponents() const {
     return weight.format.blocked || (h.has_momentum && momentum.format.blocked);
@@ -341,6 +418,16 @@ template <class Kept> struct SgdStep {
   template <class Wanted>
   Wanted walk(const Shared& b, int64_t at, int64_t n, const float* g, float* velocity, float* next,
               Wanted most) const {
+    if (weight.table || momentum.table) {
+      alignas(64) float weight_values[kChunk], momentum_values[kChunk];
+      const float* const w0 = weight.template values<Kept>(p.weight, b.base + at, n,
+                                                           {&b.before[kMoved], false}, weight_values);
+      const float* const m0 =
+          h.has_momentum ? momentum.template values<Kept>(p.momentum, b.base + at, n,
+                                                          {&b.before[kVelocity], false}, momentum_values)
+                         : nullptr;
+      return walk(n, g, w0, m0, velocity, next, most);
+    }
     const Stored<Kept> weights(weight.format, b.before[kMoved]);
     const Stored<Kept> velocities(momentum.format, b.before[kVelocity]);
     alignas(64) Kept weight_room[kRoom<Kept>], momentum_room[kRoom<Kept>];
@@ -351,9 +438,17 @@ template <class Kept> struct SgdStep {
                : walk<false>(n, g, weights, w0, velocities, m0, velocity, next, most);
   }
 
-  template <bool plain, class Wanted>
-  Wanted walk(int64_t n, const float* g, const Stored<Kept>& weights, const Kept* w0,
-              const Stored<Kept>& velocities, const Kept* m0, float* velocity, float* next,
+  // The same with the values of what is kept.
+  template <class Wanted>
+  Wanted walk(int64_t n, const float* g, const float* w0, const float* m0, float* velocity, float* next,
+              Wanted most) const {
+    const Stored<float> as_they_are(weight.format, 0);
+    return walk<true>(n, g, as_they_are, w0, as_they_are, m0, velocity, next, most);
+  }
+
+  template <bool plain, class Any, class Wanted>
+  Wanted walk(int64_t n, const float* g, const Stored<Any>& weights, const Any* w0,
+              const Stored<Any>& velocities, const Any* m0, float* velocity, float* next,
               Wanted most) const {
     constexpr bool stores = Wanted::stores;
     const F decay = Lanes::set(h.weight_decay), rho = Lanes::set(h.momentum), rate = Lanes::set(-h.lr);
@@ -385,6 +480,7 @@ template <class Kept> struct SgdStep {
 
 template <class Kept> struct AdamStep {
   static constexpr int values = 3;
+  static constexpr bool grouped = true;
   enum { kMoment, kRoot, kMoved };
   using Shared = Block<values>;
 
@@ -414,52 +510,13 @@ template <class Kept> struct AdamStep {
   bool settled(const Shared&) const { return !weight.format.blocked && !moment.format.blocked; }
 
   void step(Shared& b, int64_t begin, int64_t count, const Scratch<values>& to, uint32_t* buffer) const {
-    const Stored<Kept> weights(weight.format, b.before[kMoved]);
-    const Stored<Kept> moments(moment.format, b.before[kMoment]);
-    const Kept* const kept_root = static_cast<Kept*>(p.root) + b.base;
-    const F decay = Lanes::set(h.weight_decay), share = Lanes::set(h.share1), beta2 = Lanes::set(h.beta2);
-    const F share2 = Lanes::set(h.share2), correction = Lanes::set(h.correction2);
-    const F eps = Lanes::set(h.eps), rate = Lanes::set(-h.rate);
-    const F far = Lanes::set(h.share1 - 1);
-    const bool near = h.share1 < 0.5f, decoupled = h.decoupled, decays = h.weight_decay != 0;
     Most most;
     chunks(begin, count, [&](int64_t at, int64_t n) {
       alignas(64) float rounded[kChunk], roots[kChunk];
-      const float* g = gradient_of(h.has_gradient ? &gradient : nullptr, p.gradient, b, at, n, rounded, buffer);
-      for (int64_t i = 0; i < n; ++i) {
-        if constexpr (sizeof(Kept) == 1) roots[i] = p.root_table[static_cast<uint8_t>(kept_root[at + i])];
-        else roots[i] = kept_root[at + i];
-      }
-      float* const moment_to = to.of[kMoment] + (at - begin);
-      float* const root_to = to.of[kRoot] + (at - begin);
-      float* const next = to.of[kMoved] + (at - begin);
-      alignas(64) Kept weight_room[kRoom<Kept>], moment_room[kRoom<Kept>];
-      const Kept* const w0 = weight.kept(p.weight, b.base + at, n, weight_room);
-      const Kept* const m0 = moment.kept(p.moment, b.base + at, n, moment_room);
-      most = vectors(n, most, [=](int64_t i, int64_t left, auto is_whole, Most so_far)
-                                  __attribute__((always_inline)) {
-        constexpr bool whole = decltype(is_whole)::value;
-        F d = load<whole>(g + i, left);
-        F w = weights.template get<whole>(w0 + i, left);
-        if (decoupled) w = Lanes::mul(w, decay);  // decay = 1 - lr * weight_decay
-        else if (decays) d = Lanes::fma(w, decay, d);
-        const F before = moments.template get<whole>(m0 + i, left);
-        // lerp from the nearer end, as PyTorch does
-        const F m = near ? Lanes::fma(share, Lanes::sub(d, before), before)
-                         : Lanes::fma(far, Lanes::sub(d, before), d);
-        const F r0 = load<whole>(roots + i, left);
-        const F variance = Lanes::fma(Lanes::mul(share2, d), d, Lanes::mul(Lanes::mul(r0, r0), beta2));
-        const F r = Lanes::sqrt(variance);
-        const F moved = Lanes::add(
-            w, Lanes::div(Lanes::mul(rate, m), Lanes::add(Lanes::div(r, correction), eps)));
-        store<whole>(moment_to + i, m, left);
-        store<whole>(root_to + i, r, left);
-        store<whole>(next + i, moved, left);
-        so_far.moment = Lanes::max_unsigned(so_far.moment, twice_bits(m));
-        // What pads the last vector divides by eps alone: if that is 0, `largest_of` looks again.
-        so_far.moved = Lanes::max_unsigned(so_far.moved, twice_bits(moved));
-        return so_far;
-      });
+      const float* const g =
+          gradient_of(h.has_gradient ? &gradient : nullptr, p.gradient, b, at, n, rounded, buffer);
+      const float* const r0 = root.template values<Kept>(p.root, b.base + at, n, kNoExponents, roots);
+      most = walk(b, at, n, g, r0, to, at - begin, most);
     });
     b.most[kMoment].raise(largest_of(most.moment, to.of[kMoment], count));
     const Largest moved = largest_of(most.moved, to.of[kMoved], count);
@@ -487,10 +544,93 @@ template <class Kept> struct AdamStep {
     keep_exponent(p.weight_exponents, block, weight.format, most[kMoved]);
   }
 
+  // All of it for `count` blocks that are kChunk elements at most. Returns flags.
+  int group(int64_t first, int64_t count, const Scratch<values>& to, uint32_t* buffer) const {
+    const int64_t length = p.length, at = first * length, n = count * length;
+    alignas(64) float rounded[kChunk], roots[kChunk], w[kChunk], m[kChunk];
+    EachExponent each;
+    const float* g = p.gradient + at;
+    if (h.has_gradient) gradient.rows(g, rounded, at, count, length, nullptr, buffer), g = rounded;
+    const float* const r0 = root.template values<Kept>(p.root, at, n, kNoExponents, roots);
+    const float* const w0 = weight.template values<Kept>(
+        p.weight, at, n, each.read(p.weight_exponents, first, count, length), w);
+    const float* const m0 = moment.template values<Kept>(
+        p.moment, at, n, each.read(p.moment_exponents, first, count, length), m);
+    const Most most = walk(n, g, r0, w0, m0, to, 0, Most());
+    int flags = largest_of(most.moved, to.of[kMoved], n).finite ? 0 : SWALP_STRANGE;
+    const auto next_exponents = [=](int8_t* all) { return all ? all + first : nullptr; };
+    bool lost = moment.template keep_rows<Kept>(to.of[kMoment], p.moment, at, count, length,
+                                                next_exponents(p.moment_exponents), buffer);
+    lost |= root.template keep_rows<Kept>(to.of[kRoot], p.root, at, count, length, nullptr, buffer);
+    lost |= weight.template keep_rows<Kept>(to.of[kMoved], p.weight, at, count, length,
+                                            next_exponents(p.weight_exponents), buffer);
+    return lost ? flags | SWALP_LOST : flags;
+  }
+
  private:
   struct Most {
     I moment = Lanes::set(0), moved = moment;
   };
+
+  // The step of a chunk with the gradient g and the roots r0, stored from `place` on.
+  Most walk(const Shared& b, int64_t at, int64_t n, const float* g, const float* r0,
+            const Scratch<values>& to, int64_t place, Most most) const {
+    if (weight.table || moment.table) {
+      alignas(64) float w[kChunk], m[kChunk];
+      const float* const w0 =
+          weight.template values<Kept>(p.weight, b.base + at, n, {&b.before[kMoved], false}, w);
+      const float* const m0 =
+          moment.template values<Kept>(p.moment, b.base + at, n, {&b.before[kMoment], false}, m);
+      return walk(n, g, r0, w0, m0, to, place, most);
+    }
+    alignas(64) Kept weight_room[kRoom<Kept>], moment_room[kRoom<Kept>];
+    const Stored<Kept> weights(weight.format, b.before[kMoved]), moments(moment.format, b.before[kMoment]);
+    return walk(n, g, r0, weights, weight.kept(p.weight, b.base + at, n, weight_room), moments,
+                moment.kept(p.moment, b.base + at, n, moment_room), to, place, most);
+  }
+
+  Most walk(int64_t n, const float* g, const float* r0, const float* w0, const float* m0,
+            const Scratch<values>& to, int64_t place, Most most) const {
+    const Stored<float> as_they_are(weight.format, 0);
+    return walk(n, g, r0, as_they_are, w0, as_they_are, m0, to, place, most);
+  }
+
+  template <class Any>
+  Most walk(int64_t n, const float* g, const float* r0, const Stored<Any>& weights, const Any* w0,
+            const Stored<Any>& moments, const Any* m0, const Scratch<values>& to, int64_t place,
+            Most most) const {
+    const F decay = Lanes::set(h.weight_decay), share = Lanes::set(h.share1), beta2 = Lanes::set(h.beta2);
+    const F share2 = Lanes::set(h.share2), correction = Lanes::set(h.correction2);
+    const F eps = Lanes::set(h.eps), rate = Lanes::set(-h.rate);
+    const F far = Lanes::set(h.share1 - 1);
+    const bool near = h.share1 < 0.5f, decoupled = h.decoupled, decays = h.weight_decay != 0;
+    float *const moment_to = to.of[kMoment] + place, *const root_to = to.of[kRoot] + place;
+    float* const next = to.of[kMoved] + place;
+    return vectors(n, most, [=](int64_t i, int64_t left, auto is_whole, Most so_far)
+                                __attribute__((always_inline)) {
+      constexpr bool whole = decltype(is_whole)::value;
+      F d = load<whole>(g + i, left);
+      F w = weights.template get<whole>(w0 + i, left);
+      if (decoupled) w = Lanes::mul(w, decay);  // decay = 1 - lr * weight_decay
+      else if (decays) d = Lanes::fma(w, decay, d);
+      const F before = moments.template get<whole>(m0 + i, left);
+      // lerp from the nearer end, as PyTorch does
+      const F m = near ? Lanes::fma(share, Lanes::sub(d, before), before)
+                       : Lanes::fma(far, Lanes::sub(d, before), d);
+      const F r1 = load<whole>(r0 + i, left);
+      const F variance = Lanes::fma(Lanes::mul(share2, d), d, Lanes::mul(Lanes::mul(r1, r1), beta2));
+      const F r = Lanes::sqrt(variance);
+      const F moved = Lanes::add(
+          w, Lanes::div(Lanes::mul(rate, m), Lanes::add(Lanes::div(r, correction), eps)));
+      store<whole>(moment_to + i, m, left);
+      store<whole>(root_to + i, r, left);
+      store<whole>(next + i, moved, left);
+      so_far.moment = Lanes::max_unsigned(so_far.moment, twice_bits(m));
+      // What pads the last vector divides by eps alone: if that is 0, `largest_of` looks again.
+      so_far.moved = Lanes::max_unsigned(so_far.moved, twice_bits(moved));
+      return so_far;
+    });
+  }
 };
 
 // A long block, or one thread's part of it; `wait` for the others. Returns the largest magnitudes.
@@ -522,7 +662,8 @@ int optimize(const Hyper& hyper, const Parameter* parameters, int64_t count, int
     elements += parameters[k].blocks * parameters[k].length;
   }
   if (elements < kSerial) threads = 1;
-  const int64_t own = ceil_div(longest < kKept ? longest : kKept, kAligned) * kAligned;
+  const int64_t most = longest < kChunk ? kChunk : longest < kKept ? longest : kKept;
+  const int64_t own = ceil_div(most, kAligned) * kAligned;
   static thread_local Workspace workspace;
   const int64_t bytes = Step::values * own * threads * static_cast<int64_t>(sizeof(float));
   float* const floats = reinterpret_cast<float*>(workspace.at_least(bytes));
@@ -576,6 +717,16 @@ int optimize(const Hyper& hyper, const Parameter* parameters, int64_t count, int
         const Step step(hyper, p);
         const int64_t first = (mine - share) * hand;
         const int64_t last = first + hand < p.blocks ? first + hand : p.blocks;
+        if constexpr (Step::grouped) {
+          if (p.length <= kGrouped) {
+            int all = 0;
+            const int64_t many = kChunk / p.length;
+            for (int64_t i = first; i < last; i += many)
+              all |= step.group(i, last - i < many ? last - i : many, scratch, buffer);
+            if (all) __atomic_fetch_or(&flags, all, __ATOMIC_RELAXED);
+            continue;
+          }
+        }
         for (int64_t i = first; i < last; ++i) {
           typename Step::Shared b = step.block(i);
           const Raised* most = b.most;

@@ -186,11 +186,13 @@ bool rows(const swalp_format& f, const Rule& rule, const float* x, void* out, in
     return columns<Family, Out>(f, rule, x, out, count * length, words, own);
   }
   bool lost = false;
+  Scale scales[kChunk / kShort];
+  for (int64_t row = 0; row < count; ++row) scales[row] = scale_of(f, largest(x + row * length, length));
+  if (shared)
+    for (int64_t row = 0; row < count; ++row) shared[row] = scales[row].exponent;
   for (int64_t row = 0; row < count; ++row) {
     const int64_t at = row * length;
-    const Scale scale = scale_of(f, largest(x + at, length));
-    if (shared) shared[row] = scale.exponent;
-    lost |= Family::run(f, rule, x + at, static_cast<Out*>(out) + at, length, words.from(at), scale);
+    lost |= Family::run(f, rule, x + at, static_cast<Out*>(out) + at, length, words.from(at), scales[row]);
   }
   return lost;
 }

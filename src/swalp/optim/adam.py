@@ -185,8 +185,7 @@ class Adam(LowPrecisionOptimizer):
             assert prepared is not None
         step = state.setdefault("step", 0)
         *addresses, _ = prepared.addresses()  # the roots have no exponents
-        table = fused.root_values(state["root"])
-        prepared.kernel.bind(step, gradient.data_ptr(), *addresses, table)
+        prepared.kernel.bind(step, gradient.data_ptr(), *addresses)
         state["step"] = prepared.kernel.step = step + 1
         return prepared
 

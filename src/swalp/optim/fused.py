@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch.autograd.graph import increment_version
 
 from swalp.formats import BlockFloat, FixedPoint, Format, Microscaling, Minifloat
 from swalp.packed import PackedTensor, joined, pack
-from swalp.quantize import dispatch, plans, storage
+from swalp.quantize import plans, storage
 from swalp.quantize.blocks import block_extents
 from swalp.recipes import Quantizer, Recipe, fit
 from swalp.rounding import Stochastic
@@ -42,7 +41,7 @@ def blocks(fmt: Format, shape: Sequence[int]) -> tuple[int, int] | None:
     extents = block_extents(fmt, shape)
     leading = True
     for size, extent in zip(shape, extents, strict=True):
-        if extent != size and (not leading or extent != 1):
+        if extent != size and not leading:
             return None
         leading = leading and extent == 1
     length = math.prod(extents)
@@ -116,8 +115,11 @@ class Prepared:
             if isinstance(rounding, Stochastic):
                 rounding = rounding.seeded(seed).stream(role, name)
             plan = plans.plan_of(fit(quantizer.format, parameter.shape))
-            halved = self.kind[0] and joined(plan.fmt)
-            self.kernel.set_role(role, plan.kernel, *plans.rule_arguments(rounding)[:3], halved)
+            packed = self.kind[0]
+            self.kernel.set_role(
+                role, plan.kernel, *plans.rule_arguments(rounding)[:3], packed and joined(plan.fmt),
+                plan.value_table().data_ptr() if packed else 0,
+            )  # fmt: skip
 
     def serves(
         self, recipe: Recipe, roles: tuple[str, ...], kept: Sequence[Tensor], seed: int
@@ -200,7 +202,7 @@ def fits(recipe: Recipe, roles: Sequence[str], parameter: Tensor) -> tuple[int, 
             return None
         kept = role != "gradient"
         if kept and isinstance(parameter, PackedTensor):
-            if not _byte(fmt, role):
+            if not _byte(fmt):
                 return None
             halved = halved or joined(fmt)
         if isinstance(fmt, BlockFloat | Microscaling):
@@ -214,13 +216,13 @@ def fits(recipe: Recipe, roles: Sequence[str], parameter: Tensor) -> tuple[int, 
     return None if halved and found[0] > 1 and found[1] % 2 else found
 
 
-def _byte(fmt: Format, role: str) -> bool:
+def _byte(fmt: Format) -> bool:
     """Whether codes lie one or two to a byte, exponents one, as the step reads them."""
     if fmt.bits > 8:
         return False
-    if role == "second_moment":
-        return isinstance(fmt, Minifloat) and not joined(fmt)
-    return isinstance(fmt, FixedPoint) or (isinstance(fmt, BlockFloat) and fmt.exponent_bits <= 8)
+    if isinstance(fmt, BlockFloat):
+        return fmt.exponent_bits <= 8
+    return isinstance(fmt, FixedPoint | Minifloat | Microscaling)
 
 
 def held(tensor: Tensor, role: str, recipe: Recipe, parameter: Tensor) -> bool:
@@ -285,16 +287,3 @@ def adam(
         torch.get_num_threads(),
     )
     return Outcome(lost, finite)
-
-
-def root_values(root: Tensor) -> int:
-    """The address of the float32 values of all codes of a packed tensor; 0 for floats."""
-    if not isinstance(root, PackedTensor):
-        return 0
-    return code_values(root.format).data_ptr()
-
-
-@cache
-def code_values(fmt: Format) -> Tensor:
-    """The value of each code of a format of 8 bits without blocks: float32, shape (256,)."""
-    return dispatch.unpack(torch.arange(256, dtype=torch.uint8, device="cpu"), None, fmt)
