@@ -141,6 +141,12 @@ def test_mistakes():
     parameters = list(network().parameters())
     with pytest.raises(ValueError, match=r"betas=\(1, 0\.9\) must lie in \[0, 1\)"):
         swalp.optim.Adam(parameters, betas=(1, 0.9))
+    for betas in ((0.9,), (0.9, 0.99, 0.5), 0.9):
+        with pytest.raises(ValueError, match=r"betas=.* must be two numbers"):
+            swalp.optim.Adam(parameters, betas=betas)
+    for seed in (1.5, "x", None):
+        with pytest.raises(TypeError, match="Adam: seed must be an int"):
+            swalp.optim.Adam(parameters, seed=seed)
     with pytest.raises(ValueError, match="eps=-1 must be 0 or more"):
         swalp.optim.Adam(parameters, eps=-1)
     with pytest.raises(ValueError, match="'a' has an accumulator, which only SGD keeps"):

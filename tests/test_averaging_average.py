@@ -272,6 +272,43 @@ def test_exact_sums_need_weights_on_the_grid():
     nn.init.constant_(model.weight, 1 / 3)
     with pytest.raises(ValueError, match=r"weight is not on the grid of fixed8\.6"):
         average.update_parameters(model)
+    for beyond in (2.0, -2.015625, -(2.0**59), torch.inf):
+        nn.init.constant_(model.weight, beyond)
+        with pytest.raises(ValueError, match=r"not on the grid of fixed8\.6, or beyond its range"):
+            average.update_parameters(model)
+    assert average.count == 0
+
+
+def test_exact_sums_of_wide_words():
+    model = nn.Linear(5, 1, bias=False).double()
+    values = [torch.randint(-(2**52), 2**52, (1, 5)).double() for _ in range(3)]
+    average = WeightAverage(model, accumulator=ExactSum(FixedPoint(53, 0)))
+    for value in values:
+        model.weight.data = value
+        average.update_parameters(model)
+    totals = [sum(map(int, each)) for each in zip(*(v[0].tolist() for v in values), strict=True)]
+    exact = [float(Fraction(total, 3)) for total in totals]  # rounded once
+    assert average.value("weight").tolist() == [exact]
+    average.count = average.steps = 2**11 - 1
+    with pytest.raises(ValueError, match=r"sums of one more of fixed53\.0 might not fit 64 bits"):
+        average.update_parameters(model)
+
+
+def test_what_an_average_cannot_do_is_told_at_once():
+    model = nn.Linear(2, 2)
+    for seed in (1.5, "x", None):
+        with pytest.raises(TypeError, match="WeightAverage: seed must be an int"):
+            WeightAverage(model, start=1000, seed=seed)
+    with pytest.raises(ValueError, match="29 significant bits"):
+        WeightAverage(
+            model, start=1000, accumulator=Quantizer(swalp.parse_format("fixed30.10"), Nearest())
+        )
+    average = WeightAverage(model)
+    average.update_parameters(model)
+    with pytest.raises(KeyError, match="nope.*; there are weight, bias"):
+        average.value("nope")
+    with pytest.raises(ValueError, match=r"the saved state has \[\]"):
+        average.load_state_dict({})
 
 
 def test_bfloat16_network_becomes_float32():

@@ -120,3 +120,10 @@ def test_well_formed_strings_of_impossible_formats_say_why(text, message):
 def test_only_strings_are_parsed():
     with pytest.raises(TypeError, match="must be a string such as 'bfp8'"):
         parse_format(BlockFloat(8))
+
+
+def test_what_is_no_text_of_a_format():
+    with pytest.raises(TypeError, match="must be a string"):
+        parse_format(["bfp8"])
+    with pytest.raises(ValueError, match="unknown format"):
+        parse_format("mx_" * 3000 + "e2m1")

@@ -589,3 +589,9 @@ def test_compiled_code_trains_packed_weights(theirs):
 
     torch._dynamo.reset()
     assert torch.equal(trained(compiled=True), trained(compiled=False))
+
+
+def test_a_constant_is_rounded_to_nearest():
+    packed = pack(torch.zeros(64), FixedPoint(8, 4))
+    assert packed.fill_(0.3).tolist() == [0.3125] * 64
+    assert nn.init.constant_(packed, -0.3).tolist() == [-0.3125] * 64

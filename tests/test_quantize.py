@@ -723,6 +723,77 @@ def test_out_is_written_below_autograd(dtype):
     assert same(parameter.detach(), quantize(x.detach(), FixedPoint(4, 1)))
 
 
+def test_another_out_that_requires_a_gradient_is_refused():
+    out = torch.ones(3, requires_grad=True) * 2
+    with pytest.raises(ValueError, match="out requires a gradient, which would be that of what it"):
+        quantize(torch.full((3,), 0.3), FixedPoint(8, 4), out=out)
+    with torch.no_grad():
+        assert quantize(torch.full((3,), 0.3), FixedPoint(8, 4), out=out).tolist() == [0.3125] * 3
+
+
+def test_unlike_rules_draw_the_keys_that_a_loop_draws():
+    tensors = [torch.full((64,), 0.3), torch.full((64,), 0.3)]
+    fmt = FixedPoint(4, 1)
+    for unlike in ([Stochastic(), Nearest()], [Stochastic(), Stochastic(random_bits=32)]):
+        torch.manual_seed(0)
+        loop = [quantize(x, fmt, rule) for x, rule in zip(tensors, unlike, strict=True)]
+        state = torch.get_rng_state()
+        torch.manual_seed(0)
+        many = quantize_many(tensors, fmt, unlike)
+        assert all(same(one, other) for one, other in zip(loop, many, strict=True))
+        assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("fmt", [BlockFloat(8), BlockFloat(8, exponent_bits=9)], ids=str)
+def test_integers_have_one_zero(dtype, fmt):
+    """Even where the largest value of a block is too small for the dtype."""
+    x = torch.tensor([0.0, -0.0, -torch.inf], dtype=dtype)
+    values = quantize(x, fmt)
+    assert not values[:2].signbit().any()
+    assert values[2] < 0 or not values[2].signbit()
+    if dtype == torch.float32:
+        assert same(values, pack(x, fmt).dequantize())
+
+
+def test_values_closer_than_the_carriers_are_refused():
+    fmt = Minifloat(2, 7, bias=149, subnormals=False, specials="finite")
+    with pytest.raises(ValueError, match=r"reaches from 2\.19e-47 to"):
+        quantize(torch.ones(1), fmt)
+    assert quantize(torch.ones(1).double(), fmt).item() == fmt.largest
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's: they are young
+def test_tensors_of_other_layouts_are_refused():
+    for x, layout in (
+        (torch.eye(3).to_sparse(), "sparse_coo"),
+        (torch.eye(3).to_sparse_csr(), "sparse_csr"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "nested"),
+    ):
+        for call in (quantize, pack):
+            with pytest.raises(TypeError, match=f"x is {layout}; quantize its values"):
+                call(x, BlockFloat(8))
+
+
+def test_lists_are_asked_for():
+    for arguments, name in (
+        ((torch.ones(3), FixedPoint(8, 4)), "tensors"),
+        (([torch.ones(3)], FixedPoint(8, 4), "nearest"), "rounding"),
+        (([torch.ones(3)], FixedPoint(8, 4), Nearest), "rounding"),
+    ):
+        with pytest.raises(TypeError, match=f"quantize_many: {name} must be a list"):
+            quantize_many(*arguments)
+    with pytest.raises(TypeError, match=r"out must be a torch\.Tensor, not list"):
+        quantize(torch.ones(1), FixedPoint(8, 4), out=[1])
+
+
+def test_an_axis_named_twice_is_refused():
+    with pytest.raises(ValueError, match="two of its axes are one"):
+        quantize(torch.ones(2, 3), BlockFloat(8, axes=(0, -2)))
+
+
 def test_nothing_at_all():
     assert quantize_many([], BlockFloat(8, axes=(1,))) == []
     with pytest.raises(TypeError, match="fmt must be a format"):

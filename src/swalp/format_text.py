@@ -40,7 +40,6 @@ _BINARY = _pattern(r"binary\.(?P<frac>-?\d+)")
 FORMS = "fixed8.6, bfp8, bfp8[0], bfp8/32, e4m3fn, e5m10, mxfp8_e4m3, ternary, binary"
 
 
-@lru_cache(maxsize=1024)
 def parse_format(text: str) -> Format:
     """The format that prints as `text`.
 
@@ -65,6 +64,11 @@ def parse_format(text: str) -> Format:
     """
     if not isinstance(text, str):
         raise TypeError(f"parse_format: {text!r} must be a string such as 'bfp8', 'e4m3fn'")
+    return _parse(text)
+
+
+@lru_cache(maxsize=1024)
+def _parse(text: str) -> Format:
     if text in NAMED:
         return NAMED[text]
     if match := _FIXED.fullmatch(text):
@@ -94,7 +98,7 @@ def parse_format(text: str) -> Format:
     if match := _MX.fullmatch(text):
         named = NAMED.get(match["name"] or "")
         element = named.element if isinstance(named, Microscaling) else None
-        if match["element"]:
+        if match["element"] and not match["element"].startswith("mx"):
             parsed = parse_format(match["element"])
             element = parsed if isinstance(parsed, Minifloat | FixedPoint) else None
         if element is not None:

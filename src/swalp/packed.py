@@ -31,8 +31,8 @@ class PackedTensor(torch.Tensor):
     values, acts as a float32 tensor in every operation, and stays packed in those that only move
     numbers: detach, clone, slices, transposes, devices, copies of packed tensors. Any other
     operation sees the dequantized values. Operations that write into it round what they write:
-    `copy_`, assignment to elements and to `data` to nearest, arithmetic stochastically with a fresh
-    key, so that ordinary optimizers make progress. Views of it are read-only.
+    `copy_`, `fill_`, assignment to elements and to `data` to nearest, arithmetic stochastically
+    with a fresh key, so that ordinary optimizers make progress. Views of it are read-only.
 
     Attributes:
         codes: int8, uint8 or int16 of that shape; for words of up to 4 bits uint8 with two codes to
@@ -103,7 +103,7 @@ class PackedTensor(torch.Tensor):
         raise BufferError("a packed tensor has no floats in memory to share; dequantize() it first")
 
     def dequantize(self) -> Tensor:
-        """The values: float32, a new tensor."""
+        """The values: float32, a new tensor that owes nothing to autograd; `x * 1` does."""
         codes = self._element_codes()
         values = dispatch.unpack(codes, self.exponents, self.format)
         if values.is_contiguous() and not codes.is_contiguous():  # tiles may not lie as codes do
@@ -399,6 +399,10 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
 }
 
 
+# One number everywhere: no small update, which rounding to nearest would lose.
+_CONSTANTS = {aten.fill_.Scalar, aten.fill_.Tensor}
+
+
 def _through_floats(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run an operation on the dequantized values, and round what it wrote into packed tensors."""
     refuse_collectives(func)
@@ -412,7 +416,7 @@ def _through_floats(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     result = func(*tree_map(widen, args), **tree_map(widen, kwargs))
     written = [x for x in targets(func, args, kwargs) if isinstance(x, PackedTensor)]
     for target in written:
-        target._write(values[id(target)], Stochastic())
+        target._write(values[id(target)], Nearest() if func in _CONSTANTS else Stochastic())
     if views(func):
         return tree_map(viewed, result)
     packed = {id(values[id(target)]): target for target in written}

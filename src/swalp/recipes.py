@@ -271,6 +271,8 @@ def get(name: str) -> Recipe:
     Raises:
         ValueError: no such recipe; the text names those that there are.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"recipes.get: {name!r} must be a name, such as 'paper-small-block-8'")
     if name in _SINGLE:
         return _SINGLE[name](name)
     family, _, width = name.rpartition("-")

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from swalp._validation import require_int
 from swalp.averaging import taking
-from swalp.averaging.kinds import Accumulator, Equal, Exponential, Kind, check, describe
+from swalp.averaging.kinds import (
+    Accumulator,
+    Equal,
+    ExactSum,
+    Exponential,
+    Kind,
+    check,
+    describe,
+)
 from swalp.averaging.overlap import Overlap
 from swalp.averaging.shards import is_sharded, local, reshard, sharded_like, whole
 from swalp.convert import strip
@@ -43,7 +51,8 @@ class WeightAverage:
 
             * torch.float64: running mean;
             * torch.float32: running mean with a second float32 that collects what rounding loses,
-              so that 10**6 iterates are averaged to within 2 units in the last place;
+              so that 10**6 iterates are averaged to within 2 units in the last place of the
+              largest of them;
             * ``ExactSum(format)``: for fixed-point weights, integer sums;
             * ``Quantizer(format, rounding)``: the paper's Q_SWA: each update is rounded to a
               low-precision format. A stochastic rule gets streams of its own from `seed`.
@@ -71,6 +80,7 @@ class WeightAverage:
     ) -> None:
         require_int("WeightAverage", "start", start, 0, 2**62, "it counts calls")
         require_int("WeightAverage", "every", every, 1, 2**62, "it counts calls")
+        require_int("WeightAverage", "seed", seed, 0, 2**64 - 1, "it is a 64-bit key")
         check(kind, accumulator)
         self.start = start
         self.every = every
@@ -119,6 +129,11 @@ class WeightAverage:
             return
         self._settle()
         weight, count = self._weight(), self.count
+        if isinstance(self.accumulator, ExactSum) and count >= self.accumulator.most:
+            raise ValueError(
+                f"WeightAverage: {count} iterates are averaged, and sums of one more of "
+                f"{self.accumulator.format} might not fit 64 bits; average in torch.float64"
+            )
         jobs = [(name, local(parameters[name].detach())) for name in self._state]
         if self._overlap is None:
             self._take(jobs, weight, count, torch.get_num_threads())
@@ -165,8 +180,13 @@ class WeightAverage:
 
         Raises:
             RuntimeError: nothing has been averaged yet.
+            KeyError: there is no such parameter of floats.
         """
         self._require_iterates()
+        if name not in self._state:
+            raise KeyError(
+                f"WeightAverage: no parameter {name!r}; there are {', '.join(self._state)}"
+            )
         state = self._state[name]
         average = taking.value(
             {key: local(each) for key, each in state.items()},
@@ -275,6 +295,11 @@ class WeightAverage:
             raise ValueError(
                 f"WeightAverage: the saved average is {state['kind']}, this one {kind}; make it "
                 f"with the kind and accumulator of the saved one"
+            )
+        if not {"average", "buffers", "steps", "count"} <= state.keys():
+            raise ValueError(
+                f"WeightAverage: the saved state has {sorted(state)}, where state_dict() of an "
+                f"average gives average, buffers, count, kind and steps"
             )
         mine = _layout(self._state, self._buffers)
         theirs = _layout(state["average"], state["buffers"])

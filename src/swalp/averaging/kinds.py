@@ -45,7 +45,7 @@ Kind = Equal | Exponential | Window
 class ExactSum:
     """Integer sums of fixed-point weights: the average is the rational mean, rounded once.
 
-    int64 holds 2**63 / 2**word_length iterates.
+    int64 holds `most` iterates, 2**64 / 2**word_length.
     """
 
     format: FixedPoint
@@ -56,6 +56,11 @@ class ExactSum:
                 f"ExactSum: format must be the FixedPoint of the weights, not {self.format!r}; "
                 f"for other formats use torch.float64"
             )
+
+    @property
+    def most(self) -> int:
+        """Iterates whose sums surely fit 64 bits."""
+        return (2**63 - 1) // -self.format.min_integer
 
 
 Accumulator = torch.dtype | ExactSum | Quantizer

@@ -9,6 +9,7 @@ from swalp.averaging import kernel
 from swalp.averaging.kinds import Accumulator, ExactSum, Kind, Window
 from swalp.formats import FixedPoint
 from swalp.packed import PackedTensor, pack
+from swalp.quantize import check as check_quantize
 from swalp.quantize import quantize
 from swalp.quantize.codes import holds_nan
 from swalp.recipes import Quantizer, fit
@@ -48,6 +49,9 @@ def empty(
         like = parameter._element_codes() if isinstance(parameter, PackedTensor) else parameter
         return torch.zeros_like(like, dtype=dtype, device=device or parameter.device)
 
+    if isinstance(accumulator, Quantizer):  # what it cannot do is told now, not at `start`
+        fmt = fit(accumulator.format, parameter.shape)
+        check_quantize(zeros(torch.float32), fmt, accumulator.rounding)
     match kind, accumulator:
         case Window(length), _:
             if isinstance(parameter, PackedTensor):
@@ -76,8 +80,9 @@ def check(parameter: Tensor, accumulator: Accumulator, name: str) -> None:
     match accumulator:
         case ExactSum(fmt) if not _on_grid(parameter, fmt):
             raise ValueError(
-                f"WeightAverage: {name} is not on the grid of {fmt}, so its sum would not be "
-                f"exact; give ExactSum the format of the weights, or average in torch.float64"
+                f"WeightAverage: {name} is not on the grid of {fmt}, or beyond its range, so its "
+                f"sum would not be exact; give ExactSum the format of the weights, or average in "
+                f"torch.float64"
             )
         case Quantizer(fmt, _) if fmt.bits <= 16 and not holds_nan(fmt) and _has_nan(parameter):
             raise ValueError(
@@ -137,8 +142,16 @@ def value(state: State, kind: Kind, accumulator: Accumulator, count: int) -> Ten
         kept = [state[str(slot)] for slot in range(min(count, kind.length))]
         return torch.stack([each.to(torch.float64) for each in kept]).mean(0)
     if isinstance(accumulator, ExactSum):
-        return state["sum"].to(torch.float64) / count * accumulator.format.gap
+        return _quotient(state["sum"], count) * accumulator.format.gap
     return _floats(state["average"]).clone()
+
+
+def _quotient(total: Tensor, count: int) -> Tensor:
+    """Integers divided by a count: the nearest float64."""
+    if bool((total.abs() <= 1 << 53).all()):  # float64 holds them
+        return total.to(torch.float64) / count
+    exact = [each / count for each in total.flatten().tolist()]
+    return torch.tensor(exact, dtype=torch.float64, device=total.device).view(total.shape)
 
 
 def _take_rounded(
@@ -181,11 +194,11 @@ def _has_nan(x: Tensor) -> bool:
 
 
 def _on_grid(x: Tensor, fmt: FixedPoint) -> bool:
-    """Whether all numbers are integers times the gap of `fmt`."""
+    """Whether all numbers are values of `fmt`."""
     if isinstance(x, PackedTensor) and x.format == fmt:
         return not x.has_nan()
     for part in torch.split(_floats(x).reshape(-1), _PART):
         scaled = part.to(torch.float64) / fmt.gap
-        if not torch.equal(scaled.to(torch.int64).to(torch.float64), scaled):
+        if not torch.equal(scaled.round().clamp(fmt.min_integer, fmt.max_integer), scaled):
             return False
     return True

@@ -203,7 +203,7 @@ template <int way, int range> struct Grid {
 
   inline __attribute__((always_inline)) F value(F x, const Random& random) const {
     F v = Lanes::mul(Lanes::convert(integers(x, random)), gap);
-    if constexpr (extreme) v = Lanes::mul(v, after);
+    if constexpr (extreme) v = Lanes::add(Lanes::mul(v, after), Lanes::set(0.0f));  // no -0
     return bounded ? v : Lanes::keep_nan(x, v);
   }
 

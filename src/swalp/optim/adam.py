@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -118,6 +118,8 @@ class Adam(LowPrecisionOptimizer):
         seed: int = 0,
     ) -> None:
         require_not_negative("Adam", lr=lr, eps=eps, weight_decay=weight_decay)
+        if not (isinstance(betas, Sequence) and len(betas) == 2):
+            raise ValueError(f"Adam: betas={betas} must be two numbers, such as (0.9, 0.999)")
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"Adam: betas={betas} must lie in [0, 1)")
         if recipe is not None:

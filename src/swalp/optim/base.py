@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from swalp._validation import require_int
 from swalp.convert import layer_names
 from swalp.optim import fused
 from swalp.packed import PackedTensor, pack
@@ -43,6 +44,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         recipe: Recipe | str | None,
         seed: int,
     ) -> None:
+        require_int(type(self).__name__, "seed", seed, 0, 2**64 - 1, "it is a 64-bit key")
         if recipe is not None:
             recipe = named(recipe, type(self).__name__)
         whole = isinstance(params, nn.Module)

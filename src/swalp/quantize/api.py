@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -40,7 +40,8 @@ def quantize(
         rounding: `Nearest()` (ties to even), a directed rule, or `Stochastic(seed)`.
         gradient: what autograd passes back through the rounding. "straight-through": the gradient
             as it is; "clipped": zero where `x` lies beyond the range of its grid.
-        out: a tensor of the shape and dtype of `x` to write to, `x` itself included; no gradient.
+        out: a tensor of the shape and dtype of `x` to write to, below autograd: `x` itself, or one
+            that requires no gradient.
 
     Returns:
         `out`, or a new tensor of the shape, dtype and strides of `x`, every element a value of
@@ -156,6 +157,12 @@ def quantize_many(
         ValueError: as `quantize`, or there are not as many of one as of another.
     """
     rules = [rounding] if isinstance(rounding, Rounding) else rounding
+    for name, given in (("tensors", tensors), ("rounding", rules), ("out", out or ())):
+        if isinstance(given, str | Tensor) or not isinstance(given, Sized):
+            raise TypeError(
+                f"quantize_many: {name} must be a list, not {type(given).__name__}; of one tensor "
+                f"quantize(x, fmt, rounding) takes care, and swalp.Nearest() is a rule"
+            )
     outputs = len(tensors) if out is None else len(out)
     if len(rules) not in (1, len(tensors)) or outputs != len(tensors):
         raise ValueError(
@@ -189,9 +196,14 @@ def quantize_many(
 
 
 def _tensor(x: object) -> Tensor:
-    if isinstance(x, Tensor):
-        return x
-    raise TypeError(f"quantize: x must be a torch.Tensor, not {type(x).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"quantize: x must be a torch.Tensor, not {type(x).__name__}")
+    if x.layout is not torch.strided or x.is_nested:
+        layout = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise TypeError(
+            f"quantize: x is {layout}; quantize its values, or make it dense with x.to_dense()"
+        )
+    return x
 
 
 def check(x: Tensor, fmt: Format, rounding: Rounding) -> None:
@@ -237,13 +249,15 @@ def _check_carrier(fmt: Format, dtype: torch.dtype) -> None:
             f"quantize: {fmt} has {fmt.significand_bits} significant bits, but {name} carries "
             f"{significand}; convert x to a wider dtype or choose a shorter word"
         )
-    fixed_range = isinstance(fmt, FixedPoint | Minifloat | Binary)
-    if fixed_range and (fmt.largest > info.max or fmt.smallest < info.smallest_normal * info.eps):
-        raise ValueError(
-            f"quantize: {fmt} reaches from {fmt.smallest:.3g} to {fmt.largest:.3g}, but {name} "
-            f"from {info.smallest_normal * info.eps:.3g} to {info.max:.3g}; "
-            f"convert x to a wider dtype"
-        )
+    finest = info.smallest_normal * info.eps
+    if isinstance(fmt, FixedPoint | Minifloat | Binary):
+        # Without subnormals neighbours lie closer than the smallest value.
+        own = 2.0 ** (fmt.min_exponent - fmt.mantissa_bits) if isinstance(fmt, Minifloat) else 0.0
+        if fmt.largest > info.max or min(fmt.smallest, own or fmt.smallest) < finest:
+            raise ValueError(
+                f"quantize: {fmt} reaches from {own or fmt.smallest:.3g} to {fmt.largest:.3g}, but "
+                f"{name} from {finest:.3g} to {info.max:.3g}; convert x to a wider dtype"
+            )
     if isinstance(fmt, Microscaling):
         # The finest scale is 2**-127: with it the elements must reach no further than the carrier.
         furthest, top = fmt.element_exponent - 127, math.frexp(info.max)[1] - 1
@@ -256,6 +270,13 @@ def _check_carrier(fmt: Format, dtype: torch.dtype) -> None:
 
 
 def _check_out(x: Tensor, out: Tensor) -> None:
+    if not isinstance(out, Tensor):
+        raise TypeError(f"quantize: out must be a torch.Tensor, not {type(out).__name__}")
+    if out is not x and out.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "quantize: out requires a gradient, which would be that of what it held before; "
+            "write to it under torch.no_grad(), or leave out away"
+        )
     if out.shape != x.shape or out.dtype != x.dtype or out.device != x.device:
         raise ValueError(
             f"quantize: out is {out.dtype} {tuple(out.shape)} on {out.device}; it must be like x, "

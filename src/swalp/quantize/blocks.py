@@ -32,16 +32,16 @@ def block_extents(fmt: BlockFloat | Microscaling, shape: Sequence[int]) -> tuple
         axes: tuple[int, ...] | None = (fmt.axis,)
     else:
         tile, axes = fmt.tile, fmt.axes
-    if not isinstance(tile, tuple):
-        named = {_axis(axis, shape, fmt) for axis in axes or ()}
-        return tuple(1 if axis in named else extent for axis, extent in enumerate(shape))
-    extents = [1] * len(shape)
-    tiled = [_axis(axis, shape, fmt) for axis in axes or range(-len(tile), 0)]
-    if len(set(tiled)) != len(tiled):
+    tiles = tile if isinstance(tile, tuple) else ()
+    named = [_axis(axis, shape, fmt) for axis in axes or range(-len(tiles), 0)]
+    if len(set(named)) != len(named):
         raise ValueError(
             f"{fmt}: two of its axes are one in a tensor of shape {shape}; name each axis once"
         )
-    for where, extent in zip(tiled, tile, strict=True):
+    if not tiles:
+        return tuple(1 if axis in named else extent for axis, extent in enumerate(shape))
+    extents = [1] * len(shape)
+    for where, extent in zip(named, tiles, strict=True):
         if shape[where] % extent:
             raise ValueError(
                 f"{fmt}: a tile of {extent} does not divide axis {where} of a tensor of shape "

@@ -26,7 +26,9 @@ def run(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = None) -
             return cpu.quantize(x, fmt, rounding, out)
         if plans.widens(fmt, x.dtype):
             result = cpu.quantize(x.float(), fmt, rounding)
-            return (torch.empty_like(x) if out is None else out).copy_(result)
+            narrow = (torch.empty_like(x) if out is None else out).copy_(result)
+            # What is too small for `narrow` has become 0, with its sign.
+            return narrow.add_(0.0) if reference.of_integers(fmt) else narrow
     result = reference.quantize(x, fmt, rounding)
     return result if out is None else out.copy_(result)
 
@@ -51,11 +53,13 @@ def run_many(
         plain = (
             plain and storage.are_plain(out) and not any(map(storage.partly_the_same, tensors, out))
         )
-    if tensors and plain and _has_kernels() and plans.supports(fmt, rules[0], tensors[0].dtype):
+    # By the rules, not their arguments: a key that is drawn and not used would change later ones.
+    alike = len({(type(rule), getattr(rule, "random_bits", 0)) for rule in rules}) == 1
+    plain = bool(tensors) and plain and alike and _has_kernels()
+    if plain and plans.supports(fmt, rules[0], tensors[0].dtype):
         arguments = [plans.rule_arguments(rule) for rule in rules]
-        if len({argument[:2] for argument in arguments}) == 1:
-            cpu.quantize_many(tensors, shapes, fmt, arguments, out)
-            return out
+        cpu.quantize_many(tensors, shapes, fmt, arguments, out)
+        return out
     each = rules if len(rules) == len(tensors) else list(rules) * len(tensors)
     for tensor, rule, target in zip(tensors, each, out, strict=True):
         run(tensor, fmt, rule, target)

@@ -68,7 +68,15 @@ def quantize(x: Tensor, fmt: Format, rounding: Rounding) -> Tensor:
             result = _binary(wide, fmt, rounding, noise)
         case _:
             assert_never(fmt)
-    return torch.empty_like(x).copy_(torch.where(wide.isnan(), wide, result))
+    result = torch.empty_like(x).copy_(torch.where(wide.isnan(), wide, result))
+    # Too small for the dtype of `x` is 0, and integers have but one.
+    return result.add_(0.0) if of_integers(fmt) else result
+
+
+def of_integers(fmt: Format) -> bool:
+    """Whether values are integers times a gap, so that there is no -0."""
+    element = fmt.element if isinstance(fmt, Microscaling) else fmt
+    return isinstance(element, FixedPoint | BlockFloat)
 
 
 def shared_exponents(x: Tensor, fmt: BlockFloat | Microscaling) -> Tensor:
