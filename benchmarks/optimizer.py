@@ -64,6 +64,31 @@ def large(plan: Plan) -> list[Row]:
     return rows
 
 
+def formats(plan: Plan) -> list[Row]:
+    """SGD and Adam on packed weights of the recipes' formats against PyTorch's fused ones."""
+    rows = []
+    count = plan.optimizer_tensors * plan.optimizer_width**2
+    adam = torch.optim.Adam(_with_gradients(_model(plan)), LR, fused=True)
+    rivals = {
+        "SGD": Contender("torch SGD(fused)", plain(plan, fused=True).step),
+        "Adam": Contender("torch Adam(fused)", adam.step),
+    }
+    for name in ("paper-small-block-8", "native-8", "fp8", "mxint8", "mxfp8", "mxfp4"):
+        recipe = swalp.recipes.get(name)
+        model = swalp.convert(_model(plan), recipe, packed=True)
+        _with_gradients(model)
+        ours = {
+            "SGD": packed(plan, recipe).step,
+            "Adam": swalp.optim.Adam(model.named_parameters(), LR, recipe=recipe).step,
+        }
+        for kind, rival in rivals.items():
+            mine = Contender("swalp", ours[kind])
+            times = interleave([mine, rival], plan.rounds)
+            what = f"{kind} step, {name}, {count / 1e6:.1f} M parameters"
+            rows.append(compared("optimizer-formats", what, times, mine, rival, "time ratio"))
+    return rows
+
+
 def _model(plan: Plan) -> nn.Sequential:
     width = plan.optimizer_width
     layers = [nn.Linear(width, width, bias=False) for _ in range(plan.optimizer_tensors)]

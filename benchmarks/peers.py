@@ -118,6 +118,17 @@ def qpytorch_quantize(optimized: bool) -> Quantizer:
     return quantize
 
 
+def qpytorch_float(exponent_bits: int, mantissa_bits: int) -> Callable[[Tensor], Tensor]:
+    """QPyTorch's rounding to a minifloat, stochastic, as `pip` installs it.
+
+    Raises:
+        MissingError: see `qpytorch`.
+    """
+    extension: Any = qpytorch().quant_cpu
+    extension.float_quantize_stochastic(torch.ones(4), mantissa_bits, exponent_bits)
+    return lambda x: extension.float_quantize_stochastic(x, mantissa_bits, exponent_bits)
+
+
 def qpytorch_optimizer(parameters: Sequence[Tensor], lr: float, quantize: Quantizer) -> Any:
     """QPyTorch's low-precision SGD: weights, gradients and momentum through `quantize`.
 

@@ -114,6 +114,40 @@ def codes(plan: Plan) -> list[Row]:
     ]  # fmt: skip
 
 
+def floats(plan: Plan) -> list[Row]:
+    """FP8 and microscaling: rounding against `copy_`, QPyTorch and PyTorch's own casts."""
+    x, out = _large(plan)
+    copy = Contender(COPY, lambda: out.copy_(x))
+    entries = [
+        Contender(f"{name}, 16 random bits", _quantizing(x, swalp.parse_format(name), SHORT, out))
+        for name in ("e4m3fn", "e5m2", "mxint8", "mxfp8_e4m3", "mxfp4_e2m1")
+    ]
+    qpytorch = contender(peers.QPYTORCH, lambda: _rounding(peers.qpytorch_float(5, 2), x))
+    e4m3, narrow = swalp.parse_format("e4m3fn"), x.to(torch.float8_e4m3fn)
+    packed = swalp.pack(x, e4m3)
+    casts = [
+        (Contender("pack to e4m3fn, nearest", lambda: swalp.pack(x, e4m3)),
+         Contender("x.to(torch.float8_e4m3fn)", lambda: x.to(torch.float8_e4m3fn))),
+        (Contender("dequantize e4m3fn", packed.dequantize),
+         Contender("float8_e4m3fn to float32", narrow.float)),
+    ]  # fmt: skip
+    everyone = [copy, *entries, qpytorch, *itertools.chain.from_iterable(casts)]
+    times = interleave(everyone, plan.rounds)
+    details = {"elements": plan.elements, "columns": plan.columns}
+    rows = [
+        compared("floats", each.name, times, each, copy, "time ratio", None, details)
+        for each in entries
+    ]
+    rows.append(
+        compared("floats", entries[1].name, times, entries[1], qpytorch, "speedup", None, details)
+    )
+    rows += [
+        compared("floats", ours.name, times, ours, theirs, "speedup", None, details)
+        for ours, theirs in casts
+    ]
+    return [replace(row, subject="swalp") for row in rows]
+
+
 def small_calls(plan: Plan) -> list[Row]:
     """One call on a small tensor, allocation included, and many small tensors in one call."""
     count = 320
@@ -227,8 +261,12 @@ def _large(plan: Plan) -> tuple[Tensor, Tensor]:
     return x, torch.zeros_like(x)
 
 
+def _rounding(quantize: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], object]:
+    return lambda: quantize(x)
+
+
 def _quantizing(
-    x: Tensor, fmt: swalp.BlockFloat, rounding: swalp.Stochastic, out: Tensor
+    x: Tensor, fmt: swalp.formats.Format, rounding: swalp.Stochastic, out: Tensor
 ) -> Callable[[], object]:
     return lambda: swalp.quantize(x, fmt, rounding, out=out)
 
