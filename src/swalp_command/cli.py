@@ -303,6 +303,8 @@ def reproduce(
     from swalp.lab import reproduce as lab
     from swalp.report.progress import parts
 
+    if list_ and claim is not None:
+        raise typer.BadParameter(f"--list shows all claims; leave {claim!r} away, or --list")
     if list_ or claim is None:
         print(lab.listing())
         return 0
