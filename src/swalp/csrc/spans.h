@@ -1,5 +1,7 @@
 // Loops over elements that are neighbours in memory, one function for each format, rule and output.
 #pragma once
+#include <type_traits>
+
 #include "blocks.h"
 #include "kernels.h"
 #include "rounding.h"
@@ -85,12 +87,29 @@ using Rows = bool (*)(const swalp_format&, const Rule&, const float* x, void* ou
 using Columns = bool (*)(const swalp_format&, const Rule&, const float* x, void* out, int64_t n,
                          const Words& words, const int32_t* shared);
 
-// Each of the ops with the shared exponent that it was made for.
+// The same of `count` rows of `length` elements that follow each other: `make` gives the op of a row.
+template <class Out, class Make>
+inline __attribute__((always_inline)) bool each_row(const float* x, Out* out, int64_t count, int64_t length,
+                                                    const Words& words, const Make& make) {
+  constexpr int64_t usual = 2 * Lanes::N;  // of microscaling, with AVX-512
+  bool lost = false;
+  if (length == usual)
+    for (int64_t row = 0; row < count; ++row)
+      lost |= each(make(row), x + row * usual, out + row * usual, usual, words.from(row * usual));
+  else
+    for (int64_t row = 0; row < count; ++row)
+      lost |= each(make(row), x + row * length, out + row * length, length, words.from(row * length));
+  return lost;
+}
+
+// Each of the ops with the shared exponents that it was made for.
 template <template <int> class Op, int way> struct Plain {
   template <class Out>
-  static bool run(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
-                  const Words& words, Scale scale) {
-    return each(Op<way>(f, rule, Lanes::set(scale.exponent)), x, out, n, words);
+  static bool run(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t count,
+                  int64_t length, const Words& words, const Scale* scales) {
+    return each_row(x, out, count, length, words, [&](int64_t row) __attribute__((always_inline)) {
+      return Op<way>(f, rule, Lanes::set(scales[row].exponent));
+    });
   }
   template <class Out>
   static bool run_each(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
@@ -106,42 +125,61 @@ template <int way> struct Minifloats {
   static constexpr bool quick = way == kNearest || way == kFast16 || way == kFast32;
 
   template <class Out>
-  static bool run(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
-                  const Words& words, Scale scale) {
-    if constexpr (quick)
-      if (Usual<way>::holds(f, scale.exponent, scale.exponent))
-        return Plain<Usual, way>::run(f, rule, x, out, n, words, scale);
-    return Plain<Mini, general>::run(f, rule, x, out, n, words, scale);
+  static bool run(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t count,
+                  int64_t length, const Words& words, const Scale* scales) {
+    if (are_usual(f, count, [&](int64_t i) { return scales[i].exponent; }))
+      return Plain<Usual, quick ? way : kNearest>::run(f, rule, x, out, count, length, words, scales);
+    return Plain<Mini, general>::run(f, rule, x, out, count, length, words, scales);
   }
   template <class Out>
   static bool run_each(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
                        const Words& words, const int32_t* shared) {
-    if constexpr (quick) {
-      int32_t least = INT32_MAX, most = INT32_MIN;
-      for (int64_t i = 0; i < n; ++i) {
-        least = shared[i] < least ? shared[i] : least;
-        most = shared[i] > most ? shared[i] : most;
-      }
-      if (Usual<way>::holds(f, least, most))
-        return Plain<Usual, way>::run_each(f, rule, x, out, n, words, shared);
-    }
+    if (are_usual(f, n, [&](int64_t i) { return shared[i]; }))
+      return Plain<Usual, quick ? way : kNearest>::run_each(f, rule, x, out, n, words, shared);
     return Plain<Mini, general>::run_each(f, rule, x, out, n, words, shared);
+  }
+
+ private:
+  template <class Exponent>
+  static bool are_usual(const swalp_format& f, int64_t count, const Exponent& exponent) {
+    if constexpr (!quick) return false;
+    int32_t least = exponent(0), most = least;
+    for (int64_t i = 1; i < count; ++i) {
+      least = exponent(i) < least ? exponent(i) : least;
+      most = exponent(i) > most ? exponent(i) : most;
+    }
+    return Usual<quick ? way : kNearest>::holds(f, least, most);
   }
 };
 
 template <int way> struct Gridded {
   template <class Out>
-  static bool run(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
-                  const Words& words, Scale scale) {
-    const int32_t gap = gap_of(f, scale.exponent);
-    const I gaps = Lanes::set(gap);
-    if (is_extreme(gap)) return each(Grid<way, kExtreme>(f, rule, gaps), x, out, n, words);
-    if constexpr (way == kNearest || way == kFast16 || way == kFast32) {
-      if (scale.bounded && f.min_integer == -f.max_integer)
-        return each(Grid<way, kBoundedEvenly>(f, rule, gaps), x, out, n, words);
-      if (scale.bounded) return each(Grid<way, kBounded>(f, rule, gaps), x, out, n, words);
+  static bool run(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t count,
+                  int64_t length, const Words& words, const Scale* scales) {
+    const auto rows = [&](auto range, int64_t first, int64_t many) __attribute__((always_inline)) {
+      return each_row(x + first * length, out + first * length, many, length, words.from(first * length),
+                      [&](int64_t row) __attribute__((always_inline)) {
+                        const I gaps = Lanes::set(gap_of(f, scales[first + row].exponent));
+                        return Grid<way, decltype(range)::value>(f, rule, gaps);
+                      });
+    };
+    const bool evenly = f.min_integer == -f.max_integer;
+    bool all = evenly;
+    for (int64_t i = 0; i < count; ++i)
+      all &= scales[i].bounded && !is_extreme(gap_of(f, scales[i].exponent));
+    if constexpr (may_be_bounded)
+      if (all) return rows(OfRange<kBoundedEvenly>(), 0, count);
+    bool lost = false;
+    for (int64_t i = 0; i < count; ++i) {
+      const bool extreme = is_extreme(gap_of(f, scales[i].exponent));
+      if constexpr (may_be_bounded)
+        if (scales[i].bounded && !extreme) {
+          lost |= evenly ? rows(OfRange<kBoundedEvenly>(), i, 1) : rows(OfRange<kBounded>(), i, 1);
+          continue;
+        }
+      lost |= extreme ? rows(OfRange<kExtreme>(), i, 1) : rows(OfRange<kOrdinary>(), i, 1);
     }
-    return each(Grid<way, kOrdinary>(f, rule, gaps), x, out, n, words);
+    return lost;
   }
   template <class Out>
   static bool run_each(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
@@ -157,12 +195,16 @@ template <int way> struct Gridded {
       return Grid<way, kOrdinary>(f, rule, Lanes::add(own, Lanes::set(f.gap_offset)));
     });
   }
+
+ private:
+  static constexpr bool may_be_bounded = way == kNearest || way == kFast16 || way == kFast32;
+  template <int range> using OfRange = std::integral_constant<int, range>;
 };
 
 template <class Family, class Out>
 bool span(const swalp_format& f, const Rule& rule, const float* x, void* out, int64_t n,
           const Words& words, Scale scale) {
-  return Family::run(f, rule, x, static_cast<Out*>(out), n, words, scale);
+  return Family::run(f, rule, x, static_cast<Out*>(out), 1, n, words, &scale);
 }
 
 // A shared exponent for each element.
@@ -185,16 +227,12 @@ bool rows(const swalp_format& f, const Rule& rule, const float* x, void* out, in
     }
     return columns<Family, Out>(f, rule, x, out, count * length, words, own);
   }
-  bool lost = false;
   Scale scales[kChunk / kShort];
-  for (int64_t row = 0; row < count; ++row) scales[row] = scale_of(f, largest(x + row * length, length));
-  if (shared)
-    for (int64_t row = 0; row < count; ++row) shared[row] = scales[row].exponent;
   for (int64_t row = 0; row < count; ++row) {
-    const int64_t at = row * length;
-    lost |= Family::run(f, rule, x + at, static_cast<Out*>(out) + at, length, words.from(at), scales[row]);
+    scales[row] = scale_of(f, largest(x + row * length, length));
+    if (shared) shared[row] = scales[row].exponent;
   }
-  return lost;
+  return Family::run(f, rule, x, static_cast<Out*>(out), count, length, words, scales);
 }
 
 struct Kernel {
