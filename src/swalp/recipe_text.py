@@ -41,7 +41,7 @@ def settings_of(content: bytes, source: str) -> dict[str, Any]:
         return tomllib.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: not UTF-8 text (byte {error.start})") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # of integers without end, and nested ones
         raise ValueError(f"{source}: malformed TOML: {error}") from None
 
 

@@ -75,6 +75,7 @@ def main() -> int:
         # Where "±" has no code, a "?" stands for it, in place of an error.
         if isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
+    os.environ["MPLBACKEND"] = "agg"  # pictures go to files, whatever a notebook asks for
     status = run(sys.argv[1:])
     _end_output()
     return status
@@ -93,7 +94,7 @@ def _end_output() -> None:
 def run(words: list[str]) -> int:
     """The exit status of ``swalp`` with those words."""
     try:
-        status = app(words, prog_name="swalp", standalone_mode=False) or 0
+        status = app(words or ["--help"], prog_name="swalp", standalone_mode=False) or 0
         if sys.stdout is not None:
             sys.stdout.flush()
         return status
@@ -191,6 +192,8 @@ def train(
         settings = config.load(source, set_ or [])
         examples = data.load(settings.data, data_dir, download=download)
         study.check(settings, examples)
+        if tensorboard is not None:
+            tensorboard.mkdir(parents=True, exist_ok=True)  # or fail before anything is made
         name = f"{Path(source).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
         directory = run_directory.create(out or Path("runs") / name, settings)
     with directory.locked(), Display() as display, _signals() as asked:
@@ -207,20 +210,27 @@ def train(
         except study.Stopped:
             display.say(f"stopped; go on with: swalp resume {directory.path}")
             return 128 + asked[0]
-        from swalp.report import curves  # with matplotlib, which takes its time
-
-        directory.save_curves(
-            curves.png(
-                directory.metrics(),
-                averaging_start=settings.averaging_start,
-                title=f"{settings.data}, {settings.model} of width {settings.width}",
-            )
-        )
+        try:
+            directory.save_curves(_curves(directory.metrics(), settings))
+        except (ImportError, ValueError, RuntimeError) as error:  # of Matplotlib's installation
+            reason = " ".join(str(error).split())
+            display.say(f"curves.png cannot be drawn ({reason}); the run is whole without it")
         directory.finish(summary)
     print(tables.render(summary))
     print(f"\nSaved in {directory.path}; README.txt there says what is what.")
     print(f"As a page with curves and histograms: swalp report {directory.path} --open")
     return 0
+
+
+def _curves(metrics: list[dict[str, Any]], settings: RunConfig) -> bytes:
+    """The picture of a run, in Matplotlib's own style: a user's may need what is not there."""
+    import matplotlib  # which takes its time
+
+    from swalp.report import curves
+
+    matplotlib.rcdefaults()
+    title = f"{settings.data}, {settings.model} of width {settings.width}"
+    return curves.png(metrics, averaging_start=settings.averaging_start, title=title)
 
 
 @app.command()
@@ -300,9 +310,12 @@ def reproduce(
     ] = None,
 ) -> int:
     """Run one of the paper's claims: a table, a plot and a verdict, kept as a record."""
+    import matplotlib
+
     from swalp.lab import reproduce as lab
     from swalp.report.progress import parts
 
+    matplotlib.rcdefaults()  # a user's style may need what is not there
     if list_ and claim is not None:
         raise typer.BadParameter(f"--list shows all claims; leave {claim!r} away, or --list")
     if list_ or claim is None:

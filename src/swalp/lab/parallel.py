@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import (
     FIRST_COMPLETED,
@@ -86,6 +88,8 @@ def in_processes(
                 if done:
                     context.progress(len(jobs) - len(waiting), len(jobs))
         except BrokenProcessPool:
+            if context.stopped():
+                raise Stopped from None
             raise UserError(
                 "a process that trained was killed, perhaps for want of memory; close other "
                 "programs and start again"
@@ -114,6 +118,16 @@ def _begin(stop: Event) -> None:
     global _stop
     _stop = stop
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a whole group may get it: the parent tells
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Leave when the parent has: one that was killed tells nobody."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(job: Callable[[Callable[[], None]], list[Row]]) -> list[Row]:

@@ -82,7 +82,7 @@ def read(path: Path) -> dict[str, Any]:
         record = json.loads(file.read_bytes())
     except OSError as error:
         raise UserError(f"{file}: cannot read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: damaged: {error}") from None
     if not isinstance(record, dict) or record.get("version") != VERSION:
         raise UserError(f"{file}: not a record of version {VERSION}, which this swalp reads")
@@ -100,7 +100,7 @@ def read_rows(path: Path) -> list[Row]:
         return [json.loads(line) for line in file.read_bytes().splitlines()]
     except OSError as error:
         raise UserError(f"{file}: cannot read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: damaged: {error}") from None
 
 

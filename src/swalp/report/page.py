@@ -6,7 +6,8 @@ import base64
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.resources import files
@@ -47,24 +48,41 @@ def render(records: Sequence[Run | Claim]) -> str:
     chapters = []
     for number, (name, record) in enumerate(zip(names, records, strict=True), 1):
         prefix = "" if alone else f"r{number}-"
-        made = (
-            run_sections.sections(record, prefix)
-            if isinstance(record, Run)
-            else claim_sections.sections(record, prefix)
-        )
+        with _whole(record.path):
+            made = (
+                run_sections.sections(record, prefix)
+                if isinstance(record, Run)
+                else claim_sections.sections(record, prefix)
+            )
         title = record.title if isinstance(record, Claim) else name
         chapters.append(Chapter(f"r{number}", title, _about(record), made))
     title = chapters[0].title if alone else f"{len(records)} records: {', '.join(names)}"
+    together = []
+    if not alone:
+        with _whole(Path(", ".join(names))):
+            together = comparison.sections(records, names)
     return _template().render(
         title=title,
         chapters=chapters,
-        together=[] if alone else comparison.sections(records, names),
+        together=together,
         level=2 if alone else 3,
         made=time.strftime("%Y-%m-%d %H:%M"),
         version=version("swalp"),
         style=Markup(_asset("style.css")),
         script=Markup(_asset("charts.js")),
     )
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """A value of a record that is missing, or of another kind than it was written, as a line."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{path}: damaged: a value is missing or is not what it was written as "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def write(words: Sequence[str], out: Path | None) -> Path:

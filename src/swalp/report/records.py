@@ -138,7 +138,7 @@ def _run(path: Path) -> Run:
     text = reading.text(path / "config.toml").removeprefix("\ufeff")
     try:
         settings = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path / 'config.toml'}: damaged: {error}") from None
     if (path / "run.json").exists():
         require_settings(path, settings)

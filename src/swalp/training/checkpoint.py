@@ -62,6 +62,8 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in parts.items()},
     }
     path = folder / f"step-{step:012d}"
+    for unfinished in folder.glob(".step-*.unfinished"):  # of a process that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
     write_directory(path, parts | {"manifest.json": json.dumps(manifest, indent=1).encode()})
     older = [other for other in _newest_first(folder) if other.name < path.name]
     kept = {path, *older[: keep - 1]}
@@ -87,6 +89,7 @@ def load_newest(folder: Path) -> Loaded | None:
             KeyError,
             TypeError,
             AttributeError,
+            RecursionError,
             safetensors.SafetensorError,
         ) as error:
             damaged.append(f"{path}: damaged: {' '.join(str(error).split())}")

@@ -236,7 +236,7 @@ def parse(content: bytes, source: str) -> dict[str, Any]:
         return tomllib.loads(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: not UTF-8 text (byte {error.start})") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # of integers without end, and nested ones
         raise UserError(f"{source}: malformed TOML: {_one_line(str(error))}") from None
 
 
@@ -313,6 +313,8 @@ def _split(change: str) -> tuple[str, Any]:
         found = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return key, text
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"--set {key}: {_one_line(str(error))}") from None
     if len(found) > 1:
         raise UserError(f"--set {change!r}: more than one setting; give each its own --set")
     return key, found["value"]

@@ -62,7 +62,7 @@ def records(path: Path) -> list[Record]:
     *whole, rest = content(path).split(b"\n")
     try:
         json.loads(rest)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass  # nothing, or being written now
     else:
         whole.append(rest)
@@ -84,7 +84,7 @@ def _decoded(where: str, found: bytes) -> str:
 def _parsed(where: str, found: bytes) -> Record:
     try:
         value = json.loads(_decoded(where, found))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: damaged: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{where}: damaged: not a JSON object")

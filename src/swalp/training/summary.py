@@ -53,6 +53,14 @@ def read(run: RunDirectory, config: RunConfig) -> Record:
                     f"{run.summary_path}: damaged: {key} of {arm}, {model} must be a value for "
                     f"each of {config.seeds} seeds"
                 )
+        for key in ("model_bytes", "training_bytes", "averaging_bytes"):
+            if type(row.get(key)) is not int:
+                raise UserError(
+                    f"{run.summary_path}: damaged: {key} of {arm}, {model} must be an integer"
+                )
+    for key in ("train_examples", "test_examples", "validation_examples"):
+        if type(found.get(key)) is not int:
+            raise UserError(f"{run.summary_path}: damaged: {key} must be a number of examples")
     return found
 
 
