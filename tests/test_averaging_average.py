@@ -1,6 +1,9 @@
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
 from fractions import Fraction
 
 import pytest
@@ -305,7 +308,7 @@ def test_what_an_average_cannot_do_is_told_at_once():
         )
     average = WeightAverage(model)
     average.update_parameters(model)
-    with pytest.raises(KeyError, match="nope.*; there are weight, bias"):
+    with pytest.raises(KeyError, match=r"nope.*; there are weight, bias"):
         average.value("nope")
     with pytest.raises(ValueError, match=r"the saved state has \[\]"):
         average.load_state_dict({})
@@ -777,3 +780,49 @@ def test_buffers_that_a_forward_replaces_are_put_back():
     with average.applied(model):
         model(torch.ones(1, 2))
     assert model.calls == 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_an_interrupted_update_is_not_gone_on_with(overlap, monkeypatch):
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    average = WeightAverage(model, overlap=overlap)
+    average.update_parameters(model)
+    saved = copy.deepcopy(average.state_dict())
+    owner, name = (average._overlap, "start") if overlap else (swalp.averaging.taking, "take")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            average.update_parameters(model)
+    for use in (
+        lambda: average.update_parameters(model),
+        lambda: average.value("0.weight"),
+        lambda: average.module,
+        average.state_dict,
+    ):
+        with pytest.raises(RuntimeError, match="an update was interrupted"):
+            use()
+    average.load_state_dict(saved)
+    average.update_parameters(model)
+    assert average.count == 2
+    assert torch.equal(average.value("0.weight"), model[0].weight)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_an_overlapped_average_goes_on_in_a_forked_process():
+    program = """
+import os, torch, swalp
+torch.set_num_threads(1)
+model = torch.nn.Linear(8, 8)
+average = swalp.WeightAverage(model, overlap=True)
+average.update_parameters(model)
+child = os.fork()
+average.update_parameters(model)
+assert torch.equal(average.module.weight, model.weight) and average.count == 2
+os._exit(0) if child == 0 else os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=60, check=False)
+    assert run.returncode == 0

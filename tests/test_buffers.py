@@ -1,5 +1,6 @@
 """Memory that is used again when the last tensor on it is gone, and not before."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -145,3 +146,24 @@ def test_save_memory_gives_it_back_at_once():
 def test_save_memory_keeps_no_negative_number_of_bytes():
     with pytest.raises(ValueError, match="keep=-1 must be a number of bytes, at least 0"):
         buffers.save_memory(-1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_a_process_forked_while_another_thread_takes_memory():
+    program = """
+import os, threading, time, torch
+from swalp import buffers
+torch.set_num_threads(1)
+held = threading.Event()
+def hold():
+    with buffers._lock:
+        held.set()
+        time.sleep(0.2)
+threading.Thread(target=hold).start()
+held.wait()
+child = os.fork()
+buffers.empty(1 << 17)
+os._exit(0) if child == 0 else os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=60, check=False)
+    assert run.returncode == 0

@@ -286,6 +286,10 @@ MISTAKES = [
     (["train", "digits", "mnist"], "Got unexpected extra argument(s) (mnist)"),
     (["trian"], "No such command 'trian'"),
     (["train", "mnist", "--data-dir", "."], "no train-images-idx3-ubyte.gz of mnist in mnist or ."),
+    (["train", "--set", f"epochs={'9' * 5000}"], "--set epochs: Exceeds the limit"),
+    (["train", "--set", f"arms={'[' * 3000}"], "--set arms: maximum recursion depth exceeded"),
+    (["train", "--tensorboard", "bad.toml"], "bad.toml: File exists"),
+    (["reproduce", "--list", "x"], "--list shows all claims; leave 'x' away, or --list"),
     (["train", "--out", "full"], "full: the directory is not empty; choose another with --out"),
     (["train", "--out", "bad.toml"], "bad.toml: cannot make the run directory: "),
     (["train", "--out", "bad.toml/a"], "cannot make the run directory: Not a directory"),
@@ -316,7 +320,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(
-    ("words", "message"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES]
+    ("words", "message"), MISTAKES, ids=[" ".join(words)[:40] for words, _ in MISTAKES]
 )
 def test_a_mistake_gets_one_line_and_status_2(run_swalp, tmp_path, old_run, words, message):
     (tmp_path / "bad.toml").write_text("epochs = = 3")
@@ -531,6 +535,12 @@ DAMAGES = [
     ("summary.json", _row("arm", "flaot"), "it has no row of float, sgd"),
     ("summary.json", _row("sha256", []), "sha256 of float, sgd must be a value for each of 1"),
     ("summary.json", _row("test_error", [None]), "test_error of float, sgd must be a value for"),
+    ("summary.json", _row("model_bytes", None), "model_bytes of float, sgd must be an integer"),
+    (
+        "summary.json",
+        lambda summary: summary.pop("test_examples"),
+        "test_examples must be a number",
+    ),
     ("run.json", lambda began: began.update(settings=None), "settings is not a JSON object"),
     ("run.json", lambda began: began.update(recipes=[]), "recipes is not a JSON object"),
     ("run.json", lambda began: began.update(version="1"), "it has no version"),
@@ -549,3 +559,44 @@ def test_a_record_of_other_values(run_swalp, tmp_path, old_run, command, name, c
     assert (status, out) == (2, "")
     assert f"{run / name}: damaged: {message}" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("summary.json", _row("model_bytes", None)),
+        ("summary.json", _row("test_error", [None])),
+        ("metrics.jsonl", lambda line: line.update(epoch=[1])),
+        ("diagnostics.jsonl", lambda line: line.update(errors=3)),
+        ("sessions.jsonl", lambda line: line.update(seconds=[])),
+    ],
+)
+def test_a_page_of_other_values_gets_one_line(run_swalp, tmp_path, old_run, name, change):
+    run = tmp_path / "run"
+    shutil.copytree(old_run, run)
+    first, *rest = (run / name).read_text().split("\n", 0 if name == "summary.json" else 1)
+    record = json.loads(first)
+    change(record)
+    (run / name).write_text("\n".join([json.dumps(record), *rest]))
+    status, out, err = run_swalp("report", run)
+    assert (status, out) == (2, "")
+    assert f"swalp: {run}: damaged: a value is missing or is not what it was written as" in err
+    assert err.count("\n") == 1
+
+
+def test_without_words_there_is_help(run_swalp):
+    status, out, err = run_swalp()
+    assert (status, err) == (0, "")
+    assert out.startswith("Usage: swalp [OPTIONS] COMMAND")
+
+
+def test_a_style_that_matplotlib_cannot_have_here_is_left_out(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\n")
+    words = ["train", *TINY, "--set", "seeds=1", "--out", "run"]
+    done = subprocess.run(
+        [sys.executable, "-c", "from swalp_command import main; main()", *words],
+        cwd=tmp_path, env=os.environ | {"MPLBACKEND": "module://none.such"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -173,3 +173,25 @@ def test_mistakes(tmp_path):
     with pytest.raises(OSError, match="No such file"):
         swalp.load_quantized(tmp_path / "none")
     assert weights.to_bytes(network(), swalp.BlockFloat(8)) == whole
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    model = nn.Linear(3, 3)
+    swalp.save_quantized(model, path, swalp.BlockFloat(8))
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError("full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="full"):
+            swalp.save_quantized(nn.Linear(5, 5), path, swalp.BlockFloat(8))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    swalp.save_quantized(nn.Linear(5, 5), link, swalp.BlockFloat(8))
+    assert link.is_symlink()
+    assert path.read_bytes() != before

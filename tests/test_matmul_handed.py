@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import swalp
@@ -144,3 +145,26 @@ def test_gradients_of_gradients_are_refused():
     (gradient,) = torch.autograd.grad(_model()(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         gradient.square().sum().backward()
+
+
+def test_backward_passes_within_one_another():
+    """A hook of the weight's gradient takes gradients of the same graph."""
+    torch.manual_seed(0)
+    width = 1024
+    model = swalp.convert(
+        nn.Sequential(nn.Linear(width, width), nn.Linear(width, width)), "native-8"
+    )
+    x = torch.randn(width, width, requires_grad=True)
+    y = model(x)
+    first, second = torch.randn(2, width, width).unbind()
+    alone = [torch.autograd.grad(y, x, seed, retain_graph=True)[0] for seed in (first, second)]
+    within = []
+
+    def hook(_):
+        within.append(torch.autograd.grad(y, x, second, retain_graph=True)[0])
+
+    handle = model[1].weight.register_post_accumulate_grad_hook(hook)
+    y.backward(first, retain_graph=True)
+    handle.remove()
+    assert torch.equal(x.grad, alone[0])
+    assert torch.equal(within[0], alone[1])

@@ -785,3 +785,23 @@ def test_a_step_says_whether_weights_became_nan(kind, axes, shape):
         optimizer.step()
         assert model.weight.has_nan() == bool(model.weight.dequantize().isnan().any())
         assert model.weight.has_nan() or bad == 0
+
+
+@pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
+def test_a_refused_step_does_not_count(kind):
+    recipe = swalp.recipes.get("paper-small-block-8")
+    results = []
+    for refused in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(64, 64)
+        optimizer = kind(model.named_parameters(), lr=0.01, recipe=recipe)
+        model.weight.grad = torch.ones(64, 64)
+        if refused:
+            model.bias.grad = torch.ones(64).to_sparse()
+            with pytest.raises(ValueError, match="is sparse, which no recipe"):
+                optimizer.step()
+        model.bias.grad = torch.ones(64)
+        optimizer.step()
+        assert {state["step"] for state in optimizer.state.values()} == {1}
+        results.append([model.weight.detach().clone(), model.bias.detach().clone()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

@@ -1,5 +1,7 @@
+import contextlib
 import copy
 import io
+import signal
 
 import pytest
 import safetensors.torch
@@ -595,3 +597,32 @@ def test_a_constant_is_rounded_to_nearest():
     packed = pack(torch.zeros(64), FixedPoint(8, 4))
     assert packed.fill_(0.3).tolist() == [0.3125] * 64
     assert nn.init.constant_(packed, -0.3).tolist() == [-0.3125] * 64
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there is no timer here")
+def test_an_interrupted_copy_is_the_old_or_the_new():
+    one, other = (pack(torch.full((1024, 1024), x), BlockFloat(8)) for x in (1.0, 24000.0))
+    target = one.clone()
+
+    def ring(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        for delay in range(200):
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + 5 * delay))
+                for _ in range(50):
+                    target.copy_(one)
+                    target.copy_(other)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            assert target[0, 0].item() in (1.0, 24064.0)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_shared_memory_is_told():
+    packed = pack(torch.ones(4, 4), BlockFloat(8))
+    assert not packed.is_shared()
+    assert packed.share_memory_().is_shared()

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from swalp.training import durable
+from swalp import durable
 
 
 def no_space(descriptor):

@@ -193,14 +193,14 @@ def _statistics_replaced(model: nn.Module, layers: Sequence[Any]) -> Iterator[No
         (layer.momentum, copy.deepcopy(dict(layer.named_buffers(recurse=False))))
         for layer in layers
     ]
-    model.eval()
-    for layer in layers:
-        layer.train()
-        if layer.num_batches_tracked is not None:
-            layer.num_batches_tracked.zero_()
-    for layer, own in lowered:
-        layer._swalp_layer = own.in_evaluation()
     try:
+        model.eval()
+        for layer in layers:
+            layer.train()
+            if layer.num_batches_tracked is not None:
+                layer.num_batches_tracked.zero_()
+        for layer, own in lowered:
+            layer._swalp_layer = own.in_evaluation()
         yield
     except BaseException:
         for layer, (_, buffers) in zip(layers, saved, strict=True):

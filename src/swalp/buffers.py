@@ -13,12 +13,12 @@ import contextlib
 import ctypes
 import math
 import mmap
+import os
 import threading
 import weakref
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +27,14 @@ SMALLEST = 1 << 18  # bytes: below, the allocator of the C library is as good
 REGION = 1 << 30  # bytes of address space; memory only where it has been written
 WINDOW = 1 << 12  # results in which memory that none of them touched goes back to the system
 _PAGE = mmap.PAGESIZE
+
+
+class _Place(weakref.ref[memoryview]):
+    """A view of a stretch, and where that lies."""
+
+    __slots__ = ("end", "start")
+    start: int
+    end: int
 
 
 class _Region:
@@ -47,8 +55,8 @@ class _Region:
         if _kept is not None:
             self.in_large_pages()
         self.taken: list[tuple[int, int]] = []
-        self.alive: dict[int, weakref.ref[memoryview]] = {}
-        self.left: deque[int] = deque()
+        self.alive: dict[int, _Place] = {}
+        self.left: deque[_Place] = deque()
         self.touched = self.recent = 0
 
     def take(self, size: int) -> memoryview | None:
@@ -65,17 +73,21 @@ class _Region:
         self.recent = max(self.recent, start + size)
         self.touched = max(self.touched, self.recent)
         view = memoryview(self.memory)[start : start + size]
-        # No lock here: a view can go in the midst of anything, in any thread.
-        self.alive[start] = weakref.ref(view, partial(self.leave, start, start + size))
+        # No lock here: a view can go in the midst of anything, in any thread. Nor bytecode, where
+        # Ctrl-C would be lost, unless memory goes back.
+        place = _Place(view, self.left.append if _kept is None else self.leave)
+        place.start, place.end = start, start + size
+        self.alive[start] = place
         return view
 
-    def leave(self, start: int, end: int, _: object) -> None:
-        """Note that a stretch is free. Until `sweep`, nobody else takes it."""
+    def leave(self, place: _Place) -> None:
+        """Give a free stretch back, and note it. Until `sweep`, nobody else takes it."""
+        start, end = place.start, place.end
         if _kept is not None and _CAN_GIVE_BACK:
             low = max(start, _kept) if end - start <= _kept else start
             if end > low:
                 self.memory.madvise(mmap.MADV_DONTNEED, low, end - low)
-        self.left.append(start)
+        self.left.append(place)
 
     def in_large_pages(self) -> None:
         """Ask for pages of 2 MB: memory comes back from the system in a fraction of the time."""
@@ -85,7 +97,7 @@ class _Region:
     def sweep(self) -> None:
         """Take note of what has become free."""
         while self.left:
-            start = self.left.popleft()
+            start = self.left.popleft().start
             del self.alive[start]
             del self.taken[bisect_left(self.taken, (start,))]
 
@@ -113,6 +125,10 @@ _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MA
 _CAN_GIVE_BACK = hasattr(mmap, "MADV_DONTNEED")
 
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # else a child might be born with the lock held for ever
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
 _regions: list[_Region] = []
 _codes: list[_Region] = []  # apart: they outlive floats, and would lie between them
 _results = 0

@@ -99,6 +99,11 @@ class PackedTensor(torch.Tensor):
                 part.share_memory_()  # type: ignore[no-untyped-call]  # PyTorch has no type
         return self
 
+    def is_shared(self) -> bool:
+        """Whether codes and exponents are in memory that processes share."""
+        parts = [self.codes] if self.exponents is None else [self.codes, self.exponents]
+        return all(part.is_shared() for part in parts)  # type: ignore[no-untyped-call]  # PyTorch has no type
+
     def __dlpack__(self, **_: Any) -> Any:
         raise BufferError("a packed tensor has no floats in memory to share; dequantize() it first")
 
@@ -163,10 +168,11 @@ class PackedTensor(torch.Tensor):
         self._assign(packed)
 
     def _assign(self, other: PackedTensor) -> None:
-        self.codes.copy_(other.codes)
-        increment_version(self.codes)  # operations below `__torch_dispatch__` do not
+        into, given = [self.codes], [other.codes]
         if self.exponents is not None and other.exponents is not None:
-            self.exponents.copy_(other.exponents)
+            into, given = [*into, self.exponents], [*given, other.exponents]
+        torch._foreach_copy_(into, given)  # in one call: Ctrl-C comes before it or after it
+        increment_version(self.codes)  # operations below `__torch_dispatch__` do not
 
     def _like(
         self,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -107,13 +107,16 @@ class WeightAverage:
         self._names = _saved_names(model)
         self._module = None if self._sharded else self._skeleton(model)
         self._stale = True
+        self._torn = False
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
         """Count a call, and take `model`'s parameters into the average if it is time.
 
-        If it raises, nothing has changed. With `overlap`, numbers that could not be taken are told
-        by the next call that needs the average, which is then without them.
+        If it raises, nothing has changed, unless Ctrl-C or a want of memory comes while an iterate
+        is taken: then the average is of use again after `load_state_dict`. With `overlap`, numbers
+        that could not be taken are told by the next call that needs the average, which is then
+        without them.
 
         Raises:
             ValueError: `model` has other parameters or buffers than the network that the average
@@ -135,18 +138,24 @@ class WeightAverage:
                 f"{self.accumulator.format} might not fit 64 bits; average in torch.float64"
             )
         jobs = [(name, local(parameters[name].detach())) for name in self._state]
-        if self._overlap is None:
-            self._take(jobs, weight, count, torch.get_num_threads())
-        else:
-            self._overlap.start(
-                jobs, lambda copies: self._take(copies, weight, count, 1), self._device
-            )
+        self._torn = True  # until all of it is done: Ctrl-C may come in between
+        try:
+            if self._overlap is None:
+                self._take(jobs, weight, count, torch.get_num_threads())
+            else:
+                self._overlap.start(
+                    jobs, lambda copies: self._take(copies, weight, count, 1), self._device
+                )
+        except taking.NotTakenError:
+            self._torn = False
+            raise
         for name, each in (parameters | buffers).items():
             if name in self._buffers:
                 self._buffers[name].copy_(each)
         self.steps += 1
         self.count += 1
         self._stale = True
+        self._torn = False
 
     @property
     def module(self) -> nn.Module:
@@ -212,7 +221,7 @@ class WeightAverage:
         full |= {name: whole(buffer).clone() for name, buffer in self._buffers.items()}
         return {key: full[name] for key, name in self._names.items() if name in full}
 
-    @contextmanager
+    @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """`model` with the averaged parameters, inside a ``with`` block; afterwards its own again.
 
@@ -289,7 +298,11 @@ class WeightAverage:
         Raises:
             ValueError: it belongs to another network, or to another kind of average.
         """
-        self._settle()
+        if not self._torn:
+            self._settle()
+        elif self._overlap is not None:
+            with contextlib.suppress(Exception):  # whatever it was, all is replaced
+                self._overlap.wait()
         kind = describe(self.kind, self.accumulator)
         if state.get("kind", kind) != kind:  # version 0.1.0 saved none
             raise ValueError(
@@ -311,6 +324,7 @@ class WeightAverage:
                 f"WeightAverage: the saved average is of another network or kind; what differs: "
                 f"{', '.join(different[:5])}"
             )
+        self._torn = True
         self.steps, self.count = state["steps"], state["count"]
         for name, kept in self._state.items():
             for key, value in kept.items():
@@ -318,6 +332,7 @@ class WeightAverage:
         for name, buffer in self._buffers.items():
             buffer.copy_(state["buffers"][name])
         self._stale = True
+        self._torn = False
 
     def __getstate__(self) -> dict[str, Any]:
         self._settle()
@@ -436,6 +451,11 @@ class WeightAverage:
 
     def _settle(self) -> None:
         """Wait until the last iterate is taken; if it could not be, it does not count."""
+        if self._torn:
+            raise RuntimeError(
+                "WeightAverage: an update was interrupted, and some parameters have taken the "
+                "iterate and others not; go back to a saved state with load_state_dict"
+            )
         if self._overlap is None:
             return
         try:

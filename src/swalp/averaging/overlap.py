@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +25,7 @@ class Overlap:
     """
 
     def __init__(self) -> None:
+        _all.add(self)
         self._copies: list[Tensor] = []
         self._pinned: list[Tensor] = []
         self._pool: ThreadPoolExecutor | None = None
@@ -68,6 +72,10 @@ class Overlap:
     def __getstate__(self) -> dict[str, Any]:
         return {"_copies": [], "_pinned": [], "_pool": None, "_running": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _all.add(self)
+
     def _to_host(self) -> torch.cuda.Event | None:
         """Send the copies from a GPU to page-locked memory; None if they are on the host."""
         if not any(copy.is_cuda for copy in self._copies):
@@ -84,6 +92,24 @@ class Overlap:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]  # likewise
             event.record(self._stream)
         return event
+
+
+# A process that is forked has no thread but the one that forked, and memory as it was then.
+_all: weakref.WeakSet[Overlap] = weakref.WeakSet()
+
+
+def _finish_all() -> None:
+    running = [each._running for each in list(_all) if each._running is not None]
+    futures.wait(running)
+
+
+def _forget_threads() -> None:
+    for each in list(_all):
+        each._pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_finish_all, after_in_child=_forget_threads)
 
 
 @torch.no_grad()

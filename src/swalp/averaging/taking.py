@@ -17,6 +17,11 @@ from swalp.rounding import Stochastic
 
 State = dict[str, Tensor]
 
+
+class NotTakenError(ValueError):
+    """An iterate cannot be taken, and nothing has been."""
+
+
 _PART = 1 << 18  # numbers looked at at a time: they stay in the cache
 
 
@@ -79,13 +84,13 @@ def check(parameter: Tensor, accumulator: Accumulator, name: str) -> None:
     """
     match accumulator:
         case ExactSum(fmt) if not _on_grid(parameter, fmt):
-            raise ValueError(
+            raise NotTakenError(
                 f"WeightAverage: {name} is not on the grid of {fmt}, or beyond its range, so its "
                 f"sum would not be exact; give ExactSum the format of the weights, or average in "
                 f"torch.float64"
             )
         case Quantizer(fmt, _) if fmt.bits <= 16 and not holds_nan(fmt) and _has_nan(parameter):
-            raise ValueError(
+            raise NotTakenError(
                 f"WeightAverage: {name} has a NaN, and {fmt} no code for it; average in "
                 f"torch.float32, or in a format that has one"
             )

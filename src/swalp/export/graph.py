@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from swalp.convert import to_float
+from swalp.durable import write_file
 from swalp.export.weights import packed_state, scale
 from swalp.formats import Format
 from swalp.packed import PackedTensor
@@ -60,7 +61,8 @@ def save_onnx(
         ValueError: the format has no scale, or several along more than one axis; or a parameter is
             complex.
     """
-    Path(path).write_bytes(to_bytes(model, fmt, example, calibration=calibration))
+    content = to_bytes(model, fmt, example, calibration=calibration)
+    write_file(Path(path).resolve(), content)  # whole, or what was there stays
 
 
 def to_bytes(

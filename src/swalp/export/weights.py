@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from swalp.durable import write_file
 from swalp.formats import BlockFloat, FixedPoint, Format
 from swalp.packed import PackedTensor, from_plain, pack, to_plain
 from swalp.quantize import quantize
@@ -90,7 +91,7 @@ def save_quantized(model: nn.Module, path: str | Path, fmt: Format) -> None:
     Raises:
         ValueError: `fmt` has more than 16 bits, or a parameter is complex.
     """
-    Path(path).write_bytes(to_bytes(model, fmt))
+    write_file(Path(path).resolve(), to_bytes(model, fmt))  # whole, or what was there stays
 
 
 def load_quantized(path: str | Path, *, packed: bool = False) -> dict[str, Tensor]:

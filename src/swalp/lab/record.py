@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from swalp.durable import write_directory
 from swalp.lab import plots
 from swalp.lab.claim import Claim, Row, Verdict
 from swalp.training import environment
-from swalp.training.durable import write_directory
 from swalp.training.mistakes import UserError
 
 VERSION = 1

@@ -35,7 +35,8 @@ class Handed:
 
     def __init__(self, x: Tensor, weight: Tensor) -> None:
         self.at_once = min(x.numel(), weight.numel()) <= SMALL
-        self._compute: Callable[[], Tensor] | None = None
+        # Of each backward pass that is between its steps: several may run at once.
+        self._computes: dict[int, Callable[[], Tensor]] = {}
 
     def gradient_of(self, x: Tensor) -> Tensor:
         """`x`, whose gradient is computed in the second step."""
@@ -51,8 +52,13 @@ class Handed:
         """
         if self.at_once:
             return compute().detach()  # no view: nothing else refers to its memory
-        self._compute = compute
-        return torch.zeros((), dtype=torch.float32, device="cpu").expand(tuple(shape))
+        stands = torch.zeros((), dtype=torch.float32, device="cpu").expand(tuple(shape))
+        self._computes[stands.data_ptr()] = compute
+        return stands
+
+    def now(self, stands: Tensor) -> Tensor:
+        """The gradient that `stands`, from `later`, stands for."""
+        return self._computes.pop(stands.data_ptr())().detach()  # no view
 
 
 def let_go(grad: Tensor, mine: bool) -> None:
@@ -73,5 +79,4 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        compute, ctx.handed._compute = ctx.handed._compute, None
-        return compute().detach(), None  # no view
+        return ctx.handed.now(grad), None

@@ -188,7 +188,7 @@ class Adam(LowPrecisionOptimizer):
         step = state.setdefault("step", 0)
         *addresses, _ = prepared.addresses()  # the roots have no exponents
         prepared.kernel.bind(step, gradient.data_ptr(), *addresses)
-        state["step"] = prepared.kernel.step = step + 1
+        prepared.kernel.step = step + 1
         return prepared
 
     def _run(

@@ -230,13 +230,14 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             # Not a decorator, which would import all of Dynamo.
             torch.compiler.disable(self._update_group)(parameters, group)  # type: ignore[no-untyped-call]  # PyTorch has no type
             return
-        ready: dict[tuple[bool, bool], list[fused.Prepared]] = {}
-        for name, parameter, gradient in parameters:
+        for name, _, gradient in parameters:  # all, before any is updated
             if gradient.layout is not torch.strided and self.recipe_of(name) is not None:
                 raise ValueError(
                     f"{type(self).__name__}: the gradient of {name!r} is sparse, which no recipe "
                     f"quantizes; make it dense, as with nn.Embedding(sparse=False)"
                 )
+        ready: dict[tuple[bool, bool], list[fused.Prepared]] = {}
+        for name, parameter, gradient in parameters:
             prepared = self._kernel(name, parameter, gradient, group)
             if prepared is None:
                 self._update(name, parameter, gradient, group)
@@ -244,6 +245,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
                 ready.setdefault(prepared.kind, []).append(prepared)
         for (packed, rounds), all_prepared in ready.items():
             outcome = self._run([one.kernel for one in all_prepared], packed, rounds, group)
+            for one in all_prepared:
+                self.state[one.parameter]["step"] += 1
             fused.announce(all_prepared, outcome.finite)
             if outcome.lost:
                 raise ValueError(

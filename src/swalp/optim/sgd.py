@@ -166,7 +166,6 @@ class SGD(LowPrecisionOptimizer):
         step = state.setdefault("step", 0)
         addresses = prepared.addresses() if group["momentum"] else [*prepared.addresses(), 0, 0]
         prepared.kernel.bind(step, gradient.data_ptr(), *addresses)
-        state["step"] = step + 1
         return prepared
 
     def _run(

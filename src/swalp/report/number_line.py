@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from swalp.durable import write_file
 from swalp.formats import BlockFloat, Format, Microscaling, Minifloat
 from swalp.quantize import quantize
 from swalp.rounding import Nearest, TowardNegative, TowardPositive
-from swalp.training.durable import write_file
 
 _FEW = 64  # strokes that are drawn thick
 _STAIRS = 40  # values whose staircase is drawn whole

@@ -18,8 +18,8 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from swalp.durable import write_directory
 from swalp.packed import PackedTensor, from_plain, to_plain
-from swalp.training.durable import write_directory
 from swalp.training.mistakes import UserError
 
 VERSION = 1

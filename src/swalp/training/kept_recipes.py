@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from swalp import recipes
+from swalp.durable import write_file
 from swalp.recipes import Recipe
 from swalp.training import reading
-from swalp.training.durable import write_file
 from swalp.training.mistakes import UserError
 
 _KEY = "recipes"  # of run.json

@@ -17,11 +17,11 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from swalp.durable import write_file
 from swalp.packed import from_plain, to_plain
 from swalp.training import config as settings
 from swalp.training import kept_recipes, reading
 from swalp.training.config import RunConfig
-from swalp.training.durable import write_file
 from swalp.training.mistakes import UserError
 from swalp.training.reading import Record
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import swalp
 from swalp import parse_format
+from swalp.durable import write_file
 from swalp.export import MissingPackageError, graph, weights
 from swalp.training import deployment, loop, study, summary
 from swalp.training.config import FLOAT, RunConfig
 from swalp.training.data import Dataset, evaluation_batches, hold_out
-from swalp.training.durable import write_file
 from swalp.training.mistakes import UserError
 from swalp.training.reading import Record
 from swalp.training.run_directory import RunDirectory
