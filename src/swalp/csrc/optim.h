@@ -3,8 +3,8 @@
 // A parameter is worked off block by block. A short block: the gradient's exponent; the step in
 // float32, with the largest magnitudes of what will be kept; then their codes. Of a long block the
 // exponents come first, by a look at all of it, and then the steps and the codes of one chunk after
-// another. The shortest go many at a time. Equal to `sgd_step` and `adam_step` of `swalp.optim` in the arithmetic of PyTorch's vector
-// units, in which x + alpha * y is one fused operation.
+// another. The shortest go many at a time. Equal to `sgd_step` and `adam_step` of `swalp.optim` in the
+// arithmetic of PyTorch's vector units, in which x + alpha * y is one fused operation.
 #pragma once
 #include <float.h>
 #include <math.h>

@@ -48,7 +48,7 @@ def render(records: Sequence[Run | Claim]) -> str:
     chapters = []
     for number, (name, record) in enumerate(zip(names, records, strict=True), 1):
         prefix = "" if alone else f"r{number}-"
-        with _whole(record.path):
+        with _whole(str(record.path)):
             made = (
                 run_sections.sections(record, prefix)
                 if isinstance(record, Run)
@@ -59,7 +59,7 @@ def render(records: Sequence[Run | Claim]) -> str:
     title = chapters[0].title if alone else f"{len(records)} records: {', '.join(names)}"
     together = []
     if not alone:
-        with _whole(Path(", ".join(names))):
+        with _whole(", ".join(names)):
             together = comparison.sections(records, names)
     return _template().render(
         title=title,
@@ -74,13 +74,13 @@ def render(records: Sequence[Run | Claim]) -> str:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[None]:
+def _whole(where: str) -> Iterator[None]:
     """A value of a record that is missing, or of another kind than it was written, as a line."""
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(
-            f"{path}: damaged: a value is missing or is not what it was written as "
+            f"{where}: damaged: a value is missing or is not what it was written as "
             f"({type(error).__name__}: {error})"
         ) from error
 

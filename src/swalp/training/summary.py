@@ -58,7 +58,7 @@ def read(run: RunDirectory, config: RunConfig) -> Record:
                 raise UserError(
                     f"{run.summary_path}: damaged: {key} of {arm}, {model} must be an integer"
                 )
-    for key in ("train_examples", "test_examples", "validation_examples"):
+    for key in ("train_examples", "test_examples"):
         if type(found.get(key)) is not int:
             raise UserError(f"{run.summary_path}: damaged: {key} must be a number of examples")
     return found
