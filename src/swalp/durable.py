@@ -42,6 +42,13 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
     sync_directory(path.parent)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove the directories that processes which were killed left half written in `folder`."""
+    for entry in folder.glob(".*.unfinished"):
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+
+
 def sync_directory(path: Path) -> None:
     """Flush the names in a directory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

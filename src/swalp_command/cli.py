@@ -223,14 +223,19 @@ def train(
 
 
 def _curves(metrics: list[dict[str, Any]], settings: RunConfig) -> bytes:
-    """The picture of a run, in Matplotlib's own style: a user's may need what is not there."""
-    import matplotlib  # which takes its time
-
+    """The picture of a run."""
+    _own_style()
     from swalp.report import curves
 
-    matplotlib.rcdefaults()
     title = f"{settings.data}, {settings.model} of width {settings.width}"
     return curves.png(metrics, averaging_start=settings.averaging_start, title=title)
+
+
+def _own_style() -> None:
+    """Draw in Matplotlib's own style: a user's may need what is not there."""
+    import matplotlib  # which takes its time
+
+    matplotlib.rcdefaults()
 
 
 @app.command()
@@ -310,17 +315,15 @@ def reproduce(
     ] = None,
 ) -> int:
     """Run one of the paper's claims: a table, a plot and a verdict, kept as a record."""
-    import matplotlib
-
     from swalp.lab import reproduce as lab
     from swalp.report.progress import parts
 
-    matplotlib.rcdefaults()  # a user's style may need what is not there
     if list_ and claim is not None:
         raise typer.BadParameter(f"--list shows all claims; leave {claim!r} away, or --list")
     if list_ or claim is None:
         print(lab.listing())
         return 0
+    _own_style()
     found = lab.find(claim)
     settings = lab.settings_of(found, quick=quick, seeds=seeds)
     name = f"{claim}-quick" if quick else claim
@@ -454,6 +457,8 @@ def formats(
     """List the number formats, tell one's facts, or draw it."""
     from swalp.report.formats import show_formats
 
+    if plot:
+        _own_style()
     with _mistakes():
         show_formats(name, path, plot=plot)
 

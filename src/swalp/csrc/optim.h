@@ -47,18 +47,24 @@ struct Role {
     return static_cast<const Kept*>(all) + at;
   }
 
-  // Rounds n numbers to their places from element `at` of what is kept on.
-  template <class Kept>
-  bool keep(const float* x, void* all, int64_t at, int64_t n, Scale scale, uint32_t* buffer) const {
+  // What `round` writes, n numbers, goes to their places from element `at` of what is kept on.
+  template <class Kept, class Round>
+  bool place(void* all, int64_t at, int64_t n, const Round& round) const {
     if constexpr (sizeof(Kept) == 1) {
       if (halved) {
         alignas(64) int8_t codes[kChunk];
-        const bool lost = span(x, codes, at, n, scale, buffer);
+        const bool lost = round(codes);
         join_halves(codes, n, static_cast<uint8_t*>(all) + at / 2);
         return lost;
       }
     }
-    return span(x, static_cast<Kept*>(all) + at, at, n, scale, buffer);
+    return round(static_cast<Kept*>(all) + at);
+  }
+
+  // Rounds n numbers to their places from element `at` of what is kept on.
+  template <class Kept>
+  bool keep(const float* x, void* all, int64_t at, int64_t n, Scale scale, uint32_t* buffer) const {
+    return place<Kept>(all, at, n, [&](void* out) { return span(x, out, at, n, scale, buffer); });
   }
 
   // The values from element `at` of what is kept on: there, or in `room`.
@@ -71,6 +77,7 @@ struct Role {
   }
 
   // Rounds blocks of `length` neighbours, kChunk elements at most, from element `at` of what is rounded on.
+  // `exponents`: of all blocks.
   bool rows(const float* x, void* out, int64_t at, int64_t count, int64_t length, int8_t* exponents,
             uint32_t* buffer) const {
     const int64_t n = count * length;
@@ -78,7 +85,7 @@ struct Role {
     int32_t shared[kChunk];
     const bool lost = kernel.rows(format, rule, x, out, count, length, fill(noise, at, n, buffer), shared);
     if (exponents)
-      for (int64_t i = 0; i < count; ++i) exponents[i] = static_cast<int8_t>(shared[i]);
+      for (int64_t i = 0; i < count; ++i) exponents[at / length + i] = static_cast<int8_t>(shared[i]);
     return lost;
   }
 
@@ -86,11 +93,8 @@ struct Role {
   template <class Kept>
   bool keep_rows(const float* x, void* all, int64_t at, int64_t count, int64_t length, int8_t* exponents,
                  uint32_t* buffer) const {
-    if (!halved) return rows(x, static_cast<Kept*>(all) + at, at, count, length, exponents, buffer);
-    alignas(64) int8_t codes[kChunk];
-    const bool lost = rows(x, codes, at, count, length, exponents, buffer);
-    join_halves(codes, count * length, static_cast<uint8_t*>(all) + at / 2);
-    return lost;
+    return place<Kept>(all, at, count * length,
+                       [&](void* out) { return rows(x, out, at, count, length, exponents, buffer); });
   }
 };
 
@@ -202,7 +206,7 @@ template <int values> struct Block {
 
 // Steps of a parameter do not keep more floats than this for a block before its exponents are known.
 constexpr int64_t kKept = 1 << 14;
-constexpr int64_t kGrouped = 128;    // blocks up to this length go many at a time
+constexpr int64_t kGrouped = 128;  // blocks up to this length go many at a time
 constexpr int64_t kAligned = 16;  // floats of a line of the cache: a vector across two takes twice the time
 
 // The step of a part of a block, of at most kKept elements: what will be rounded.
@@ -386,15 +390,11 @@ template <class Kept> struct SgdStep {
                        : nullptr;
     float *const velocity = to.of[kVelocity], *const next = to.of[kMoved];
     const Most most = walk(n, g, w0, m0, velocity, next, Most());
-    int flags = largest_of(most.moved, next, n).finite ? 0 : SWALP_STRANGE;
-    const auto next_exponents = [=](int8_t* all) { return all ? all + first : nullptr; };
-    if (h.has_momentum && momentum.template keep_rows<Kept>(velocity, p.momentum, at, count, length,
-                                                            next_exponents(p.momentum_exponents), buffer))
-      flags |= SWALP_LOST;
-    if (weight.template keep_rows<Kept>(next, p.weight, at, count, length, next_exponents(p.weight_exponents),
-                                        buffer))
-      flags |= SWALP_LOST;
-    return flags;
+    const int flags = largest_of(most.moved, next, n).finite ? 0 : SWALP_STRANGE;
+    bool lost = h.has_momentum && momentum.template keep_rows<Kept>(velocity, p.momentum, at, count, length,
+                                                                    p.momentum_exponents, buffer);
+    lost |= weight.template keep_rows<Kept>(next, p.weight, at, count, length, p.weight_exponents, buffer);
+    return lost ? flags | SWALP_LOST : flags;
   }
 
  private:
@@ -557,13 +557,12 @@ template <class Kept> struct AdamStep {
     const float* const m0 = moment.template values<Kept>(
         p.moment, at, n, each.read(p.moment_exponents, first, count, length), m);
     const Most most = walk(n, g, r0, w0, m0, to, 0, Most());
-    int flags = largest_of(most.moved, to.of[kMoved], n).finite ? 0 : SWALP_STRANGE;
-    const auto next_exponents = [=](int8_t* all) { return all ? all + first : nullptr; };
+    const int flags = largest_of(most.moved, to.of[kMoved], n).finite ? 0 : SWALP_STRANGE;
     bool lost = moment.template keep_rows<Kept>(to.of[kMoment], p.moment, at, count, length,
-                                                next_exponents(p.moment_exponents), buffer);
+                                                p.moment_exponents, buffer);
     lost |= root.template keep_rows<Kept>(to.of[kRoot], p.root, at, count, length, nullptr, buffer);
     lost |= weight.template keep_rows<Kept>(to.of[kMoved], p.weight, at, count, length,
-                                            next_exponents(p.weight_exponents), buffer);
+                                            p.weight_exponents, buffer);
     return lost ? flags | SWALP_LOST : flags;
   }
 

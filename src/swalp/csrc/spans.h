@@ -123,19 +123,20 @@ template <template <int> class Op, int way> struct Plain {
 template <int way> struct Minifloats {
   static constexpr int general = way == kFast16 ? kSplit16 : way == kFast32 ? kSplit32 : way;
   static constexpr bool quick = way == kNearest || way == kFast16 || way == kFast32;
+  using Quick = Plain<Usual, quick ? way : kNearest>;
 
   template <class Out>
   static bool run(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t count,
                   int64_t length, const Words& words, const Scale* scales) {
     if (are_usual(f, count, [&](int64_t i) { return scales[i].exponent; }))
-      return Plain<Usual, quick ? way : kNearest>::run(f, rule, x, out, count, length, words, scales);
+      return Quick::run(f, rule, x, out, count, length, words, scales);
     return Plain<Mini, general>::run(f, rule, x, out, count, length, words, scales);
   }
   template <class Out>
   static bool run_each(const swalp_format& f, const Rule& rule, const float* x, Out* out, int64_t n,
                        const Words& words, const int32_t* shared) {
     if (are_usual(f, n, [&](int64_t i) { return shared[i]; }))
-      return Plain<Usual, quick ? way : kNearest>::run_each(f, rule, x, out, n, words, shared);
+      return Quick::run_each(f, rule, x, out, n, words, shared);
     return Plain<Mini, general>::run_each(f, rule, x, out, n, words, shared);
   }
 

@@ -252,10 +252,12 @@ def _check_carrier(fmt: Format, dtype: torch.dtype) -> None:
     finest = info.smallest_normal * info.eps
     if isinstance(fmt, FixedPoint | Minifloat | Binary):
         # Without subnormals neighbours lie closer than the smallest value.
-        own = 2.0 ** (fmt.min_exponent - fmt.mantissa_bits) if isinstance(fmt, Minifloat) else 0.0
-        if fmt.largest > info.max or min(fmt.smallest, own or fmt.smallest) < finest:
+        own = fmt.smallest
+        if isinstance(fmt, Minifloat):
+            own = 2.0 ** (fmt.min_exponent - fmt.mantissa_bits)
+        if fmt.largest > info.max or own < finest:
             raise ValueError(
-                f"quantize: {fmt} reaches from {own or fmt.smallest:.3g} to {fmt.largest:.3g}, but "
+                f"quantize: {fmt} reaches from {own:.3g} to {fmt.largest:.3g}, but "
                 f"{name} from {finest:.3g} to {info.max:.3g}; convert x to a wider dtype"
             )
     if isinstance(fmt, Microscaling):

@@ -28,7 +28,7 @@ def run(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = None) -
             result = cpu.quantize(x.float(), fmt, rounding)
             narrow = (torch.empty_like(x) if out is None else out).copy_(result)
             # What is too small for `narrow` has become 0, with its sign.
-            return narrow.add_(0.0) if reference.of_integers(fmt) else narrow
+            return narrow.add_(0.0) if reference.may_vanish(fmt, x.dtype) else narrow
     result = reference.quantize(x, fmt, rounding)
     return result if out is None else out.copy_(result)
 

@@ -70,13 +70,17 @@ def quantize(x: Tensor, fmt: Format, rounding: Rounding) -> Tensor:
             assert_never(fmt)
     result = torch.empty_like(x).copy_(torch.where(wide.isnan(), wide, result))
     # Too small for the dtype of `x` is 0, and integers have but one.
-    return result.add_(0.0) if of_integers(fmt) else result
+    return result.add_(0.0) if may_vanish(fmt, x.dtype) else result
 
 
-def of_integers(fmt: Format) -> bool:
-    """Whether values are integers times a gap, so that there is no -0."""
-    element = fmt.element if isinstance(fmt, Microscaling) else fmt
-    return isinstance(element, FixedPoint | BlockFloat)
+def may_vanish(fmt: Format, dtype: torch.dtype) -> bool:
+    """Whether integers times a gap may be too small for `dtype`: infinities in a block of zeros."""
+    if not isinstance(fmt, BlockFloat | Microscaling):
+        return False
+    if isinstance(fmt, Microscaling) and not isinstance(fmt.element, FixedPoint):
+        return False
+    info = torch.finfo(dtype)
+    return bool(2.0**fmt.min_exponent < info.smallest_normal * info.eps)
 
 
 def shared_exponents(x: Tensor, fmt: BlockFloat | Microscaling) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from swalp.durable import write_file
 from swalp.report import claim_sections, comparison, run_sections
 from swalp.report.blocks import Section
 from swalp.report.records import Claim, Run, load
@@ -116,13 +116,7 @@ def write(words: Sequence[str], out: Path | None) -> Path:
                 f"{target} exists, is no report, and is not overwritten; name another file with "
                 f"--out"
             )
-        # Beside its place first, so that a full disk leaves the older page.
-        beside = target.with_name(f".{target.name}.unfinished")
-        try:
-            beside.write_bytes(content)
-            os.replace(beside, target)
-        finally:
-            beside.unlink(missing_ok=True)
+        write_file(target, content)  # a full disk leaves the older page
     except OSError as error:
         raise UserError(
             f"{target}: cannot write: {error.strerror}; name another file with --out"

@@ -18,7 +18,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from swalp.durable import write_directory
+from swalp.durable import remove_unfinished, write_directory
 from swalp.packed import PackedTensor, from_plain, to_plain
 from swalp.training.mistakes import UserError
 
@@ -62,8 +62,7 @@ def save(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Pa
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in parts.items()},
     }
     path = folder / f"step-{step:012d}"
-    for unfinished in folder.glob(".step-*.unfinished"):  # of a process that was killed
-        shutil.rmtree(unfinished, ignore_errors=True)
+    remove_unfinished(folder)
     write_directory(path, parts | {"manifest.json": json.dumps(manifest, indent=1).encode()})
     older = [other for other in _newest_first(folder) if other.name < path.name]
     kept = {path, *older[: keep - 1]}

@@ -23,6 +23,7 @@ from pydantic import (
 )
 
 from swalp import parse_format, recipes
+from swalp.recipe_text import settings_of
 from swalp.recipes import Recipe
 from swalp.training import averages, kept_recipes
 from swalp.training.mistakes import UserError
@@ -233,11 +234,9 @@ def load(source: str, changes: Sequence[str] = ()) -> RunConfig:
 def parse(content: bytes, source: str) -> dict[str, Any]:
     """The TOML in `content`; `source` says in errors where it came from."""
     try:
-        return tomllib.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source}: not UTF-8 text (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:  # of integers without end, and nested ones
-        raise UserError(f"{source}: malformed TOML: {_one_line(str(error))}") from None
+        return settings_of(content, source)
+    except ValueError as error:
+        raise UserError(_one_line(str(error))) from None
 
 
 def validated(
