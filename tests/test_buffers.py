@@ -9,6 +9,11 @@ import pytest
 import torch
 
 from swalp import buffers
+from swalp.quantize import plans
+
+pytestmark = pytest.mark.skipif(not plans.available, reason="swalp was built without C++ kernels")
+if plans.available:
+    from swalp import _kernels
 
 LARGE = buffers.SMALLEST // 4  # floats
 
@@ -46,6 +51,15 @@ def test_small_results_are_torch_s():
     assert buffers.free_bytes() == 0
 
 
+def test_without_the_kernels_all_results_are_torch_s(monkeypatch):
+    monkeypatch.setattr(buffers, "_floats", None)
+    x = buffers.empty(2, 8, LARGE, channels_last=True)
+    assert x.shape == (2, 8, LARGE)
+    assert x.movedim(1, -1).is_contiguous()
+    assert not buffers.holds(x)
+    assert buffers.free_bytes() == 0
+
+
 def test_channels_last_and_other_types():
     x = buffers.empty(4, 64, 64, 64, channels_last=True, dtype=torch.int8).fill_(7)
     assert x.dtype == torch.int8
@@ -79,7 +93,8 @@ def test_no_two_tensors_share_memory():
 
 
 def test_more_than_a_region_holds(monkeypatch):
-    monkeypatch.setattr(buffers, "REGION", 2 * buffers.SMALLEST)
+    anew = _kernels.Buffers(buffers.SMALLEST, 2 * buffers.SMALLEST, buffers.WINDOW)
+    monkeypatch.setattr(buffers, "_floats", anew)
     small = [buffers.empty(LARGE).fill_(i) for i in range(5)]
     large = buffers.empty(4 * LARGE).fill_(9)
     assert [float(x.sum()) / LARGE for x in [*small, large]] == [0, 1, 2, 3, 4, 36]
@@ -90,9 +105,10 @@ def test_more_than_a_region_holds(monkeypatch):
 
 
 def test_memory_that_was_of_no_use_for_long_goes_back(monkeypatch):
+    anew = _kernels.Buffers(buffers.SMALLEST, buffers.REGION, 8)
+    monkeypatch.setattr(buffers, "_floats", anew)
     kept = buffers.empty(LARGE).fill_(5)
     buffers.empty(40 * LARGE).fill_(1)
-    monkeypatch.setattr(buffers, "WINDOW", 8)
     for _ in range(16):
         buffers.empty(LARGE)
     assert buffers.free_bytes() <= buffers.SMALLEST
@@ -151,19 +167,28 @@ def test_save_memory_keeps_no_negative_number_of_bytes():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_process_forked_while_another_thread_takes_memory():
     program = """
-import os, threading, time, torch
+import os, threading, torch
 from swalp import buffers
 torch.set_num_threads(1)
-held = threading.Event()
-def hold():
-    with buffers._lock:
-        held.set()
-        time.sleep(0.2)
-threading.Thread(target=hold).start()
-held.wait()
-child = os.fork()
-buffers.empty(1 << 17)
-os._exit(0) if child == 0 else os._exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+kept = buffers.empty(1 << 17)
+over = threading.Event()
+def give_back():  # without Python's lock, but with that of the regions
+    while not over.is_set():
+        x = [buffers.empty(1 << 22).fill_(1) for _ in range(4)]
+        del x
+        buffers.release()
+thread = threading.Thread(target=give_back)
+thread.start()
+failed = 0
+for _ in range(100):
+    child = os.fork()
+    if child == 0:
+        buffers.empty(1 << 17)
+        os._exit(0)
+    failed |= os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+over.set()
+thread.join()
+os._exit(failed)
 """
     run = subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=60, check=False)
     assert run.returncode == 0

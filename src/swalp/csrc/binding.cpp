@@ -18,6 +18,7 @@
 #include "convolution.h"
 #include "kernels.h"
 #include "matmul.h"
+#include "tensors.h"
 
 namespace nb = nanobind;
 
@@ -340,6 +341,44 @@ void convolution_weight_gradient(const swalp_convolution& c, uintptr_t x, uintpt
     throw std::bad_alloc();
 }
 
+// Where results of `smallest` bytes and more lie.
+class Buffers {
+ public:
+  Buffers(int64_t smallest, int64_t region, int64_t window)
+      : smallest_(smallest), regions_(std::make_shared<Regions>(region, window)) {}
+
+  // A capsule of a tensor for `torch.from_dlpack`; None: of this size, nothing lies here.
+  nb::object empty(const std::vector<int64_t>& shape, bool channels_last, uint8_t kind,
+                   uint8_t itemsize) {
+    int64_t bytes = itemsize;
+    for (const int64_t size : shape) bytes *= size;
+    if (bytes < smallest_) return nb::none();
+    const DLDataType type = {kind, static_cast<uint8_t>(8 * itemsize), 1};
+    DLManagedTensor* made = RegionTensor::make(regions_, shape, bytes, type, channels_last);
+    if (!made) return nb::none();
+    return nb::steal(PyCapsule_New(made, kCapsule, [](PyObject* capsule) {
+      if (!PyCapsule_IsValid(capsule, kCapsule)) return;  // its tensor has been taken
+      auto* left = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, kCapsule));
+      left->deleter(left);
+    }));
+  }
+
+  bool holds(uintptr_t address) const { return regions_->holds(at<void>(address)); }
+  size_t free_bytes() const { return regions_->free_bytes(); }
+  void release() {
+    nb::gil_scoped_release unlocked;
+    regions_->release();
+  }
+  void save(int64_t keep) {
+    nb::gil_scoped_release unlocked;
+    regions_->save(keep);
+  }
+
+ private:
+  int64_t smallest_;
+  std::shared_ptr<Regions> regions_;
+};
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -461,6 +500,14 @@ NB_MODULE(_kernels, m) {
   m.def("noise", &noise);
   m.def("matmul", &matmul);
   m.def("matmul_used", &swalp_multiply_used);
+  regions_at_fork();
+  nb::class_<Buffers>(m, "Buffers")
+      .def(nb::init<int64_t, int64_t, int64_t>())
+      .def("empty", &Buffers::empty)
+      .def("holds", &Buffers::holds)
+      .def("free_bytes", &Buffers::free_bytes)
+      .def("release", &Buffers::release)
+      .def("save", &Buffers::save);
   nb::class_<swalp_convolution>(m, "Convolution")
       .def("__init__", [](swalp_convolution* c, const std::vector<int64_t>& sizes) {
         *c = convolution(sizes);

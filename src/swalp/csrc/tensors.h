@@ -1,0 +1,80 @@
+// Tensors made here, as DLPack describes them (https://dmlc.github.io/dlpack, version 0.8): PyTorch
+// takes one in a capsule, and calls `deleter` when nothing uses its memory, in any thread.
+#pragma once
+#include <stdint.h>
+
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "regions.h"
+
+namespace {
+
+struct DLDevice {
+  int32_t type;  // 1: the CPU
+  int32_t id;
+};
+
+struct DLDataType {
+  uint8_t code;  // 0: int, 1: unsigned int, 2: float
+  uint8_t bits;
+  uint16_t lanes;
+};
+
+struct DLTensor {
+  void* data;
+  DLDevice device;
+  int32_t dims;
+  DLDataType type;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+struct DLManagedTensor {
+  DLTensor tensor;
+  void* context;
+  void (*deleter)(DLManagedTensor*);
+};
+
+constexpr const char* kCapsule = "dltensor";  // while nobody has taken the tensor
+
+// A tensor in memory of `regions`, which outlive it.
+struct RegionTensor {
+  DLManagedTensor managed;
+  std::vector<int64_t> shape, strides;
+  std::shared_ptr<Regions> regions;
+  size_t bytes;
+
+  // Null: there is no memory. `channels_last`: dimension 1 is the last in memory.
+  static DLManagedTensor* make(const std::shared_ptr<Regions>& regions, std::vector<int64_t> shape,
+                               size_t bytes, DLDataType type, bool channels_last) {
+    auto own = std::make_unique<RegionTensor>();
+    own->shape = std::move(shape);
+    own->regions = regions;
+    own->bytes = bytes;
+    const auto dims = static_cast<int32_t>(own->shape.size());
+    own->strides.resize(dims);
+    int64_t step = 1;
+    const auto set = [&](int32_t axis) {
+      own->strides[axis] = step;
+      step *= own->shape[axis];
+    };
+    if (channels_last) set(1);
+    for (int32_t axis = dims - 1; axis >= 0; --axis)
+      if (!(channels_last && axis == 1)) set(axis);
+    uint8_t* data = regions->take(bytes);
+    if (!data) return nullptr;
+    own->managed.tensor = {data, {1, 0}, dims, type, own->shape.data(), own->strides.data(), 0};
+    own->managed.context = own.get();
+    own->managed.deleter = [](DLManagedTensor* tensor) {
+      auto* gone = static_cast<RegionTensor*>(tensor->context);
+      gone->regions->leave(static_cast<uint8_t*>(tensor->tensor.data), gone->bytes);
+      delete gone;
+    };
+    return &own.release()->managed;
+  }
+};
+
+}  // namespace
