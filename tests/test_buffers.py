@@ -79,16 +79,23 @@ def test_neighbours_join_and_the_lowest_place_that_fits_is_taken():
     assert third == first + 2 * buffers.SMALLEST
 
 
-def test_no_two_tensors_share_memory():
+@pytest.mark.parametrize("keep", [None, 0, 1 << 22])
+def test_no_two_tensors_share_memory(monkeypatch, keep):
+    anew = _kernels.Buffers(buffers.SMALLEST, buffers.REGION, 64)
+    monkeypatch.setattr(buffers, "_floats", anew)
+    if keep is not None:
+        anew.save(keep)
     generator = torch.Generator().manual_seed(0)
     alive: list[tuple[torch.Tensor, float]] = []
     for number in range(400):
-        size = int(torch.randint(LARGE, 5 * LARGE, (), generator=generator))
+        most = 5 if number % 7 else 60  # of large pages, too
+        size = int(torch.randint(LARGE, most * LARGE, (), generator=generator))
         alive.append((buffers.empty(size).fill_(number), float(number)))
         while len(alive) > 6:
             tensor, value = alive.pop(int(torch.randint(len(alive), (), generator=generator)))
             assert bool((tensor == value).all())
-    assert buffers.free_bytes() < 64 * buffers.SMALLEST
+    if keep is None:
+        assert buffers.free_bytes() < 240 * buffers.SMALLEST
     assert all(bool((tensor == value).all()) for tensor, value in alive)
 
 
@@ -138,16 +145,19 @@ for name, empty in (("ours", buffers.empty), ("torch", torch.empty)):
     if name == "ours":
         kept = buffers.empty(1 << 20).fill_(3)
         buffers.save_memory(keep=1 << 22)
-        assert buffers.free_bytes() == 0
+        print(buffers.free_bytes() <= 1 << 22)
         print(bool((kept == 3).all()))
     before = resident()
     for _ in range(2):
         x = empty(8 << 20).fill_(2)
-        print(resident() - before > 30 << 20, bool((x == 2).all()))
+        print(resident() - before > 24 << 20, bool((x == 2).all()))
         del x
         print(resident() - before < 8 << 20)
 del kept
-print(buffers.free_bytes() == 1 << 22)
+print(buffers.free_bytes() <= 2 << 22)  # and parts of large pages
+print(buffers.empty(1 << 22).data_ptr() % (1 << 21) == 0)
+buffers.release()
+print(buffers.free_bytes() == 0)
 """
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 from collections.abc import Sequence
 
 import torch
@@ -75,19 +76,23 @@ def save_memory(keep: int = 1 << 22) -> None:
 
     The peak of a step falls, by half where layers leave large results of PyTorch's between them.
     The step may take longer, as memory has to be asked for again: `docs/native.md` says how much.
-    Large tensors of PyTorch's on the CPU go back, too, where the C library has `mallopt` (glibc):
-    from 1 MB on it gets each from the system. That cannot be undone. To hold less still, let
-    nonlinearities work in place: `inplace = True` on ReLU and on GELU right after a linear layer.
+    It takes least if this is called before the process has made a tensor: then large tensors of
+    PyTorch's on the CPU lie on large pages, too (``THP_MEM_ALLOC_ENABLE`` in the environment, if it
+    has no value there), which the system hands out in a fraction of the time. Those tensors go
+    back where the C library has `mallopt` (glibc): from 1 MB on it gets each from the system. That
+    cannot be undone. To hold less still, let nonlinearities work in place: `inplace = True` on ReLU
+    and on GELU right after a linear layer.
 
     Args:
-        keep: bytes; results of up to that size go on to use that much memory again, of floats and
-            of codes each.
+        keep: bytes that stay for the next results, of floats and of codes each.
 
     Raises:
         ValueError: `keep` is negative.
     """
     if keep < 0:
         raise ValueError(f"save_memory: keep={keep} must be a number of bytes, at least 0")
+    # PyTorch looks at it when it makes its first tensor.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     for each in _all():
         each.save(keep)
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc

@@ -30,17 +30,27 @@ inline void regions_at_fork() {
                  [] { regions_lock.unlock(); });
 }
 
-// A stretch of address space: which parts are taken, and how much of it is memory. Unless said
-// otherwise, by who holds the lock.
+constexpr size_t kLargePage = 1 << 21;
+constexpr size_t kLargeResult = 4 * kLargePage;  // from here on, on large pages of its own
+
+// Bytes from `begin` to `end` of a region.
+struct Stretch {
+  size_t begin, end;
+};
+
+// A stretch of address space: which parts are taken, and which of the others are memory. By who holds
+// the lock.
 class Region {
  public:
-  explicit Region(size_t size) : size_(size) {
+  explicit Region(size_t size) : mapped_(size + kLargePage), size_(size) {
     // Private: what a child of `fork` writes is its own.
-    void* found = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    memory_ = found == MAP_FAILED ? nullptr : static_cast<uint8_t*>(found);
+    void* found = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (found == MAP_FAILED) return;
+    address_ = static_cast<uint8_t*>(found);
+    memory_ = address_ + (kLargePage - reinterpret_cast<uintptr_t>(found) % kLargePage);
   }
   ~Region() {
-    if (memory_) munmap(memory_, size_);
+    if (address_) munmap(address_, mapped_);
   }
   Region(const Region&) = delete;
   Region& operator=(const Region&) = delete;
@@ -54,64 +64,94 @@ class Region {
 
   // The lowest free stretch; null: there is none.
   uint8_t* take(size_t bytes) {
-    size_t start = 0;
+    const size_t unit = bytes < kLargeResult ? 1 : kLargePage;
+    size_t begin = 0;
     auto next = taken_.begin();
-    for (; next != taken_.end() && next->first - start < bytes; ++next) start = next->second;
-    if (size_ - start < bytes) return nullptr;
-    taken_.insert(next, {start, start + bytes});
-    recent_ = std::max(recent_, start + bytes);
-    touched_ = std::max(touched_, recent_);
-    return memory_ + start;
+    for (; next != taken_.end() && next->begin < begin + bytes; ++next)
+      begin = round_up(next->end, unit);
+    if (size_ < begin + bytes) return nullptr;
+    const Stretch found{begin, begin + bytes};
+    taken_.insert(next, found);
+    used_until_ = std::max(used_until_, found.end);
+    std::vector<Stretch> spare;
+    for (const Stretch& one : spare_) {
+      add(spare, {one.begin, std::min(one.end, found.begin)});
+      add(spare, {std::max(one.begin, found.end), one.end});
+    }
+    spare_.swap(spare);
+    return memory_ + begin;
   }
 
   void leave(const uint8_t* address) {
-    const size_t start = address - memory_;
-    taken_.erase(std::lower_bound(taken_.begin(), taken_.end(), std::make_pair(start, size_t{0})));
+    const auto own = std::lower_bound(
+        taken_.begin(), taken_.end(), static_cast<size_t>(address - memory_),
+        [](const Stretch& one, size_t begin) { return one.begin < begin; });
+    auto after = std::lower_bound(
+        spare_.begin(), spare_.end(), own->begin,
+        [](const Stretch& one, size_t begin) { return one.begin < begin; });
+    after = spare_.insert(after, *own);
+    taken_.erase(own);
+    const auto join = [&](auto left, auto right) {
+      if (left->end != right->begin) return right;
+      left->end = right->end;
+      return spare_.erase(right) - 1;
+    };
+    if (after != spare_.begin()) after = join(after - 1, after);
+    if (after + 1 != spare_.end()) join(after, after + 1);
   }
 
-  // Pages from one byte to another go back to the system. No lock is needed for what is taken.
-  void give_back(size_t begin, size_t end) {
-    if (begin < end) madvise(memory_ + begin, end - begin, MADV_DONTNEED);
-  }
-
-  // Free pages beyond the first `keep` bytes go back.
-  void give_back(size_t keep) {
-    const size_t last = taken_.empty() ? 0 : taken_.back().second;
-    size_t start = 0;
-    for (const auto& [first, end] : taken_) {
-      give_back(std::max(start, keep), first);
-      start = end;
+  // Free memory goes back to the system, the highest first, in units of so many bytes: what lies
+  // beyond `limit`, and all but `keep` bytes.
+  void give_back(size_t keep, size_t limit, size_t unit) {
+    size_t kept = free_bytes();
+    std::vector<Stretch> spare;
+    for (auto one = spare_.rbegin(); one != spare_.rend(); ++one) {
+      const size_t excess = kept > keep ? std::min(kept - keep, one->end - one->begin) : 0;
+      const size_t from = round_up(std::max(one->begin, std::min(one->end - excess, limit)), unit);
+      const size_t to = one->end / unit * unit;
+      if (from < to) {
+        madvise(memory_ + from, to - from, MADV_DONTNEED);
+        kept -= to - from;
+        add(spare, {to, one->end});
+        add(spare, {one->begin, from});
+      } else {
+        spare.push_back(*one);
+      }
     }
-    give_back(std::max(start, keep), std::max(last, touched_));
-    touched_ = std::max(last, std::min(keep, touched_));
-    recent_ = last;
+    spare_.assign(spare.rbegin(), spare.rend());
   }
-  void give_back_unused() { give_back(recent_); }
 
-  // Memory comes back from the system in a fraction of the time in pages of 2 MB.
+  // What no result has used since the last call goes back.
+  void give_back_unused() {
+    give_back(SIZE_MAX, used_until_, 1);
+    used_until_ = taken_.empty() ? 0 : taken_.back().end;
+  }
+
+  // In pages of 2 MB memory comes and goes in a sixth of the time.
   void in_large_pages() {
 #ifdef MADV_HUGEPAGE
     madvise(memory_, size_, MADV_HUGEPAGE);
 #endif
   }
 
-  size_t offset(const uint8_t* address) const { return address - memory_; }
-
-  // Bytes of memory up to `limit` that nothing uses.
-  size_t free_bytes(size_t limit) const {
-    const size_t last = std::min(touched_, limit);
-    size_t used = 0;
-    for (const auto& [start, end] : taken_)
-      used += std::max(std::min(end, last), start) - start;
-    return last - used;
+  // Bytes of memory that nothing uses.
+  size_t free_bytes() const {
+    size_t all = 0;
+    for (const Stretch& one : spare_) all += one.end - one.begin;
+    return all;
   }
 
  private:
-  uint8_t* memory_;
-  size_t size_;
-  std::vector<std::pair<size_t, size_t>> taken_;  // start and end of what is in use, in order
-  size_t touched_ = 0;                            // end of what may be memory
-  size_t recent_ = 0;                             // the highest end in use since the window began
+  static void add(std::vector<Stretch>& list, Stretch one) {
+    if (one.begin < one.end) list.push_back(one);
+  }
+  static size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
+
+  uint8_t *address_ = nullptr, *memory_ = nullptr;  // what the system gave, and its first large page
+  size_t mapped_, size_;
+  std::vector<Stretch> taken_;  // what is in use, in order
+  std::vector<Stretch> spare_;  // what is memory, but not in use, likewise
+  size_t used_until_ = 0;       // the highest end in use since the window began
 };
 
 class Regions {
@@ -138,23 +178,16 @@ class Regions {
       regions_.pop_back();
       return nullptr;
     }
-    if (saves_) region.in_large_pages();
+    if (keep_ != SIZE_MAX) region.in_large_pages();
     return region.take(bytes);
   }
 
-  void leave(uint8_t* address, size_t bytes) {
-    bytes = whole(bytes);
-    std::unique_lock<std::mutex> held(regions_lock);
+  void leave(uint8_t* address) {
+    const std::lock_guard<std::mutex> held(regions_lock);
     for (Region& region : regions_) {
       if (!region.holds(address)) continue;
-      if (saves_) {
-        const size_t start = region.offset(address), end = start + bytes;
-        const size_t low = bytes <= kept_ ? std::max(start, kept_) : start;
-        held.unlock();
-        region.give_back(low, end);
-        held.lock();
-      }
       region.leave(address);
+      if (keep_ != SIZE_MAX) region.give_back(keep_, SIZE_MAX, kLargePage);
       return;
     }
   }
@@ -168,24 +201,23 @@ class Regions {
   size_t free_bytes() const {
     const std::lock_guard<std::mutex> held(regions_lock);
     size_t all = 0;
-    for (const Region& region : regions_) all += region.free_bytes(saves_ ? kept_ : SIZE_MAX);
+    for (const Region& region : regions_) all += region.free_bytes();
     return all;
   }
 
   void release() {
     const std::lock_guard<std::mutex> held(regions_lock);
-    for (Region& region : regions_) region.give_back(0);
+    for (Region& region : regions_) region.give_back(0, 0, 1);
     regions_.remove_if([](const Region& region) { return region.idle(); });
   }
 
-  // From now on, memory goes back as soon as nothing uses it, but for `keep` bytes of each region.
+  // From now on, what is free beyond `keep` bytes of each region goes back at once, in large pages.
   void save(size_t keep) {
     const std::lock_guard<std::mutex> held(regions_lock);
-    saves_ = true;
-    kept_ = whole(keep);
+    keep_ = whole(keep);
     for (Region& region : regions_) {
       region.in_large_pages();
-      region.give_back(kept_);
+      region.give_back(keep_, SIZE_MAX, kLargePage);
     }
   }
 
@@ -197,8 +229,7 @@ class Regions {
   const size_t page_;
   std::list<Region> regions_;
   int64_t results_ = 0;
-  bool saves_ = false;
-  size_t kept_ = 0;
+  size_t keep_ = SIZE_MAX;  // free bytes of a region that stay memory
 };
 
 #else  // the C library's allocator, then
@@ -209,7 +240,7 @@ class Regions {
  public:
   Regions(size_t, int64_t) {}
   uint8_t* take(size_t) { return nullptr; }
-  void leave(uint8_t*, size_t) {}
+  void leave(uint8_t*) {}
   bool holds(const void*) const { return false; }
   size_t free_bytes() const { return 0; }
   void release() {}

@@ -45,7 +45,6 @@ struct RegionTensor {
   DLManagedTensor managed;
   std::vector<int64_t> shape, strides;
   std::shared_ptr<Regions> regions;
-  size_t bytes;
 
   // Null: there is no memory. `channels_last`: dimension 1 is the last in memory.
   static DLManagedTensor* make(const std::shared_ptr<Regions>& regions, std::vector<int64_t> shape,
@@ -53,7 +52,6 @@ struct RegionTensor {
     auto own = std::make_unique<RegionTensor>();
     own->shape = std::move(shape);
     own->regions = regions;
-    own->bytes = bytes;
     const auto dims = static_cast<int32_t>(own->shape.size());
     own->strides.resize(dims);
     int64_t step = 1;
@@ -70,7 +68,7 @@ struct RegionTensor {
     own->managed.context = own.get();
     own->managed.deleter = [](DLManagedTensor* tensor) {
       auto* gone = static_cast<RegionTensor*>(tensor->context);
-      gone->regions->leave(static_cast<uint8_t*>(tensor->tensor.data), gone->bytes);
+      gone->regions->leave(static_cast<uint8_t*>(tensor->tensor.data));
       delete gone;
     };
     return &own.release()->managed;
