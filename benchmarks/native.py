@@ -176,7 +176,7 @@ def network(name: str) -> Callable[[Plan], list[Row]]:
             goal = at_most(0.35) if peer == FLOAT else None
             rows.append(_peak_row(name, what, NATIVE, peer, peaks, goal))
         rows.append(_peak_row(name, what, SAVING, FLOAT, peaks, at_most(0.35)))
-        rows.append(_saving_row(name, f"step, {work.what}", plan))
+        rows += _saving_rows(name, f"step, {work.what}", work.goals[FLOAT], plan)
         peaks = _peaks(name, [NATIVE, FLOAT], plan, HUGE_PAGES)
         setting = " ".join(f"{key}={value}" for key, value in HUGE_PAGES.items())
         return [*rows, _peak_row(name, f"{what}, {setting}", NATIVE, FLOAT, peaks, None)]
@@ -207,14 +207,18 @@ def _peak_row(
     )  # fmt: skip
 
 
-def _saving_row(name: str, what: str, plan: Plan) -> Row:
+def _saving_rows(name: str, what: str, goal: float, plan: Plan) -> list[Row]:
     """The time of giving memory back, which is for good in a process: in processes by turns."""
-    times: dict[str, list[float]] = {NATIVE: [], SAVING: []}
+    contenders = {kind: Contender(kind, lambda: None) for kind in (SAVING, NATIVE, FLOAT)}
+    times: dict[str, list[float]] = {kind: [] for kind in contenders}
     for turn in range(min(plan.rounds, TURNS)):
         for kind in times if turn % 2 else reversed(times):
             times[kind].append(of_a_process("seconds", name, kind, plan, {}))
-    ours, theirs = (Contender(kind, lambda: None) for kind in (SAVING, NATIVE))
-    return compared(name, what, times, ours, theirs, "time ratio")
+    ours, native, plain = contenders.values()
+    return [
+        compared(name, what, times, ours, native, "time ratio"),
+        compared(name, what, times, ours, plain, "speedup", at_least(goal)),
+    ]
 
 
 def linear(plan: Plan) -> list[Row]:

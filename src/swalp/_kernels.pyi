@@ -164,7 +164,7 @@ def convolution_weight_gradient(
     c: Convolution, x: int, dy: int, exponent: int, channels_last: bool, dw: int, threads: int, /
 ) -> None: ...
 def convolution_channel_sums(
-    codes: int, rows: int, channels: int, exponent: int, out: int, threads: int, /
+    codes: int, rows: int, channels: int, exponent: int, gap: int, out: int, threads: int, /
 ) -> None: ...
 
 class Pooling:

@@ -518,12 +518,12 @@ NB_MODULE(_kernels, m) {
   m.def("convolution_input_gradient", &convolution_input_gradient);
   m.def("convolution_weight_gradient", &convolution_weight_gradient);
   m.def("convolution_channel_sums", [](uintptr_t codes, int64_t rows, int64_t channels,
-                                       int exponent, uintptr_t out, int threads) {
+                                       uintptr_t exponent, int gap, uintptr_t out, int threads) {
     nb::gil_scoped_release unlocked;
     std::vector<int64_t> sums(channels);
     swalp_convolution_channel_sums(at<int8_t>(codes), rows, channels, sums.data(), threads);
     // A double holds them, and 2**exponent of any two operands: rounded once.
-    const double scale = std::ldexp(1.0, exponent);
+    const double scale = std::ldexp(1.0, gap + (exponent ? *at<int8_t>(exponent) : 0));
     for (int64_t c = 0; c < channels; ++c)
       at<float>(out)[c] = static_cast<float>(static_cast<double>(sums[c]) * scale);
   });

@@ -51,14 +51,19 @@ class Handed:
         By then the weight may be another: unless `at_once`, `compute` needs a copy of its own.
         """
         if self.at_once:
-            return compute().detach()  # no view: nothing else refers to its memory
+            return whole(compute())
         stands = torch.zeros((), dtype=torch.float32, device="cpu").expand(tuple(shape))
         self._computes[stands.data_ptr()] = compute
         return stands
 
     def now(self, stands: Tensor) -> Tensor:
         """The gradient that `stands`, from `later`, stands for."""
-        return self._computes.pop(stands.data_ptr())().detach()  # no view
+        return whole(self._computes.pop(stands.data_ptr())())
+
+
+def whole(x: Tensor) -> Tensor:
+    """`x` as no view: nothing else refers to its memory, and who gets it may write there."""
+    return x.detach() if x._is_view() else x
 
 
 def let_go(grad: Tensor, mine: bool) -> None:

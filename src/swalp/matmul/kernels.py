@@ -183,21 +183,23 @@ def run_codes(
     )  # fmt: skip
 
 
-def channel_sums(codes: Tensor, exponent: int) -> Tensor:
+def channel_sums(codes: Tensor, exponents: Tensor | None, gap: int) -> Tensor:
     """Sums of int8 codes (batch, channels, ...) over all dimensions but the second.
 
-    Times ``2**exponent``: exact, then rounded once to float32.
+    Times 2 to the power of the exponent, int8, and `gap`: exact, then rounded once to float32.
     """
     if codes.dim() > 2:
         codes = codes.movedim(1, -1)
     codes = codes.contiguous()
     channels = codes.shape[-1]
     if not plans.available:
+        exponent = gap if exponents is None else gap + int(exponents)
         sums = codes.reshape(-1, channels).sum(0).to(torch.float64)
         return sums.mul_(math.ldexp(1.0, exponent)).float()
     scaled = torch.empty(channels, dtype=torch.float32, device="cpu")
     _kernels.convolution_channel_sums(
-        codes.data_ptr(), codes.numel() // max(channels, 1), channels, exponent, scaled.data_ptr(),
+        codes.data_ptr(), codes.numel() // max(channels, 1), channels,
+        0 if exponents is None else exponents.data_ptr(), gap, scaled.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return scaled

@@ -12,7 +12,7 @@ from torch import Tensor
 from swalp import buffers
 from swalp.formats import Format
 from swalp.matmul.again import Again, carry
-from swalp.matmul.handed import Handed, let_go
+from swalp.matmul.handed import Handed, let_go, whole
 from swalp.matmul.once import once
 from swalp.matmul.operands import Operand, of_packed, quantized
 from swalp.matmul.owned import alone, references
@@ -137,8 +137,7 @@ class _Linear(torch.autograd.Function):
         ctx.error, ctx.has_bias, ctx.transposed = error, bias is not None, transposed
         keep(ctx, inputs, weight)
         y = product(inputs, weights if transposed else transpose(weights), added)
-        y = y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
-        y = y.detach() if y._is_view() else y  # which the layer after could not change
+        y = whole(y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]))
         if isinstance(inputs, Operand):
             compute = partial(_again, inputs.gap, weight_format, transposed, y.shape)
             ctx.again = Again((inputs.codes, inputs.exponents, weight, added), compute)
@@ -169,7 +168,8 @@ class _Linear(torch.autograd.Function):
 def _input_gradient(
     errors: Operand | Tensor, weights: Operand | Tensor, shape: Sequence[int]
 ) -> Tensor:
-    return product(errors, weights).view(shape)
+    dx = product(errors, weights)
+    return dx if len(shape) == 2 else dx.view(shape)
 
 
 def rows(x: Operand | Tensor) -> Operand | Tensor:

@@ -93,15 +93,19 @@ def exponent_of(x: Operand) -> int:
     """What 2 is raised to, for all codes.
 
     Raises:
-        ValueError: there is more than one exponent, so that none can be taken out of the sums.
+        ValueError: as `require_one`.
     """
-    if x.exponents is None:
-        return x.gap
-    if x.exponents.numel() != 1:
+    require_one(x)
+    return x.gap if x.exponents is None else int(x.exponents) + x.gap
+
+
+def require_one(x: Operand) -> None:
+    """Raise ValueError if there is more than one exponent: none can be taken out of sums, then."""
+    if x.each:
+        assert x.exponents is not None
         raise ValueError(
             f"sum over codes with {x.exponents.numel()} exponents: an operand must have one"
         )
-    return int(x.exponents) + x.gap
 
 
 def values(x: Operand) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from swalp import buffers
 from swalp.matmul import kernels
-from swalp.matmul.operands import Operand, exponent_of, values
+from swalp.matmul.operands import Operand, require_one, values
 
 
 def product(left: Operand | Tensor, right: Operand | Tensor, bias: Tensor | None = None) -> Tensor:
@@ -84,8 +84,12 @@ def channel_sums(x: Operand) -> Tensor:
 
     Args:
         x: codes (batch, channels, ...), with one exponent.
+
+    Raises:
+        ValueError: there is more than one.
     """
-    return kernels.channel_sums(x.codes, exponent_of(x))
+    require_one(x)
+    return kernels.channel_sums(x.codes, x.exponents, x.gap)
 
 
 def _compiled(left: Operand, right: Operand, bias: Tensor | None) -> Tensor:
