@@ -9,6 +9,7 @@ far to trust it.
 from __future__ import annotations
 
 import gc
+import itertools
 import math
 import statistics
 import time
@@ -73,6 +74,7 @@ def interleave(
     contenders: Sequence[Contender],
     rounds: int,
     *,
+    seconds: float = 0.0,
     turn: float = 0.04,
     patience: float = 10.0,
     clock: Callable[[], float] = time.perf_counter,
@@ -81,7 +83,8 @@ def interleave(
 
     Each turn repeats the call until about `turn` seconds have passed, at least once, the number
     of repetitions being fixed beforehand, after a first call that warms up. Whose first call takes
-    longer than `patience` seconds has a turn in the first round only.
+    longer than `patience` seconds has a turn in the first round only. There are `rounds`, and more
+    until they have taken `seconds`.
     """
     present = [entry for entry in contenders if entry.run is not None]
     names = [entry.name for entry in present]
@@ -94,7 +97,10 @@ def interleave(
     }
     times: dict[str, list[float]] = {name: [] for name in names}
     with _no_garbage_collection():
-        for number in range(rounds):
+        began = clock()
+        for number in itertools.count():
+            if number >= rounds and clock() - began >= seconds:
+                break
             for entry in present if number % 2 == 0 else reversed(present):
                 if number and entry.name in slow:
                     continue

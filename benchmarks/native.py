@@ -159,7 +159,7 @@ def network(name: str) -> Callable[[Plan], list[Row]]:
         kinds = [NATIVE, *work.goals]
         contenders = {kind: Contender(kind, work.step(kind)) for kind in kinds}
         rival = contender(peers.TORCHAO, lambda: _torchao_step(work))
-        times = interleave([*contenders.values(), rival], plan.rounds)
+        times = interleave([*contenders.values(), rival], plan.rounds, seconds=plan.seconds)
         what = f"step, {work.what}"
         rows = [
             compared(
@@ -170,7 +170,7 @@ def network(name: str) -> Callable[[Plan], list[Row]]:
         rows.append(compared(name, what, times, contenders[NATIVE], rival, "speedup"))
         what = f"peak memory of {what}"
         # Whose time was not worth a second turn would take minutes for this, too.
-        patient = [kind for kind in kinds if kind == FLOAT or len(times[kind]) == plan.rounds]
+        patient = [kind for kind in kinds if kind == FLOAT or len(times[kind]) > 1]
         peaks = _peaks(name, [*patient, SAVING], plan, {})
         for peer in patient[1:]:
             goal = at_most(0.35) if peer == FLOAT else None
@@ -234,7 +234,7 @@ def linear(plan: Plan) -> list[Row]:
             (Contender(FLOAT, _passes(plain, x, dy, False)), at_least(3.8)),
             (Contender(BFLOAT, _passes(plain, x, dy, True)), at_least(1.8)),
         ]
-        times = interleave([ours, *(peer for peer, _ in theirs)], plan.rounds)
+        times = interleave([ours, *(peer for peer, _ in theirs)], plan.rounds, seconds=plan.seconds)
         what = f"linear layer {count} x 1024 x 1024, forward and backward"
         rows += [
             compared("native-linear", what, times, ours, peer, "speedup", goal)

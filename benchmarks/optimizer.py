@@ -33,7 +33,7 @@ def step(plan: Plan) -> list[Row]:
         Contender("torch SGD(fused)", plain(plan, fused=True).step),
     ]
     goals = [at_least(200), None, None, at_least(4), at_least(0.6)]
-    times = interleave([ours, *others], plan.rounds)
+    times = interleave([ours, *others], plan.rounds, seconds=plan.seconds)
     count = plan.optimizer_tensors * plan.optimizer_width**2
     what = f"SGD step, {count / 1e6:.1f} M parameters in {plan.optimizer_tensors} tensors"
     return [
@@ -57,7 +57,7 @@ def large(plan: Plan) -> list[Row]:
     rows = []
     for kind, steps in rivals.items():
         ours, theirs = Contender("swalp", steps[0]), Contender(f"torch {kind}(fused)", steps[1])
-        times = interleave([ours, theirs], plan.rounds)
+        times = interleave([ours, theirs], plan.rounds, seconds=plan.seconds)
         rows.append(
             compared("optimizer-large", f"{kind} step, {what}", times, ours, theirs, "time ratio")
         )
@@ -83,7 +83,7 @@ def formats(plan: Plan) -> list[Row]:
         }
         for kind, rival in rivals.items():
             mine = Contender("swalp", ours[kind])
-            times = interleave([mine, rival], plan.rounds)
+            times = interleave([mine, rival], plan.rounds, seconds=plan.seconds)
             what = f"{kind} step, {name}, {count / 1e6:.1f} M parameters"
             rows.append(compared("optimizer-formats", what, times, mine, rival, "time ratio"))
     return rows

@@ -10,7 +10,9 @@ class Plan:
     """Sizes, rounds and threads of a run.
 
     Args:
-        rounds: turns of each contender.
+        rounds: turns of each contender, at least.
+        seconds: that contenders take turns for, at least: what neighbours of the machine do to it
+            lasts as long as many turns.
         threads: of PyTorch and of the kernels.
         columns: elements that share an exponent where blocks are rows.
         elements: of the large tensor.
@@ -20,6 +22,7 @@ class Plan:
     """
 
     rounds: int
+    seconds: float
     threads: int = 2
     columns: int = 1024
     elements: int
@@ -31,6 +34,7 @@ class Plan:
 
 FULL = Plan(
     rounds=9,
+    seconds=10.0,
     elements=2**24,
     curve_sizes=(10**4, 3 * 10**4, 10**5, 3 * 10**5, 10**6, 3 * 10**6, 10**7, 3 * 10**7, 10**8),
     optimizer_tensors=40,
@@ -38,6 +42,7 @@ FULL = Plan(
 )
 QUICK = Plan(
     rounds=3,
+    seconds=0.0,
     elements=2**20,
     curve_sizes=(10**4, 10**5, 10**6),
     optimizer_tensors=4,

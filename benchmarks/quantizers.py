@@ -49,7 +49,7 @@ def against_copy(plan: Plan) -> list[Row]:
             )
             for what, fmt, rounding, isa, _ in cases
         ]
-        times = interleave([copy, *entries], plan.rounds)
+        times = interleave([copy, *entries], plan.rounds, seconds=plan.seconds)
     details = {"elements": plan.elements, "columns": plan.columns}
     rows = []
     for entry, (*_, goal) in zip(entries, cases, strict=True):
@@ -75,7 +75,9 @@ def against_peers(plan: Plan) -> list[Row]:
         for name, (load, _) in rivals.items()
     }
     torchao = contender(peers.TORCHAO, functools.partial(_peer, peers.torchao_quantize, x, True))
-    times = interleave([ours, fresh, rows_ours, *others.values(), torchao], plan.rounds)
+    times = interleave(
+        [ours, fresh, rows_ours, *others.values(), torchao], plan.rounds, seconds=plan.seconds
+    )
     compare = functools.partial(
         compared, "quantize-peers", times=times, measure="speedup",
         details={"elements": plan.elements},
@@ -103,7 +105,7 @@ def codes(plan: Plan) -> list[Row]:
         Contender("dequantize, per row", packed.dequantize),
         Contender("dequantize, of its transpose", turned.dequantize),
     ]
-    times = interleave([clone, *entries], plan.rounds)
+    times = interleave([clone, *entries], plan.rounds, seconds=plan.seconds)
     return [
         replace(
             compared("codes", entry.name, times, entry, clone, "time ratio", None,
@@ -132,7 +134,7 @@ def floats(plan: Plan) -> list[Row]:
          Contender("float8_e4m3fn to float32", narrow.float)),
     ]  # fmt: skip
     everyone = [copy, *entries, qpytorch, *itertools.chain.from_iterable(casts)]
-    times = interleave(everyone, plan.rounds)
+    times = interleave(everyone, plan.rounds, seconds=plan.seconds)
     details = {"elements": plan.elements, "columns": plan.columns}
     rows = [
         compared("floats", each.name, times, each, copy, "time ratio", None, details)
@@ -158,7 +160,7 @@ def small_calls(plan: Plan) -> list[Row]:
     many = Contender(
         "swalp, many", lambda: swalp.quantize_many(tensors, PER_TENSOR, SHORT, out=tensors)
     )
-    times = interleave([single, many, add], plan.rounds)
+    times = interleave([single, many, add], plan.rounds, seconds=plan.seconds)
     return [
         timed("calls", "one call on 1,000 elements, allocating", times, single, "us",
               goal=at_most(2.5)),
@@ -187,7 +189,7 @@ def scaling(plan: Plan) -> list[Row]:
             )
             for (name, work), threads in itertools.product(works.items(), (1, 2))
         }
-        measured = interleave(list(entries.values()), plan.rounds)
+        measured = interleave(list(entries.values()), plan.rounds, seconds=plan.seconds)
         for (name, threads), entry in entries.items():
             times[name, threads, size] = measured[entry.name]
             details = {"elements": x.numel(), "threads": threads}

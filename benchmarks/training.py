@@ -53,7 +53,7 @@ def _against_float(
         contender(name, functools.partial(load, build(), batch))
         for name, load in ((peers.EAGER, _eager_step), (peers.QPYTORCH, _qpytorch_step))
     ]
-    times = interleave([plain, small, big, packed, *rivals], plan.rounds)
+    times = interleave([plain, small, big, packed, *rivals], plan.rounds, seconds=plan.seconds)
     goals = [at_most(bound)] * 3 + [None] * len(rivals)
     return [
         compared(benchmark, what, times, entry, plain, "time ratio", goal)

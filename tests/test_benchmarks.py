@@ -42,6 +42,14 @@ def test_contenders_take_turns_and_the_order_turns_every_round():
     assert "".join(machine.diary[-9:]) == "abc" + "cba" + "abc"
 
 
+def test_rounds_go_on_until_they_have_taken_some_seconds():
+    machine = Machine()
+    entries = [Contender(name, machine.work(name, 1.0)) for name in "ab"]
+    times = interleave(entries, 3, seconds=9.0, turn=0.5, clock=machine.clock)
+    assert [len(each) for each in times.values()] == [5, 5]
+    assert "".join(machine.diary[-10:]) == "ab" + "ba" + "ab" + "ba" + "ab"
+
+
 def test_each_turn_repeats_a_short_call_until_the_turn_is_filled():
     machine = Machine()
     entries = [
