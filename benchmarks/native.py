@@ -31,7 +31,7 @@ LR = 1e-3
 STEPS = 3  # of which the peak is taken; of these or more, in a process of its own, the median time
 TURNS = 5  # of such processes
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # PyTorch's large tensors go back to the system
-# A neighbour that takes the shared cache costs small native steps a quarter, for seconds or minutes.
+# Neighbours that take the shared cache cost small native steps a quarter, for seconds or minutes.
 _LONGER = 3
 Step = Callable[[], object]
 
@@ -161,7 +161,9 @@ def network(name: str) -> Callable[[Plan], list[Row]]:
         kinds = [NATIVE, *work.goals]
         contenders = {kind: Contender(kind, work.step(kind)) for kind in kinds}
         rival = contender(peers.TORCHAO, lambda: _torchao_step(work))
-        times = interleave([*contenders.values(), rival], plan.rounds, seconds=_LONGER * plan.seconds)
+        times = interleave(
+            [*contenders.values(), rival], plan.rounds, seconds=_LONGER * plan.seconds
+        )
         what = f"step, {work.what}"
         rows = [
             compared(
