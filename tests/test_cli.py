@@ -373,7 +373,7 @@ def test_our_own_defects_are_not_hidden(run_swalp, monkeypatch):
         run_swalp("train")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_and_resumed(tmp_path, run_swalp, number):
     path = tmp_path / "run"
     (tmp_path / "long.toml").write_text(config.to_toml(settings(epochs=4, seeds=100)))

@@ -13,7 +13,11 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-SIGNALS = [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")]
+SIGNALS = [
+    (signal.SIGINT, "interrupted"),
+    (signal.SIGTERM, "terminated"),
+    (signal.SIGHUP, "the terminal was closed"),
+]
 
 
 @pytest.mark.parametrize(("number", "word"), SIGNALS)
@@ -42,6 +46,14 @@ def test_stopped_while_importing(tmp_path, slow_package, number, word):
         _, err = process.communicate(timeout=60)
     assert first == "importing\n", err
     assert (process.returncode, err) == (128 + number, f"swalp: {word}\n")
+
+
+def test_nohup_is_heeded():
+    code = "from swalp_command import ending_signals; print(*[s.name for s in ending_signals()])"
+    for ignored, names in (("", "SIGTERM SIGHUP"), ("trap '' HUP; ", "SIGTERM")):
+        script = f'{ignored}exec "{sys.executable}" -c "{code}"'
+        run = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == names
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,30 @@
 """The console script: outside `swalp`, whose import takes seconds, for PyTorch."""
 
+import contextlib
+import os
 import signal
+import stat
 import sys
+
+_WORDS = {"SIGTERM": "terminated", "SIGHUP": "the terminal was closed"}
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: an interrupt that ends with another status."""
+    """An interrupt by another signal than Ctrl-C's, which ends with another status.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
 def main() -> None:
     """The command line; also while it is being imported, a signal ends it in one line."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for name in ending_signals():
+        signal.signal(name, _terminate)
     try:
         from swalp_command import cli
 
@@ -18,17 +32,35 @@ def main() -> None:
     except KeyboardInterrupt as stop:
         status = interrupted(stop)
     if status > 128:  # a further signal would find Python on its way out
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for name in (signal.SIGINT, *ending_signals()):
+            signal.signal(name, signal.SIG_IGN)
     sys.exit(status)
 
 
 def interrupted(stop: BaseException) -> int:
     """Say in one line that a signal ended it; the status, as shells report it."""
-    terminated = isinstance(stop, Terminated)
-    print("swalp: terminated" if terminated else "swalp: interrupted", file=sys.stderr)
-    return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+    number = signal.Signals(stop.number) if isinstance(stop, Terminated) else signal.SIGINT
+    print(f"swalp: {_WORDS.get(number.name, 'interrupted')}", file=sys.stderr)
+    return 128 + number
+
+
+def ending_signals() -> list[signal.Signals]:
+    """What asks a process to end, beside Ctrl-C: SIGTERM; SIGHUP, unless `nohup` has it ignored."""
+    known = (signal.Signals[name] for name in _WORDS if hasattr(signal, name))
+    return [each for each in known if signal.getsignal(each) is not signal.SIG_IGN]
+
+
+def leave_terminal(number: int) -> None:
+    """After SIGHUP, drop what would be written to the terminal: there is none, only an error."""
+    if number != getattr(signal, "SIGHUP", None):
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):  # closed
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(nowhere, stream)
 
 
 def _terminate(number: int, frame: object) -> None:
-    raise Terminated
+    leave_terminal(number)
+    raise Terminated(number)

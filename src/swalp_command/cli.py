@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from swalp_command import Terminated, interrupted
+from swalp_command import Terminated, ending_signals, interrupted, leave_terminal
 
 if TYPE_CHECKING:
     from swalp.report.progress import Display, Moment
@@ -69,7 +69,8 @@ def main() -> int:
     """Run the command line.
 
     The exit status is 0; 1 if a claim does not hold, or an evaluated model differs from its record;
-    2 on a mistake; 130 when interrupted, 143 when terminated, and 141 when nobody reads the output.
+    2 on a mistake; 130 when interrupted, 143 when terminated, 129 when its terminal was closed, and
+    141 when nobody reads the output.
     """
     for stream in (sys.stdout, sys.stderr):
         # Where "±" has no code, a "?" stands for it, in place of an error.
@@ -531,13 +532,14 @@ def _fail(message: str) -> int:
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list; a second one acts at once."""
+    """Collect SIGINT, SIGTERM and SIGHUP in a list; a second one acts at once."""
     asked: list[int] = []
-    names = (signal.SIGINT, signal.SIGTERM)
+    names = (signal.SIGINT, *ending_signals())
 
     def handle(number: int, frame: object) -> None:
+        leave_terminal(number)
         if asked:
-            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
         asked.append(number)
 
     before = [signal.signal(name, handle) for name in names]

@@ -118,7 +118,9 @@ def _begin(stop: Event) -> None:
     global _stop
     _stop = stop
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a whole group may get it: the parent tells
+    for name in ("SIGTERM", "SIGHUP"):  # a whole group may get it: the parent tells
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
