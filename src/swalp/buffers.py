@@ -45,13 +45,14 @@ def empty(*shape: int, channels_last: bool = False, dtype: torch.dtype = torch.f
         dtype: of the tensor: float32, int8 or uint8.
     """
     kind, itemsize = _TYPES[dtype]
+    strides = _strides(shape) if channels_last else ()
     buffers = _floats if itemsize == 4 else _codes
     if buffers is not None:
-        found = buffers.empty(shape, channels_last, kind, itemsize)
+        found = buffers.empty(shape, strides, kind, itemsize)
         if found is not None:
             return from_dlpack(found)
     if channels_last:
-        return torch.empty_strided(shape, _strides(shape), dtype=dtype, device="cpu")
+        return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 

@@ -347,14 +347,15 @@ class Buffers {
   Buffers(int64_t smallest, int64_t region, int64_t window)
       : smallest_(smallest), regions_(std::make_shared<Regions>(region, window)) {}
 
-  // A capsule of a tensor for `torch.from_dlpack`; None: of this size, nothing lies here.
-  nb::object empty(const std::vector<int64_t>& shape, bool channels_last, uint8_t kind,
-                   uint8_t itemsize) {
+  // A capsule of a tensor for `torch.from_dlpack`; None: of this size, nothing lies here. No strides:
+  // it is contiguous.
+  nb::object empty(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                   uint8_t kind, uint8_t itemsize) {
     int64_t bytes = itemsize;
     for (const int64_t size : shape) bytes *= size;
     if (bytes < smallest_) return nb::none();
     const DLDataType type = {kind, static_cast<uint8_t>(8 * itemsize), 1};
-    DLManagedTensor* made = RegionTensor::make(regions_, shape, bytes, type, channels_last);
+    DLManagedTensor* made = RegionTensor::make(regions_, shape, strides, bytes, type);
     if (!made) return nb::none();
     return nb::steal(PyCapsule_New(made, kCapsule, [](PyObject* capsule) {
       if (!PyCapsule_IsValid(capsule, kCapsule)) return;  // its tensor has been taken

@@ -83,13 +83,8 @@ class Region {
   }
 
   void leave(const uint8_t* address) {
-    const auto own = std::lower_bound(
-        taken_.begin(), taken_.end(), static_cast<size_t>(address - memory_),
-        [](const Stretch& one, size_t begin) { return one.begin < begin; });
-    auto after = std::lower_bound(
-        spare_.begin(), spare_.end(), own->begin,
-        [](const Stretch& one, size_t begin) { return one.begin < begin; });
-    after = spare_.insert(after, *own);
+    const auto own = from(taken_, address - memory_);
+    auto after = spare_.insert(from(spare_, own->begin), *own);
     taken_.erase(own);
     const auto join = [&](auto left, auto right) {
       if (left->end != right->begin) return right;
@@ -142,6 +137,11 @@ class Region {
   }
 
  private:
+  // The first of a list that does not begin before `begin`.
+  static std::vector<Stretch>::iterator from(std::vector<Stretch>& list, size_t begin) {
+    return std::lower_bound(list.begin(), list.end(), begin,
+                            [](const Stretch& one, size_t at) { return one.begin < at; });
+  }
   static void add(std::vector<Stretch>& list, Stretch one) {
     if (one.begin < one.end) list.push_back(one);
   }

@@ -46,25 +46,18 @@ struct RegionTensor {
   std::vector<int64_t> shape, strides;
   std::shared_ptr<Regions> regions;
 
-  // Null: there is no memory. `channels_last`: dimension 1 is the last in memory.
+  // Null: there is no memory. `strides`: empty if the tensor is contiguous.
   static DLManagedTensor* make(const std::shared_ptr<Regions>& regions, std::vector<int64_t> shape,
-                               size_t bytes, DLDataType type, bool channels_last) {
+                               std::vector<int64_t> strides, size_t bytes, DLDataType type) {
     auto own = std::make_unique<RegionTensor>();
     own->shape = std::move(shape);
+    own->strides = std::move(strides);
     own->regions = regions;
     const auto dims = static_cast<int32_t>(own->shape.size());
-    own->strides.resize(dims);
-    int64_t step = 1;
-    const auto set = [&](int32_t axis) {
-      own->strides[axis] = step;
-      step *= own->shape[axis];
-    };
-    if (channels_last) set(1);
-    for (int32_t axis = dims - 1; axis >= 0; --axis)
-      if (!(channels_last && axis == 1)) set(axis);
     uint8_t* data = regions->take(bytes);
     if (!data) return nullptr;
-    own->managed.tensor = {data, {1, 0}, dims, type, own->shape.data(), own->strides.data(), 0};
+    int64_t* const steps = own->strides.empty() ? nullptr : own->strides.data();
+    own->managed.tensor = {data, {1, 0}, dims, type, own->shape.data(), steps, 0};
     own->managed.context = own.get();
     own->managed.deleter = [](DLManagedTensor* tensor) {
       auto* gone = static_cast<RegionTensor*>(tensor->context);
