@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from swalp import buffers
+import swalp
+from swalp import BlockFloat, FixedPoint, Stochastic, buffers
 from swalp.quantize import plans
 
 pytestmark = pytest.mark.skipif(not plans.available, reason="swalp was built without C++ kernels")
@@ -132,10 +133,31 @@ def test_gradients_on_a_block_are_not_overwritten():
     assert other[0] == -1
 
 
+@pytest.mark.parametrize("optimizer", [swalp.optim.SGD, swalp.optim.Adam])
+def test_what_is_read_is_left_as_it_was(optimizer):
+    # The kernels write to it: what was there, so that other threads may write there soon.
+    patterns = torch.arange(LARGE, dtype=torch.int32) * 12289
+    x = buffers.empty(4, LARGE // 4)
+    x.view(torch.int32).copy_(patterns.view(4, -1))
+    before = x.clone().view(torch.int32)
+    tame = torch.nan_to_num(x).clamp(-9, 9)
+    for fmt in (BlockFloat(8), BlockFloat(8, axes=(0,)), FixedPoint(8, 4)):
+        swalp.quantize(x, fmt, Stochastic(0))
+        assert torch.equal(x.view(torch.int32), before)
+    gradient = buffers.empty(4, LARGE // 4).copy_(tame)
+    swalp.pack(gradient, BlockFloat(8))
+    assert torch.equal(gradient, tame)
+    layer = torch.nn.Linear(LARGE // 4, 4, bias=False)
+    layer.weight.grad = gradient
+    optimizer(layer.named_parameters(), lr=0.1, recipe=swalp.recipes.get("native-8")).step()
+    assert torch.equal(gradient, tame)
+
+
 SAVING = """
 from pathlib import Path
 import torch
-from swalp import buffers
+import swalp
+from swalp import BlockFloat, FixedPoint, Stochastic, buffers
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -178,7 +200,8 @@ def test_save_memory_keeps_no_negative_number_of_bytes():
 def test_a_process_forked_while_another_thread_takes_memory():
     program = """
 import os, threading, torch
-from swalp import buffers
+import swalp
+from swalp import BlockFloat, FixedPoint, Stochastic, buffers
 torch.set_num_threads(1)
 kept = buffers.empty(1 << 17)
 over = threading.Event()

@@ -465,6 +465,19 @@ def test_large_results_equal_those_in_place(shape, build, threads):
         assert same_bits(cpu.quantize(x, fmt, Stochastic(SEED, random_bits=16)), there)
 
 
+@pytest.mark.parametrize("shape", [(2**18 + 5,), (2**10 + 1, 260), (2, 64, 33, 65)])
+@pytest.mark.usefixtures("build", "threads")
+def test_many_codes(shape):
+    # Of several threads they go past the caches, chunk by chunk where those end at a vector.
+    x = tame(*shape)
+    layouts = [x, x.to(memory_format=torch.channels_last)] if x.dim() == 4 else [x]
+    for fmt in (FixedPoint(8, 4), BlockFloat(8), BlockFloat(16), BlockFloat(8, axes=(0,))):
+        for rule in (Nearest(), Stochastic(SEED, random_bits=16)):
+            packed = codes.pack(x, fmt, rule)
+            for laid in layouts:
+                assert_same_codes(cpu.pack(laid, fmt, rule), packed)
+
+
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("start", [0, 5, 1000, 2**35 - 24])
 def test_noise(build, bits, start):

@@ -85,7 +85,7 @@ bool quantize(const swalp_format& f, const swalp_layout& l, uintptr_t x, uintptr
   Exponents shared(exponents, exponent_bytes, l);
   const auto run = [&] {
     const int lost = swalp_quantize(&f, &r, &l, at<float>(x), at<void>(out), output, shared.get(),
-                                    threads);
+                                    Regions::any_holds(at<void>(x)), threads);
     shared.narrow();
     return lost;
   };
@@ -220,6 +220,7 @@ void average_rounded(float weight, std::tuple<int64_t, int64_t> blocks, uintptr_
 void bind_sgd(swalp_sgd_parameter& p, uint32_t step, uintptr_t gradient, uintptr_t weight,
               uintptr_t weight_exponents, uintptr_t momentum, uintptr_t momentum_exponents) {
   p.gradient = at<float>(gradient);
+  p.reused = Regions::any_holds(p.gradient);
   p.weight = at<void>(weight);
   p.weight_exponents = at<int8_t>(weight_exponents);
   p.momentum = at<void>(momentum);
@@ -232,6 +233,7 @@ void bind_adam(swalp_adam_parameter& p, uint32_t step, uintptr_t gradient, uintp
                uintptr_t weight_exponents, uintptr_t moment, uintptr_t moment_exponents,
                uintptr_t root) {
   p.gradient = at<float>(gradient);
+  p.reused = Regions::any_holds(p.gradient);
   p.weight = at<void>(weight);
   p.weight_exponents = at<int8_t>(weight_exponents);
   p.moment = at<void>(moment);

@@ -21,10 +21,11 @@
 namespace {
 
 int quantize(const swalp_format* f, const swalp_rounding* r, const swalp_layout* l, const float* x,
-             void* out, int32_t output, int32_t* exponents, int threads) {
+             void* out, int32_t output, int32_t* exponents, int32_t reused, int threads) {
   const int64_t n = elements(*l);
   if (n == 0) return 0;
-  const Task task(*f, *r, *l, x, out, output, n < kSerial ? 1 : threads);
+  if (n < kSerial) threads = 1;
+  const Task task(*f, *r, *l, x, out, output, reused && threads > 1, threads);
   if (!f->blocked || (l->dims == 1 && l->extent[0] == n)) return task.run_block(0, n, exponents);
   if (l->dims == 1) return task.run_runs(n, l->extent[0], exponents);
   if (exponents) return run_strips(task, exponents);

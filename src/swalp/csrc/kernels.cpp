@@ -35,8 +35,9 @@ const swalp_build* active = find(nullptr);
 }  // namespace
 
 int swalp_quantize(const swalp_format* f, const swalp_rounding* r, const swalp_layout* l,
-                   const float* x, void* out, int32_t output, int32_t* exponents, int threads) {
-  return active->quantize(f, r, l, x, out, output, exponents, threads);
+                   const float* x, void* out, int32_t output, int32_t* exponents, int32_t reused,
+                   int threads) {
+  return active->quantize(f, r, l, x, out, output, exponents, reused, threads);
 }
 
 int swalp_quantize_part(const swalp_format* f, const swalp_rounding* r, int64_t start, int64_t n,
@@ -68,7 +69,7 @@ int swalp_quantize_many(const swalp_format* f, int64_t count, const swalp_roundi
   int64_t total = 0;
   for (int64_t i = 0; i < count; ++i) {
     if (size(i) >= small)
-      status |= active->quantize(f, r + i, l[i], x[i], out[i], SWALP_FLOAT32, nullptr, threads);
+      status |= active->quantize(f, r + i, l[i], x[i], out[i], SWALP_FLOAT32, nullptr, 0, threads);
     else total += size(i);
   }
   if (total < serial) threads = 1;
@@ -77,7 +78,7 @@ int swalp_quantize_many(const swalp_format* f, int64_t count, const swalp_roundi
 #endif
   for (int64_t i = 0; i < count; ++i)
     if (size(i) < small)
-      status |= active->quantize(f, r + i, l[i], x[i], out[i], SWALP_FLOAT32, nullptr, 1);
+      status |= active->quantize(f, r + i, l[i], x[i], out[i], SWALP_FLOAT32, nullptr, 0, 1);
   return status;
 }
 

@@ -49,11 +49,12 @@ typedef struct {
 
 // Quantize `x` to float32 values or integer codes in `out` (which may be `x`).
 //
-// `exponents`: int32, one for each block in row-major order, or NULL. `threads` is an upper bound.
+// `exponents`: int32, one for each block in row-major order, or NULL. `reused`: whether other results
+// will use the memory of `x`, and nobody writes there now. `threads` is an upper bound.
 // Returns 1 if codes were wanted for a NaN that has none (its code is 0), -1 if memory ran out,
 // else 0.
 int swalp_quantize(const swalp_format*, const swalp_rounding*, const swalp_layout*, const float* x,
-                   void* out, int32_t output, int32_t* exponents, int threads);
+                   void* out, int32_t output, int32_t* exponents, int32_t reused, int threads);
 
 // A part of a block, `n` neighbours, to codes of 8 bits with a given exponent, in one pass.
 //
@@ -113,7 +114,7 @@ typedef struct {
 
 // What is kept lies in `packed` codes of 4 or 8 bits with exponents, or in floats on their grid without.
 // A parameter has `blocks` blocks of `length` elements, one after the other; halved codes need an even
-// length, or one block.
+// length, or one block. `reused`: the memory of the gradient, as for `swalp_quantize`.
 typedef struct {
   float lr, momentum, weight_decay;
   int32_t nesterov, packed, has_gradient, has_momentum;
@@ -122,6 +123,7 @@ typedef struct {
 typedef struct {
   int64_t blocks, length;
   const float* gradient;
+  int32_t reused;
   void *weight, *momentum;
   int8_t *weight_exponents, *momentum_exponents;  // NULL without blocks
   swalp_role gradient_role, momentum_role, weight_role;
@@ -137,6 +139,7 @@ typedef struct {
 typedef struct {
   int64_t blocks, length;
   const float* gradient;
+  int32_t reused;
   void *weight, *moment, *root;
   int8_t *weight_exponents, *moment_exponents;  // NULL without blocks
   swalp_role gradient_role, moment_role, root_role, weight_role;

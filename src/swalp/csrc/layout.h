@@ -22,6 +22,8 @@ constexpr int64_t kRows = 256;        // positions of a transposed tile, at most
 // From this many elements on results are written past the caches, which could not hold them anyway:
 // 32 MB of floats, not read before they are written.
 constexpr int64_t kStreamed = 1 << 23;
+// Codes, which products read in other parts, from here on, if there are several threads.
+constexpr int64_t kShared = 1 << 18;
 
 int64_t elements(const swalp_layout& l) {
   int64_t n = 1;
@@ -38,19 +40,22 @@ struct Task {
   const float* x;
   char* out;
   int64_t item;  // bytes of an output element
+  bool reused;   // what lies at x; other threads will write there
   int threads;
   bool transposed;  // and the order matters
-  bool streams;     // floats are written past the caches
+  bool streams;     // past the caches
   int64_t rows, columns;  // of a transposed tile
 
   Task(const swalp_format& f, const swalp_rounding& r, const swalp_layout& l, const float* from,
-       void* to, int32_t output, int wanted)
+       void* to, int32_t output, bool is_reused, int wanted)
       : format(f), layout(l), rule(r), noise(r), kernel(choose(f, r, output)), x(from),
         out(static_cast<char*>(to)),
-        item(output == SWALP_FLOAT32 ? 4 : output == SWALP_CODE8 ? 1 : 2), threads(wanted),
+        item(output == SWALP_FLOAT32 ? 4 : output == SWALP_CODE8 ? 1 : 2), reused(is_reused),
+        threads(wanted),
         transposed(noise.used && l.channels > 0),
-        streams(output == SWALP_FLOAT32 && to != from && elements(l) >= kStreamed &&
-                reinterpret_cast<uintptr_t>(to) % kBoundary == 0),
+        streams(to != from && reinterpret_cast<uintptr_t>(to) % kBoundary == 0 &&
+                (output == SWALP_FLOAT32 ? elements(l) >= kStreamed
+                                         : wanted > 1 && elements(l) >= kShared)),
         rows(0), columns(0) {
     if (!transposed) return;
     if (l.positions % kPerBlock == 0) {
@@ -71,11 +76,12 @@ struct Task {
   // Elements at..at + n - 1, of which there are at most kChunk, by work(where to): to their place, or
   // on their way there. `settle` comes after the last.
   template <class Work> bool put(int64_t at, int64_t n, const Work& work) const {
-    if (!streams || at % Lanes::N || n % Lanes::N) return work(out + at * item);
-    alignas(kBoundary) float floats[kChunk];
-    const bool lost = work(floats);
-    float* const to = reinterpret_cast<float*>(out) + at;
-    for (int64_t i = 0; i < n; i += Lanes::N) Lanes::stream(to + i, Lanes::load(floats + i));
+    const int64_t bytes = n * item;
+    if (!streams || at * item % kBoundary || bytes % kBoundary) return work(out + at * item);
+    alignas(kBoundary) float words[kChunk];
+    const bool lost = work(words);
+    float* const to = reinterpret_cast<float*>(out + at * item);
+    for (int64_t i = 0; i < bytes / 4; i += Lanes::N) Lanes::stream(to + i, Lanes::load(words + i));
     return lost;
   }
 
@@ -116,6 +122,7 @@ struct Task {
       lost |= put(at, n, [&](void* to) {
         return kernel.span(format, rule, x + at, to, n, words, scale);
       });
+      if (reused) leave_written(x + at, n);
     }
     settle();
     return lost;
@@ -144,6 +151,7 @@ struct Task {
       for (int64_t p = 0; p < height; ++p)
         lost |= span(at + p * channels, width, words.from(p * row), scale);
     }
+    if (reused) leave_written(x + plane + p0 * channels, height * channels);
     return lost;
   }
 

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include <type_traits>
+#include <vector>
 
 #include "decode.h"
 #include "halves.h"
@@ -226,12 +227,13 @@ Largest search_gradient(const float* gradient, int64_t n) {
 }
 
 // The gradient of a chunk, rounded into `rounded` if it has a role.
-template <class B>
-const float* gradient_of(const Role* role, const float* gradient, const B& b, int64_t at, int64_t n,
+template <class Parameter, class B>
+const float* gradient_of(const Role* role, const Parameter& p, const B& b, int64_t at, int64_t n,
                          float* rounded, uint32_t* buffer) {
-  const float* g = gradient + b.base + at;
+  const float* g = p.gradient + b.base + at;
   if (!role) return g;
   role->span(g, rounded, b.base + at, n, scale_of(role->format, b.gradient.value()), buffer);
+  if (p.reused) leave_written(g, n);
   return rounded;
 }
 
@@ -346,7 +348,7 @@ template <class Kept> struct SgdStep {
     chunks(begin, count, [&](int64_t at, int64_t n) {
       alignas(64) float rounded[kChunk];
       const float* const g =
-          gradient_of(h.has_gradient ? &gradient : nullptr, p.gradient, b, at, n, rounded, buffer);
+          gradient_of(h.has_gradient ? &gradient : nullptr, p, b, at, n, rounded, buffer);
       most = walk(b, at, n, g, to.of[kVelocity] + (at - begin), to.of[kMoved] + (at - begin), most);
     });
     b.most[kVelocity].raise(largest_of(most.velocity, to.of[kVelocity], count));
@@ -514,7 +516,7 @@ template <class Kept> struct AdamStep {
     chunks(begin, count, [&](int64_t at, int64_t n) {
       alignas(64) float rounded[kChunk], roots[kChunk];
       const float* const g =
-          gradient_of(h.has_gradient ? &gradient : nullptr, p.gradient, b, at, n, rounded, buffer);
+          gradient_of(h.has_gradient ? &gradient : nullptr, p, b, at, n, rounded, buffer);
       const float* const r0 = root.template values<Kept>(p.root, b.base + at, n, kNoExponents, roots);
       most = walk(b, at, n, g, r0, to, at - begin, most);
     });
@@ -651,8 +653,9 @@ const Raised* long_block(const Step& step, Shared& b, int64_t begin, int64_t cou
   return most;
 }
 
-// All blocks of all parameters. At long blocks all threads work, with waits for each other; then each
-// takes as many short ones as it can, some at a time.
+// All blocks of all parameters. At long blocks all threads work, with waits for each other. Of short
+// ones each thread takes its own first, some at a time, then what others have left: of every parameter
+// the same fraction in every step, as to write what another thread has read costs more than the step.
 template <class Step, class Hyper, class Parameter>
 int optimize(const Hyper& hyper, const Parameter* parameters, int64_t count, int threads) {
   int64_t longest = 0, elements = 0;
@@ -668,7 +671,8 @@ int optimize(const Hyper& hyper, const Parameter* parameters, int64_t count, int
   float* const floats = reinterpret_cast<float*>(workspace.at_least(bytes));
   if (!floats) return -1;
   typename Step::Shared common = {};
-  int64_t next = 0;  // share of the short blocks
+  // Shares of short blocks that are taken: of each thread's, of each parameter.
+  std::vector<int64_t> taken(static_cast<size_t>(threads * count));
   int flags = 0;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -687,6 +691,32 @@ int optimize(const Hyper& hyper, const Parameter* parameters, int64_t count, int
     };
     alignas(64) uint32_t buffer[kNoise];
     const Scratch<Step::values> scratch(floats + Step::values * own * me, own);
+    const auto run = [&](const Step& step, int64_t first, int64_t last) {
+      const Parameter& p = step.p;
+      int all = 0;
+      if constexpr (Step::grouped) {
+        if (p.length <= kGrouped) {
+          const int64_t many = kChunk / p.length;
+          for (int64_t i = first; i < last; i += many)
+            all |= step.group(i, smaller(last - i, many), scratch, buffer);
+          first = last;
+        }
+      }
+      for (int64_t i = first; i < last; ++i) {
+        typename Step::Shared b = step.block(i);
+        const Raised* most = b.most;
+        if (p.length <= kKept) {
+          step.search(b, 0, p.length);
+          step.step(b, 0, p.length, scratch, buffer);
+          step.keep(b, 0, p.length, scratch, most, buffer);
+        } else {
+          most = long_block(step, b, 0, p.length, scratch, buffer, [] {});
+        }
+        step.finish(b, most);
+        all |= b.flags;
+      }
+      if (all) __atomic_fetch_or(&flags, all, __ATOMIC_RELAXED);
+    };
     // Up to this length a block is short: whoever is done first waits for a sixteenth of the time at most.
     const int64_t part = elements / (16 * team);
     const int64_t alone = team == 1 ? longest : part > kSerial ? part : kSerial;
@@ -706,41 +736,22 @@ int optimize(const Hyper& hyper, const Parameter* parameters, int64_t count, int
         if (me == 0) step.finish(common, most);
       }
     }
-    int64_t share = 0, mine = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-    for (int64_t k = 0; k < count; ++k) {
-      const Parameter& p = parameters[k];
-      if (p.length > alone) continue;
-      const int64_t hand = p.length < kSerial ? (kSerial + p.length - 1) / p.length : 1;
-      const int64_t shares = (p.blocks + hand - 1) / hand;
-      for (; mine < share + shares; mine = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) {
-        const Step step(hyper, p);
-        const int64_t first = (mine - share) * hand;
-        const int64_t last = first + hand < p.blocks ? first + hand : p.blocks;
-        if constexpr (Step::grouped) {
-          if (p.length <= kGrouped) {
-            int all = 0;
-            const int64_t many = kChunk / p.length;
-            for (int64_t i = first; i < last; i += many)
-              all |= step.group(i, last - i < many ? last - i : many, scratch, buffer);
-            if (all) __atomic_fetch_or(&flags, all, __ATOMIC_RELAXED);
-            continue;
-          }
-        }
-        for (int64_t i = first; i < last; ++i) {
-          typename Step::Shared b = step.block(i);
-          const Raised* most = b.most;
-          if (p.length <= kKept) {
-            step.search(b, 0, p.length);
-            step.step(b, 0, p.length, scratch, buffer);
-            step.keep(b, 0, p.length, scratch, most, buffer);
-          } else {
-            most = long_block(step, b, 0, p.length, scratch, buffer, [] {});
-          }
-          step.finish(b, most);
-          if (b.flags) __atomic_fetch_or(&flags, b.flags, __ATOMIC_RELAXED);
+    for (int64_t turn = 0; turn < team; ++turn) {
+      const int64_t owner = (me + turn) % team;
+      for (int64_t k = 0; k < count; ++k) {
+        const Parameter& p = parameters[k];
+        if (p.length > alone) continue;
+        const int64_t hand = p.length < kSerial ? (kSerial + p.length - 1) / p.length : 1;
+        const int64_t shares = (p.blocks + hand - 1) / hand;
+        const int64_t begin = shares * owner / team, end = shares * (owner + 1) / team;
+        int64_t* const done = &taken[static_cast<size_t>(owner * count + k)];
+        for (;;) {
+          const int64_t share = begin + __atomic_fetch_add(done, 1, __ATOMIC_RELAXED);
+          if (share >= end) break;
+          const int64_t first = share * hand;
+          run(Step(hyper, p), first, smaller(p.blocks, first + hand));
         }
       }
-      share += shares;
     }
   }
   return flags;

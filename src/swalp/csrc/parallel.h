@@ -10,6 +10,12 @@
 #endif
 #include <stdint.h>
 
+// To write what another thread has read last takes several times as long as to write what another has
+// written last, above all where the two share no cache: benchmarks/README.md. So
+// - a thread works on the same fraction of every tensor,
+// - memory that results use again is left as if written by who has read it (`leave_written`),
+// - what all threads read after one has written it goes past the caches.
+
 namespace {
 
 // The default floating-point mode for as long as this lives: round to nearest, subnormals kept.
@@ -52,6 +58,13 @@ __attribute__((noinline)) bool parallel(int64_t count, int threads, const Work& 
   const DefaultMode mode;
   any = work(0, count);
   return any;
+}
+
+// Elements that were just read, as if written: one of each line, unchanged.
+inline void leave_written(const float* x, int64_t n) {
+  constexpr int64_t line = 64 / sizeof(float);
+  auto* const word = const_cast<volatile float*>(x);
+  for (int64_t i = 0; i < n; i += line) word[i] = word[i];
 }
 
 }  // namespace

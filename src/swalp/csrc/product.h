@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kSerial = int64_t{1} << 22;  // products below which a thread more costs more
 constexpr int64_t kColumns = 512;              // of the right operand, packed at a time
+constexpr int64_t kTiles = 16;                 // in rows, for each thread, from which on it takes rows
 
 // A matrix, outer x contraction, of which one stride is 1.
 struct Operand {
@@ -81,23 +82,22 @@ template <class Isa> struct Product {
     int64_t k, depth, n, columns;
   };
 
-  // Pieces of packing: each panel of the part's right operand, then, once, each of the left.
-  int64_t packings(const Part& part) const {
-    return ceil_div(part.columns, Isa::kWide) + (part.n == 0 ? left_panels : 0);
-  }
-
-  void pack_piece(int64_t piece, const Part& part, uint8_t* memory) const {
+  // Member `me` of a team packs its share of the panels of a part's right operand, for all, and once,
+  // of the left one, those of the rows that it will take.
+  void pack(int64_t me, int64_t team, const Part& part, uint8_t* memory) const {
     const int64_t k = part.k, depth = part.depth, panels = ceil_div(part.columns, Isa::kWide);
-    if (piece < panels) {
-      const int64_t first = part.n + piece * Isa::kWide;
+    for (int64_t i = panels * me / team; i < panels * (me + 1) / team; ++i) {
+      const int64_t first = part.n + i * Isa::kWide;
       const Operand x{right.data + first * right.outer + k * right.inner, right.outer, right.inner};
-      return Isa::pack_right(x, depth, smaller(Isa::kWide, p.n - first),
-                             right_in(memory, piece, depth));
+      Isa::pack_right(x, depth, smaller(Isa::kWide, p.n - first), team > 1, right_in(memory, i, depth));
     }
-    const int64_t first = (piece - panels) * Isa::kTall;
-    const Operand x{left.data + first * left.outer + k * left.inner, left.outer, left.inner};
-    uint8_t* panel = pack_left ? left_in(memory, piece - panels, depth) : nullptr;
-    Isa::pack_left(x, depth, smaller(Isa::kTall, p.m - first), panel, sums_in(memory) + first);
+    if (part.n > 0) return;
+    for (int64_t i = left_panels * me / team; i < left_panels * (me + 1) / team; ++i) {
+      const int64_t first = i * Isa::kTall;
+      const Operand x{left.data + first * left.outer + k * left.inner, left.outer, left.inner};
+      uint8_t* panel = pack_left ? left_in(memory, i, depth) : nullptr;
+      Isa::pack_left(x, depth, smaller(Isa::kTall, p.m - first), panel, sums_in(memory) + first);
+    }
   }
 
   int64_t sums_bytes() const { return Isa::kSums ? left_panels * Isa::kTall * 4 : 0; }
@@ -114,17 +114,24 @@ template <class Isa> struct Product {
     return reinterpret_cast<const int8_t*>(panel + row % Isa::kTall * 4);
   }
 
-  // One of `team` equal shares of a part: block of columns after block, in each some rows of tiles.
+  // One of `team` equal shares of a part. Of rows, if there are enough: so a thread makes the part of
+  // the result that it will read, where work over elements follows. Else block of columns after
+  // block, in each some rows of tiles.
   void share(int64_t mine, int64_t team, const Part& part, const Finish& f, uint8_t* memory) const {
     const int64_t tiles = ceil_div(p.m, Isa::kRows), end = part.n + part.columns;
+    const bool by_rows = tiles >= kTiles * team;
     int64_t from = tiles * part.columns * mine / team, to = tiles * part.columns * (mine + 1) / team;
     for (int64_t n = part.n; n < end; n += Isa::kColumnBlock) {
       const int64_t width = smaller(Isa::kColumnBlock, end - n);
       const auto row_of = [=](int64_t work) {
         return work <= 0 ? 0 : smaller(p.m, ceil_div(work, width) * Isa::kRows);
       };
-      const int64_t last = row_of(to);
-      for (int64_t m = row_of(from); m < last; m += Isa::kRowBlock)
+      const auto row_of_share = [=](int64_t share) {
+        return smaller(p.m, tiles * share / team * Isa::kRows);
+      };
+      const int64_t first = by_rows ? row_of_share(mine) : row_of(from);
+      const int64_t last = by_rows ? row_of_share(mine + 1) : row_of(to);
+      for (int64_t m = first; m < last; m += Isa::kRowBlock)
         block(m, smaller(last, m + Isa::kRowBlock), n, n + width, part, f, memory);
       from -= tiles * width;
       to -= tiles * width;
@@ -166,7 +173,7 @@ template <class Isa> struct Product {
   void serial(int64_t exponent, uint8_t* memory) const {
     each_part([&](const Part& part) {
       const Finish f = finish(part, exponent);
-      for (int64_t i = 0; i < packings(part); ++i) pack_piece(i, part, memory);
+      pack(0, 1, part, memory);
       share(0, 1, part, f, memory);
     });
   }
@@ -175,10 +182,10 @@ template <class Isa> struct Product {
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
     each_part([&](const Part& part) {
-      const Finish f = finish(part, exponent);
-#pragma omp for schedule(dynamic)
-      for (int64_t i = 0; i < packings(part); ++i) pack_piece(i, part, memory);
-      share(omp_get_thread_num(), omp_get_num_threads(), part, f, memory);
+      const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
+      pack(me, team, part, memory);
+#pragma omp barrier
+      share(me, team, part, finish(part, exponent), memory);
 #pragma omp barrier
     });
 #else

@@ -158,7 +158,14 @@ class Regions {
  public:
   // `size`: of a region, in bytes. `window`: results in which memory that none of them touched goes
   // back to the system.
-  Regions(size_t size, int64_t window) : size_(size), window_(window), page_(sysconf(_SC_PAGESIZE)) {}
+  Regions(size_t size, int64_t window) : size_(size), window_(window), page_(sysconf(_SC_PAGESIZE)) {
+    const std::lock_guard<std::mutex> held(regions_lock);
+    all().push_back(this);
+  }
+  ~Regions() {
+    const std::lock_guard<std::mutex> held(regions_lock);
+    all().remove(this);
+  }
 
   // Null: there is no memory.
   uint8_t* take(size_t bytes) {
@@ -194,8 +201,14 @@ class Regions {
 
   bool holds(const void* address) const {
     const std::lock_guard<std::mutex> held(regions_lock);
-    return std::any_of(regions_.begin(), regions_.end(),
-                       [&](const Region& region) { return region.holds(address); });
+    return found(address);
+  }
+
+  // Whether any of all regions holds it.
+  static bool any_holds(const void* address) {
+    const std::lock_guard<std::mutex> held(regions_lock);
+    return std::any_of(all().begin(), all().end(),
+                       [&](const Regions* one) { return one->found(address); });
   }
 
   size_t free_bytes() const {
@@ -222,6 +235,14 @@ class Regions {
   }
 
  private:
+  bool found(const void* address) const {
+    return std::any_of(regions_.begin(), regions_.end(),
+                       [&](const Region& region) { return region.holds(address); });
+  }
+  static std::list<Regions*>& all() {  // to the process's end, as tensors may live that long
+    static auto* const list = new std::list<Regions*>;
+    return *list;
+  }
   size_t whole(size_t bytes) const { return (bytes + page_ - 1) / page_ * page_; }
 
   const size_t size_;
@@ -242,6 +263,7 @@ class Regions {
   uint8_t* take(size_t) { return nullptr; }
   void leave(uint8_t*) {}
   bool holds(const void*) const { return false; }
+  static bool any_holds(const void*) { return false; }
   size_t free_bytes() const { return 0; }
   void release() {}
   void save(size_t) {}
