@@ -716,3 +716,104 @@ def test_of_results_changed_in_place_nothing_is_computed_again():
     with torch.no_grad():
         y.mul_(2.0)
     assert again.again_of(y) is None
+
+
+class Apart(nn.Sequential):
+    """Its layers one by one, as a network of anybody's calls them."""
+
+    def forward(self, x):
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+def passes(model, x, dy):
+    x = x.clone().requires_grad_()
+    y = model(x)
+    y.backward(dy)
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters())]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("strange", [False, True])
+@pytest.mark.parametrize("shape", [(32, 12), (4, 8, 12), (1024, 12)])
+def test_a_relu_after_a_linear_layer_is_one_with_it(shape, strange, packed):
+    """With the same numbers, and no result between them."""
+    model = mlp()
+    apart = Apart(*copy.deepcopy(model))
+    one, two = (swalp.convert(m, "native-8", seed=1, packed=packed) for m in (model, apart))
+    x, dy = torch.randn(shape), torch.randn(*shape[:-1], 5)
+    if strange:
+        x[0, 0] = torch.nan  # the first layer computes in float
+    for each in zip(passes(one, x, dy), passes(two, x, dy), strict=True):
+        torch.testing.assert_close(*each, rtol=0, atol=0, equal_nan=True)
+    kinds = {type(node).__name__ for node in nodes(one(x))}
+    assert "_ReLUBackward" not in kinds
+    assert "_ReLUBackward" in {type(node).__name__ for node in nodes(two(x))}
+
+
+def nodes(y):
+    found, left = set(), [y.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left += [before for before, _ in node.next_functions]
+    return found
+
+
+def test_gradients_of_any_layout_and_owner_pass_a_relu():
+    one, two = (
+        swalp.convert(kind(nn.Linear(12, 600), nn.ReLU()), "native-8", seed=1)
+        for kind in (nn.Sequential, Apart)
+    )
+    two.load_state_dict(one.state_dict())
+    x = torch.randn(500, 12)
+    for dy in (torch.randn(600, 500).T, torch.randn(1, 600).expand(500, 600)):
+        before = dy.clone()
+        for each in zip(passes(one, x, dy), passes(two, x, dy), strict=True):
+            assert torch.equal(*each)
+        assert torch.equal(dy, before)
+        for model in (one, two):
+            model.zero_grad()
+
+
+@pytest.mark.parametrize("watch", ["hook", "pre-hook", "backward", "everywhere", "own forward"])
+@pytest.mark.parametrize("place", [0, 1])
+def test_who_watches_a_layer_sees_its_result(place, watch):
+    model = swalp.convert(nn.Sequential(nn.Linear(12, 40), nn.ReLU()), "native-8")
+    layer, seen = model[place], []
+    match watch:
+        case "hook":
+            handle = layer.register_forward_hook(lambda module, given, y: seen.append(y))
+        case "pre-hook":
+            handle = layer.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+        case "backward":
+            handle = layer.register_full_backward_hook(lambda *given: seen.append(given))
+        case "everywhere":
+            handle = nn.modules.module.register_module_forward_hook(
+                lambda module, given, y: seen.append(y) if module is layer else None
+            )
+        case "own forward":
+            layer.forward = lambda x: seen.append(x) or type(layer).forward(layer, x)
+            handle = None
+    model(torch.randn(8, 12, requires_grad=True)).sum().backward()
+    if handle is not None:
+        handle.remove()
+    assert len(seen) == 1
+
+
+def test_without_a_gradient_relu_keeps_nothing():
+    model = swalp.convert(mlp(), "native-8").eval()
+    with torch.no_grad():
+        y = model(torch.randn(8, 12))
+    assert y.grad_fn is None
+
+
+def test_a_sequence_is_what_it_was_when_it_is_float_again():
+    model = swalp.convert(mlp(), "native-8")
+    assert isinstance(model, nn.Sequential)
+    assert type(model).__name__ == "Sequential"
+    assert type(swalp.to_float(model)) is nn.Sequential
+    assert type(copy.deepcopy(model)) is type(model)
+    assert len(model[1:]) == 4

@@ -324,6 +324,18 @@ def test_scales_beyond_a_float_in_one_factor(gap, monkeypatch):
     assert expected.abs().max() > 0
 
 
+@pytest.mark.parametrize("exponent", [-128, -20, 0, 100])
+@pytest.mark.parametrize("k", [40, kernels.DEEPEST + 3])
+def test_a_bias_in_codes(k, exponent):
+    left, right = plain(codes(6, k), -9), plain(codes(k, 33, seed=1), -5)
+    bias = Operand(codes(33, seed=2), torch.tensor(exponent, dtype=torch.int8), -6)
+    expected = products.native(left, right, operands.floats(bias))
+    assert torch.equal(products.native(left, right, bias), expected)
+    floats = operands.floats(left)
+    expected = (floats @ operands.floats(right)).add_(operands.floats(bias))
+    assert torch.equal(products.product(floats, operands.floats(right), bias), expected)
+
+
 def test_float_sums_are_exact_under_autocast():
     left, right = codes(1, 5, 3000, seed=1, low=-128), codes(1, 3000, 4, seed=2, low=-128)
     with torch.autocast("cpu", torch.bfloat16):

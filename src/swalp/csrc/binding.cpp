@@ -277,7 +277,8 @@ using Strides = std::tuple<int64_t, int64_t, int64_t>;
 void matmul(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, uintptr_t left,
             Strides left_strides, uintptr_t right, Strides right_strides, int64_t exponent,
             uintptr_t left_exponents, bool left_each, uintptr_t right_exponents, bool right_each,
-            uintptr_t bias, uintptr_t out, bool integers, int threads) {
+            uintptr_t bias, std::tuple<uintptr_t, uintptr_t, int> bias_codes, uintptr_t out,
+            bool integers, int threads) {
   swalp_matmul t = {};
   std::tie(t.batch, t.m, t.n, t.k) = sizes;
   std::tie(t.left_batch, t.left_outer, t.left_inner) = left_strides;
@@ -295,6 +296,13 @@ void matmul(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, uintptr_t left
   t.out_batch = t.m * t.n;
   t.out_outer = t.n;
   nb::gil_scoped_release unlocked;
+  std::vector<float> values;
+  if (const auto& [codes, exponent_of_bias, gap] = bias_codes; codes) {
+    values.resize(t.n);
+    for (int64_t j = 0; j < t.n; ++j)
+      values[j] = std::ldexp(static_cast<float>(at<int8_t>(codes)[j]), *at<int8_t>(exponent_of_bias) + gap);
+    t.bias = values.data();
+  }
   const int status = swalp_multiply(&t, threads);
   if (status < 0) throw std::bad_alloc();
   if (status > 0) throw std::runtime_error("this machine has no integer products");

@@ -2,8 +2,7 @@
 
 from swalp.layers.base import Lowered, Quantized, float_class, quantized_class
 from swalp.layers.functions import QuantizedFunctions
-from swalp.layers.integers import Native, native_mixin, simulated_mixin
-from swalp.layers.lean import lean_mixin
+from swalp.layers.integers import Native, lean_mixin, native_mixin, simulated_mixin
 from swalp.layers.native import obstacle
 from swalp.layers.registry import CONVERTIBLE, Family, Kind, check_convertible, kind_of
 from swalp.layers.single import QuantizedLayer

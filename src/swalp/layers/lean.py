@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from swalp import buffers
 from swalp.layers.single import QuantizedLayer
+from swalp.matmul import relu
 from swalp.matmul.again import Again, again_of
 from swalp.matmul.once import once
 from swalp.matmul.owned import alone, references
@@ -132,20 +133,6 @@ class LeanBatchNorm(QuantizedLayer):
         )
 
 
-_LEAN: dict[Any, type[QuantizedLayer]] = {
-    nn.ReLU.forward: LeanReLU,
-    nn.GELU.forward: LeanGELU,
-    nn.LayerNorm.forward: LeanLayerNorm,
-    nn.MaxPool2d.forward: LeanMaxPool,
-    nn.BatchNorm2d.forward: LeanBatchNorm,
-}
-
-
-def lean_mixin(module: nn.Module) -> type[QuantizedLayer] | None:
-    """What computes this kind of layer, keeping little; None: nothing does."""
-    return _LEAN.get(type(module).forward) if plans.available else None
-
-
 def _plain(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
@@ -172,14 +159,6 @@ def _pair(x: int | tuple[int, int]) -> tuple[int, int]:
     return (x, x) if isinstance(x, int) else (x[0], x[1])
 
 
-def _place(grad: Tensor, mine: bool, channels_last: bool = False) -> Tensor:
-    """Where a gradient of the shape of `grad` goes: there, if it is in order and nobody else's."""
-    laid = grad.movedim(1, -1) if channels_last else grad
-    if mine and buffers.holds(grad) and laid.is_contiguous():
-        return grad
-    return buffers.empty(*grad.shape, channels_last=channels_last)
-
-
 def _float(x: Tensor | None) -> Tensor | None:
     return x.dequantize() if isinstance(x, PackedTensor) else x
 
@@ -188,11 +167,8 @@ class _ReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, inplace: bool) -> Tensor:
         last = not x.is_contiguous()
-        passed = buffers.empty((x.numel() + 7) // 8, dtype=torch.uint8)
         y = x if inplace else buffers.empty(*x.shape, channels_last=last)
-        _kernels.relu(
-            x.numel(), x.data_ptr(), y.data_ptr(), passed.data_ptr(), torch.get_num_threads()
-        )
+        passed = relu.forward(x, y)
         if inplace:
             ctx.mark_dirty(x)
         ctx.save_for_backward(passed)
@@ -204,14 +180,7 @@ class _ReLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         mine = references(grad) == alone()
         (passed,) = ctx.saved_tensors
-        grad = grad.resolve_neg()
-        gradient = (grad.movedim(1, -1) if ctx.last else grad).contiguous()
-        result = _place(grad, mine, channels_last=ctx.last)
-        _kernels.relu_gradient(
-            grad.numel(), gradient.data_ptr(), passed.data_ptr(), result.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
-        return result, None
+        return relu.gradient(grad, passed, mine, ctx.last), None
 
 
 class _GELU(torch.autograd.Function):
@@ -228,7 +197,7 @@ class _GELU(torch.autograd.Function):
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         mine = references(grad) == alone()
-        result, kept = _place(grad, mine), ctx.saved_tensors
+        result, kept = relu.place(grad, mine), ctx.saved_tensors
         many = max(1, _PART // grad[0].nbytes)
         for part in (slice(i, i + many) for i in range(0, len(grad), many)):
             torch.ops.aten.gelu_backward.grad_input(

@@ -32,14 +32,22 @@ class NativeLinear(QuantizedLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The parent's forward between the sites."""
-        weight, bias, fmt = self.weight, self.bias, self._swalp_layer.weight_format
-        assert fmt is not None  # `convert` chose a layer that has one
-        transposed = _is_conv1d(self._swalp_kind)
-        if not runs(x, weight, bias, weight.shape[1 if transposed else 0]):
-            return super().forward(x, *args, **kwargs)
-        activation, error = moments(self, x)
-        with paused():
-            return linear(x, weight, bias, fmt, activation, error, transposed=transposed)
+        y = on_integers(self, x)
+        return super().forward(x, *args, **kwargs) if y is None else y
+
+
+def on_integers(layer: NativeLinear, x: Tensor, rectified: bool = False) -> Tensor | None:
+    """What a linear layer makes of `x`, or ReLU of it; None if its products are simulated now."""
+    weight, bias, fmt = layer.weight, layer.bias, layer._swalp_layer.weight_format
+    assert fmt is not None  # `convert` chose a layer that has one
+    transposed = _is_conv1d(layer._swalp_kind)
+    if not runs(x, weight, bias, weight.shape[1 if transposed else 0]):
+        return None
+    activation, error = moments(layer, x)
+    with paused():
+        return linear(
+            x, weight, bias, fmt, activation, error, transposed=transposed, rectified=rectified
+        )
 
 
 def is_linear(kind: type[nn.Module]) -> bool:

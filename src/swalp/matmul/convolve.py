@@ -24,10 +24,9 @@ from swalp.matmul.linear import (
     weight_operand,
 )
 from swalp.matmul.once import once
-from swalp.matmul.operands import Operand, values
+from swalp.matmul.operands import Operand, floats
 from swalp.matmul.owned import alone, references
 from swalp.matmul.products import channel_sums
-from swalp.packed import PackedTensor
 
 
 def convolve(
@@ -141,13 +140,6 @@ class _Convolve(torch.autograd.Function):
             else:
                 db = errors.sum([0, *range(2, errors.dim())])
         return dx, dw, db, None, None, None, None, None
-
-
-def floats(x: Operand | Tensor) -> Tensor:
-    """The values in float32."""
-    if isinstance(x, Operand):
-        return values(x).float()
-    return x.dequantize() if isinstance(x, PackedTensor) else x
 
 
 def _backward(

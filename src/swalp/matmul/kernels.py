@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from swalp.matmul.operands import Operand, floats
 from swalp.quantize import plans
 
 if plans.available:
@@ -149,7 +150,7 @@ def run_codes(
     exponent: int,
     left_exponents: Tensor | None,
     right_exponents: Tensor | None,
-    bias: Tensor | None,
+    bias: Tensor | Operand | None,
 ) -> None:
     """``2**exponents * left @ right + bias`` in one pass.
 
@@ -160,15 +161,21 @@ def run_codes(
         exponent: added to those of the operands.
         left_exponents: int8, one or one for each matrix, or None.
         right_exponents: likewise.
-        bias: float32, (n,), or None.
+        bias: (n,), or None: float32, or codes with an exponent.
     """
     left, right = _along_or_across(left), _along_or_across(right)
     m, k = left.shape[-2:]
     n = right.shape[-1]
     if k == 0:
-        out.zero_() if bias is None else out.copy_(bias.expand_as(out))
+        out.zero_() if bias is None else out.copy_(floats(bias).expand_as(out))
         return
     alone = left.dim() == 2
+    address, codes = 0, (0, 0, 0)
+    if isinstance(bias, Operand):
+        assert bias.exponents is not None
+        codes = bias.codes.data_ptr(), bias.exponents.data_ptr(), bias.gap
+    elif bias is not None:
+        address = bias.data_ptr()
     _kernels.matmul(
         (1 if alone else left.shape[0], m, n, k),
         left.data_ptr(), (0 if alone else left.stride(0), *left.stride()[-2:]),
@@ -178,7 +185,7 @@ def run_codes(
         left_exponents is not None and left_exponents.numel() > 1,
         0 if right_exponents is None else right_exponents.data_ptr(),
         right_exponents is not None and right_exponents.numel() > 1,
-        0 if bias is None else bias.data_ptr(),
+        address, codes,
         out.data_ptr(), out.dtype == torch.int32, torch.get_num_threads(),
     )  # fmt: skip
 

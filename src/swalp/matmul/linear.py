@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from swalp import buffers
-from swalp.formats import Format
+from swalp.formats import BlockFloat, Format
+from swalp.matmul import relu
 from swalp.matmul.again import Again, carry
 from swalp.matmul.handed import Handed, let_go, whole
 from swalp.matmul.once import once
@@ -34,6 +35,7 @@ def linear(
     error: Quantization,
     *,
     transposed: bool = False,
+    rectified: bool = False,
 ) -> Tensor:
     """``x @ weight.T + bias`` with all three products on integers.
 
@@ -51,14 +53,16 @@ def linear(
         activation: of `x`: one exponent for the tensor.
         error: of the gradient, likewise.
         transposed: whether `weight` is (in_features, out_features).
+        rectified: whether the result passes ReLU, of which a bit an element is kept.
 
     Returns:
         float32, (..., out_features).
     """
     handed = Handed(x, weight)
     y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
-        handed.gradient_of(x), weight, bias, weight_format, activation, error, transposed, handed
-    )
+        handed.gradient_of(x), weight, bias, weight_format, activation, error, transposed,
+        rectified, handed,
+    )  # fmt: skip
     return carry(y)
 
 
@@ -78,6 +82,15 @@ def weight_operand(weight: Tensor, fmt: Format) -> Operand | Tensor:
     if found is not None and torch.equal(unpack(found.codes, found.exponents, fmt), weight):
         return found
     return weight
+
+
+def bias_operand(bias: Tensor | None) -> Operand | Tensor | None:
+    """What products of matrices add: the codes of a packed bias, if it has one exponent."""
+    if isinstance(bias, PackedTensor) and isinstance(bias.format, BlockFloat):
+        found = of_packed(bias)
+        if found is not None and not found.each and found.codes.is_contiguous():
+            return found
+    return bias_values(bias)
 
 
 def bias_values(bias: Tensor | None) -> Tensor | None:
@@ -113,7 +126,7 @@ def _again(
 ) -> Tensor:
     weights = weight_operand(weight, weight_format)
     inputs = rows(Operand(codes.view(*shape[:-1], -1)[part], exponents, gap))
-    y = product(inputs, weights if transposed else transpose(weights), bias)
+    y = product(inputs, weights if transposed else transpose(weights), bias_operand(bias))
     return y.view(-1, *shape[1:])
 
 
@@ -128,26 +141,33 @@ class _Linear(torch.autograd.Function):
         activation: Quantization,
         error: Quantization,
         transposed: bool,
+        rectified: bool,
         handed: Handed,
     ) -> Tensor:
         inputs = rows(operand(x, activation))
         weights = weight_operand(weight, weight_format)
-        added = bias_values(bias)
+        added = bias_operand(bias)
         ctx.weight_format, ctx.shape, ctx.handed = weight_format, x.shape, handed
         ctx.error, ctx.has_bias, ctx.transposed = error, bias is not None, transposed
-        keep(ctx, inputs, weight)
         y = product(inputs, weights if transposed else transpose(weights), added)
+        passed = relu.forward(y, y) if rectified else None
+        keep(ctx, inputs, weight, passed)
         y = whole(y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]))
-        if isinstance(inputs, Operand):
+        if isinstance(inputs, Operand) and not rectified:
             compute = partial(_again, inputs.gap, weight_format, transposed, y.shape)
-            ctx.again = Again((inputs.codes, inputs.exponents, weight, added), compute)
+            ctx.again = Again((inputs.codes, inputs.exponents, weight, bias), compute)
         return y
 
     @staticmethod
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mine = references(grad) == alone()
-        inputs, (weight,) = kept(ctx)
+        inputs, (weight, passed) = kept(ctx)
+        if passed is not None:
+            gradient = relu.gradient(grad, passed, mine)
+            if gradient is not grad:
+                let_go(grad, mine)
+            grad, mine = gradient, True
         errors = rows(operand(grad, ctx.error))
         let_go(grad, mine)
         dx = dw = db = None
@@ -162,7 +182,7 @@ class _Linear(torch.autograd.Function):
             dw = product(transpose(left), right)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             db = column_sums(errors)
-        return dx, dw, db, None, None, None, None, None
+        return dx, dw, db, None, None, None, None, None, None
 
 
 def _input_gradient(
@@ -187,14 +207,14 @@ def column_sums(x: Operand | Tensor) -> Tensor:
     return channel_sums(x) if isinstance(x, Operand) else x.sum(0)
 
 
-def keep(ctx: Any, x: Operand | Tensor, *others: Tensor) -> None:
+def keep(ctx: Any, x: Operand | Tensor, *others: Tensor | None) -> None:
     """Save an operand, and other tensors, for the backward pass."""
     ctx.gap = x.gap if isinstance(x, Operand) else None
     parts = (x.codes, x.exponents) if isinstance(x, Operand) else (x, None)
     ctx.save_for_backward(*parts, *others)
 
 
-def kept(ctx: Any) -> tuple[Operand | Tensor, tuple[Tensor, ...]]:
+def kept(ctx: Any) -> tuple[Operand | Tensor, tuple[Any, ...]]:
     """What `keep` saved."""
     codes, exponents, *others = ctx.saved_tensors
     return codes if ctx.gap is None else Operand(codes, exponents, ctx.gap), tuple(others)

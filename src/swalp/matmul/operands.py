@@ -108,6 +108,13 @@ def require_one(x: Operand) -> None:
         )
 
 
+def floats(x: Operand | Tensor) -> Tensor:
+    """The values in float32."""
+    if isinstance(x, Operand):
+        return values(x).float()
+    return x.dequantize() if isinstance(x, PackedTensor) else x
+
+
 def values(x: Operand) -> Tensor:
     """The numbers: float64, of the shape of the codes."""
     scale = torch.exp2(x.exponent().to(torch.float64))

@@ -10,25 +10,26 @@ from torch import Tensor
 
 from swalp import buffers
 from swalp.matmul import kernels
-from swalp.matmul.operands import Operand, require_one, values
+from swalp.matmul.operands import Operand, floats, require_one, values
 
 
-def product(left: Operand | Tensor, right: Operand | Tensor, bias: Tensor | None = None) -> Tensor:
+def product(
+    left: Operand | Tensor, right: Operand | Tensor, bias: Operand | Tensor | None = None
+) -> Tensor:
     """``left @ right + bias``: on integers if both operands have them, else in float32.
 
     Args:
         left: (..., m, k): integers, or float32 values.
         right: (..., k, n).
-        bias: float32, (n,).
+        bias: (n,): float32, or integers with an exponent.
     """
     if isinstance(left, Operand) and isinstance(right, Operand):
         return native(left, right, bias)
-    a, b = (values(x).float() if isinstance(x, Operand) else x for x in (left, right))
-    result = a @ b
-    return result if bias is None else result.add_(bias)
+    result = floats(left) @ floats(right)
+    return result if bias is None else result.add_(floats(bias))
 
 
-def native(left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
+def native(left: Operand, right: Operand, bias: Operand | Tensor | None = None) -> Tensor:
     """``left @ right + bias``: int32 sums, which are exact, to the nearest float32, then scaled.
 
     Where a sum has 24 bits or fewer, as it has for k <= 1024, this is the product of the values,
@@ -40,7 +41,7 @@ def native(left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
         left: codes (..., m, k). An exponent for each index of the first dimension is allowed where
             there are three or more.
         right: codes (..., k, n), with the same leading dimensions.
-        bias: float32, (n,).
+        bias: (n,): float32, or integers with an exponent.
 
     Returns:
         float32, (..., m, n).
@@ -55,6 +56,7 @@ def native(left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
     if compiled and left.codes.dim() == 2 and left.codes.shape[1] < kernels.DEEPEST:
         return _compiled(left, right, bias)
     run = _compiled if compiled else partial(_portable, multiply)
+    bias = None if bias is None else floats(bias)
     shape = (*left.codes.shape[:-1], right.codes.shape[-1])
     a, b = _stacked(left), _stacked(right)
     depth = a.codes.shape[2]
@@ -92,7 +94,7 @@ def channel_sums(x: Operand) -> Tensor:
     return kernels.channel_sums(x.codes, x.exponents, x.gap)
 
 
-def _compiled(left: Operand, right: Operand, bias: Tensor | None) -> Tensor:
+def _compiled(left: Operand, right: Operand, bias: Operand | Tensor | None) -> Tensor:
     out = buffers.empty(*left.codes.shape[:-1], right.codes.shape[-1])
     gap = left.gap + right.gap
     kernels.run_codes(left.codes, right.codes, out, gap, left.exponents, right.exponents, bias)
