@@ -146,7 +146,7 @@ struct Avx2 {
   }
   static bool in_place(const swalp_matmul&) { return false; }
 
-  static void pack_right(const Operand& x, int64_t depth, int64_t count, bool, uint8_t* panel) {
+  static void pack_right(const Operand& x, int64_t depth, int64_t count, uint8_t* panel) {
     for (int64_t i = 0; i < count; i += 8)
       pack({x.data + i * x.outer, x.outer, x.inner}, depth, smaller(8, count - i), 4 * kWide,
            panel + 4 * i);

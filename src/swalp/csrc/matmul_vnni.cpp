@@ -13,14 +13,8 @@ namespace {
 constexpr int64_t kWide = 64;
 constexpr int64_t kPanel = 4 * kWide;  // bytes of a panel for each four of the contraction
 
-template <bool streamed> void put(uint8_t* at, __m512i x) {
-  if (streamed) _mm512_stream_si512(reinterpret_cast<__m512i*>(at), x);
-  else _mm512_store_si512(at, x);
-}
-
 // Bytes [k4][64][4] of `count` <= 64 outer indices, for `depth` of the contraction: four neighbours
 // of the contraction side by side. What is missing is 0; `flip` adds 128 to what is there.
-template <bool streamed>
 void pack_across(const Operand& x, int64_t depth, int64_t count, bool flip, uint8_t* out) {
   const __m512i sign = _mm512_set1_epi8(flip ? -128 : 0);
   const __mmask64 there = count == kWide ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
@@ -37,10 +31,10 @@ void pack_across(const Operand& x, int64_t depth, int64_t count, bool flip, uint
     const __m512i even0 = _mm512_shuffle_i32x4(q0, q1, 0x88), odd0 = _mm512_shuffle_i32x4(q0, q1, 0xdd);
     const __m512i even1 = _mm512_shuffle_i32x4(q2, q3, 0x88), odd1 = _mm512_shuffle_i32x4(q2, q3, 0xdd);
     // even0: lanes 0 and 2 of q0, then of q1; a register of the panel is one lane of q0 .. q3.
-    put<streamed>(out, _mm512_shuffle_i32x4(even0, even1, 0x88));
-    put<streamed>(out + 64, _mm512_shuffle_i32x4(odd0, odd1, 0x88));
-    put<streamed>(out + 128, _mm512_shuffle_i32x4(even0, even1, 0xdd));
-    put<streamed>(out + 192, _mm512_shuffle_i32x4(odd0, odd1, 0xdd));
+    _mm512_storeu_si512(out, _mm512_shuffle_i32x4(even0, even1, 0x88));
+    _mm512_storeu_si512(out + 64, _mm512_shuffle_i32x4(odd0, odd1, 0x88));
+    _mm512_storeu_si512(out + 128, _mm512_shuffle_i32x4(even0, even1, 0xdd));
+    _mm512_storeu_si512(out + 192, _mm512_shuffle_i32x4(odd0, odd1, 0xdd));
   }
 }
 
@@ -75,7 +69,6 @@ void transpose(__m512i (&r)[16]) {
 }
 
 // The same where the contraction is contiguous in memory.
-template <bool streamed>
 void pack_along(const Operand& x, int64_t depth, int64_t count, bool flip, uint8_t* out) {
   const __m512i sign = _mm512_set1_epi8(flip ? -128 : 0);
   for (int64_t group = 0; group < count; group += 16)
@@ -95,20 +88,18 @@ void pack_along(const Operand& x, int64_t depth, int64_t count, bool flip, uint8
       uint8_t* at = out + k * kWide + group * 4;
       if (left >= 64) {
 #pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) put<streamed>(at + i * kPanel, row[i]);
+        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(at + i * kPanel, row[i]);
       } else {
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i)
-          if (4 * i < left) put<streamed>(at + i * kPanel, row[i]);
+          if (4 * i < left) _mm512_storeu_si512(at + i * kPanel, row[i]);
       }
     }
 }
 
-template <bool streamed>
 void pack(const Operand& x, int64_t depth, int64_t count, bool flip, uint8_t* out) {
-  if (x.inner == 1) pack_along<streamed>(x, depth, count, flip, out);
-  else pack_across<streamed>(x, depth, count, flip, out);
-  if (streamed) _mm_sfence();
+  if (x.inner == 1) pack_along(x, depth, count, flip, out);
+  else pack_across(x, depth, count, flip, out);
 }
 
 // 128 times the sums of 64 rows of a packed left operand, and of rows as they are.
@@ -201,15 +192,13 @@ struct Vnni {
   // A row is read four bytes at a time where it lies; not beyond its end.
   static bool in_place(const swalp_matmul& task) { return task.left_inner == 1 && task.k % 4 == 0; }
 
-  // What all threads read goes past the caches: to write what another has read costs more.
-  static void pack_right(const Operand& x, int64_t depth, int64_t count, bool shared, uint8_t* panel) {
-    if (shared) pack<true>(x, depth, count, true, panel);
-    else pack<false>(x, depth, count, true, panel);
+  static void pack_right(const Operand& x, int64_t depth, int64_t count, uint8_t* panel) {
+    pack(x, depth, count, true, panel);
   }
   static void pack_left(const Operand& x, int64_t depth, int64_t count, uint8_t* panel,
                         int32_t* sums) {
     if (!panel) return sums_of_rows(x, depth, count, sums);
-    pack<false>(x, depth, count, false, panel);
+    pack(x, depth, count, false, panel);
     sums_of_panel(panel, depth, sums);
   }
 

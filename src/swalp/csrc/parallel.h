@@ -14,7 +14,7 @@
 // written last, above all where the two share no cache: benchmarks/README.md. So
 // - a thread works on the same fraction of every tensor,
 // - memory that results use again is left as if written by who has read it (`leave_written`),
-// - what all threads read after one has written it goes past the caches.
+// - what other threads read after one has written it goes past the caches, or is made by each.
 
 namespace {
 

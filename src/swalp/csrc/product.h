@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kSerial = int64_t{1} << 22;  // products below which a thread more costs more
 constexpr int64_t kColumns = 512;              // of the right operand, packed at a time
-constexpr int64_t kTiles = 16;                 // in rows, for each thread, from which on it takes rows
+constexpr int64_t kApart = 240;  // rows of a thread's own, from which on it packs for itself alone
 
 // A matrix, outer x contraction, of which one stride is 1.
 struct Operand {
@@ -82,22 +82,23 @@ template <class Isa> struct Product {
     int64_t k, depth, n, columns;
   };
 
-  // Member `me` of a team packs its share of the panels of a part's right operand, for all, and once,
-  // of the left one, those of the rows that it will take.
-  void pack(int64_t me, int64_t team, const Part& part, uint8_t* memory) const {
+  // Pieces of packing: each panel of the part's right operand, then, once, each of the left.
+  int64_t packings(const Part& part) const {
+    return ceil_div(part.columns, Isa::kWide) + (part.n == 0 ? left_panels : 0);
+  }
+
+  void pack_piece(int64_t piece, const Part& part, uint8_t* memory) const {
     const int64_t k = part.k, depth = part.depth, panels = ceil_div(part.columns, Isa::kWide);
-    for (int64_t i = panels * me / team; i < panels * (me + 1) / team; ++i) {
-      const int64_t first = part.n + i * Isa::kWide;
+    if (piece < panels) {
+      const int64_t first = part.n + piece * Isa::kWide;
       const Operand x{right.data + first * right.outer + k * right.inner, right.outer, right.inner};
-      Isa::pack_right(x, depth, smaller(Isa::kWide, p.n - first), team > 1, right_in(memory, i, depth));
+      return Isa::pack_right(x, depth, smaller(Isa::kWide, p.n - first),
+                             right_in(memory, piece, depth));
     }
-    if (part.n > 0) return;
-    for (int64_t i = left_panels * me / team; i < left_panels * (me + 1) / team; ++i) {
-      const int64_t first = i * Isa::kTall;
-      const Operand x{left.data + first * left.outer + k * left.inner, left.outer, left.inner};
-      uint8_t* panel = pack_left ? left_in(memory, i, depth) : nullptr;
-      Isa::pack_left(x, depth, smaller(Isa::kTall, p.m - first), panel, sums_in(memory) + first);
-    }
+    const int64_t first = (piece - panels) * Isa::kTall;
+    const Operand x{left.data + first * left.outer + k * left.inner, left.outer, left.inner};
+    uint8_t* panel = pack_left ? left_in(memory, piece - panels, depth) : nullptr;
+    Isa::pack_left(x, depth, smaller(Isa::kTall, p.m - first), panel, sums_in(memory) + first);
   }
 
   int64_t sums_bytes() const { return Isa::kSums ? left_panels * Isa::kTall * 4 : 0; }
@@ -114,24 +115,17 @@ template <class Isa> struct Product {
     return reinterpret_cast<const int8_t*>(panel + row % Isa::kTall * 4);
   }
 
-  // One of `team` equal shares of a part. Of rows, if there are enough: so a thread makes the part of
-  // the result that it will read, where work over elements follows. Else block of columns after
-  // block, in each some rows of tiles.
+  // One of `team` equal shares of a part: block of columns after block, in each some rows of tiles.
   void share(int64_t mine, int64_t team, const Part& part, const Finish& f, uint8_t* memory) const {
     const int64_t tiles = ceil_div(p.m, Isa::kRows), end = part.n + part.columns;
-    const bool by_rows = tiles >= kTiles * team;
     int64_t from = tiles * part.columns * mine / team, to = tiles * part.columns * (mine + 1) / team;
     for (int64_t n = part.n; n < end; n += Isa::kColumnBlock) {
       const int64_t width = smaller(Isa::kColumnBlock, end - n);
       const auto row_of = [=](int64_t work) {
         return work <= 0 ? 0 : smaller(p.m, ceil_div(work, width) * Isa::kRows);
       };
-      const auto row_of_share = [=](int64_t share) {
-        return smaller(p.m, tiles * share / team * Isa::kRows);
-      };
-      const int64_t first = by_rows ? row_of_share(mine) : row_of(from);
-      const int64_t last = by_rows ? row_of_share(mine + 1) : row_of(to);
-      for (int64_t m = first; m < last; m += Isa::kRowBlock)
+      const int64_t last = row_of(to);
+      for (int64_t m = row_of(from); m < last; m += Isa::kRowBlock)
         block(m, smaller(last, m + Isa::kRowBlock), n, n + width, part, f, memory);
       from -= tiles * width;
       to -= tiles * width;
@@ -173,7 +167,7 @@ template <class Isa> struct Product {
   void serial(int64_t exponent, uint8_t* memory) const {
     each_part([&](const Part& part) {
       const Finish f = finish(part, exponent);
-      pack(0, 1, part, memory);
+      for (int64_t i = 0; i < packings(part); ++i) pack_piece(i, part, memory);
       share(0, 1, part, f, memory);
     });
   }
@@ -182,10 +176,10 @@ template <class Isa> struct Product {
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
     each_part([&](const Part& part) {
-      const int64_t me = omp_get_thread_num(), team = omp_get_num_threads();
-      pack(me, team, part, memory);
-#pragma omp barrier
-      share(me, team, part, finish(part, exponent), memory);
+      const Finish f = finish(part, exponent);
+#pragma omp for schedule(dynamic)
+      for (int64_t i = 0; i < packings(part); ++i) pack_piece(i, part, memory);
+      share(omp_get_thread_num(), omp_get_num_threads(), part, f, memory);
 #pragma omp barrier
     });
 #else
@@ -194,6 +188,28 @@ template <class Isa> struct Product {
 #endif
   }
 };
+
+int64_t exponent_of(const swalp_matmul& task, int64_t i) {
+  int64_t exponent = task.exponent;
+  if (task.left_exponents) exponent += task.left_exponents[task.left_exponent_each ? i : 0];
+  if (task.right_exponents) exponent += task.right_exponents[task.right_exponent_each ? i : 0];
+  return exponent;
+}
+
+// Member `me` of `team` makes rows of the result, from end to end: those that it will read where work
+// over elements follows. What it packs nobody else reads (parallel.h).
+template <class Isa> bool rows_apart(const swalp_matmul& task, int64_t me, int64_t team) {
+  const int64_t tiles = ceil_div(task.m, Isa::kRows);
+  const int64_t first = tiles * me / team * Isa::kRows;
+  swalp_matmul mine = task;
+  mine.m = smaller(task.m, tiles * (me + 1) / team * Isa::kRows) - first;
+  mine.left += first * task.left_outer;
+  mine.out = static_cast<int32_t*>(task.out) + first * task.out_outer;
+  const Product<Isa> product(mine);
+  uint8_t* memory = workspace.at_least(product.bytes());
+  if (memory) product.serial(exponent_of(task, 0), memory);
+  return memory != nullptr;
+}
 
 // Of matrix `i` of a batch.
 swalp_matmul at(const swalp_matmul& task, int64_t i) {
@@ -204,16 +220,19 @@ swalp_matmul at(const swalp_matmul& task, int64_t i) {
   return one;
 }
 
-int64_t exponent_of(const swalp_matmul& task, int64_t i) {
-  int64_t exponent = task.exponent;
-  if (task.left_exponents) exponent += task.left_exponents[task.left_exponent_each ? i : 0];
-  if (task.right_exponents) exponent += task.right_exponents[task.right_exponent_each ? i : 0];
-  return exponent;
-}
-
 template <class Isa> int multiply(const swalp_matmul* task, int threads) {
   const int64_t products = task->m * task->n * task->k;
   if (task->batch * task->m * task->n == 0) return 0;
+  bool failed = false;
+  if (task->batch == 1 && threads > 1 && task->m >= kApart * threads && products >= kSerial) {
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads) reduction(|| : failed)
+    failed = !rows_apart<Isa>(*task, omp_get_thread_num(), omp_get_num_threads());
+#else
+    failed = !rows_apart<Isa>(*task, 0, 1);
+#endif
+    return failed ? -1 : 0;
+  }
   if (task->batch == 1 && threads > 1 && products >= kSerial) {
     const Product<Isa> product(*task);
     uint8_t* memory = workspace.at_least(product.bytes());
@@ -221,7 +240,6 @@ template <class Isa> int multiply(const swalp_matmul* task, int threads) {
     product.parallel(exponent_of(*task, 0), memory, threads);
     return 0;
   }
-  bool failed = false;
   if (products * task->batch < kSerial) threads = 1;
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(|| : failed) if (threads > 1)
