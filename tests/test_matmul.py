@@ -336,6 +336,33 @@ def test_a_bias_in_codes(k, exponent):
     assert torch.equal(products.product(floats, operands.floats(right), bias), expected)
 
 
+@pytest.mark.skipif(not plans.available, reason="swalp was built without C++ kernels")
+@pytest.mark.parametrize("build", ["avx512", "avx2"])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "shape", [(7, 16, 40), (600, 48, 2000), (20, 512, 700), (513, 1040, 130), (9, 40, 50)]
+)
+def test_relu_of_a_product_is_relu_of_its_result(shape, threads, build):
+    m, n, k = shape
+    left, right = plain(codes(m, k), -9), plain(codes(k, n, seed=1), -5)
+    right.codes[:, 3] = 0  # zeros, of which a bias below 0 makes others
+    bias = torch.randn(n, generator=torch.Generator().manual_seed(2)).mul_(8)
+    before = torch.get_num_threads(), _kernels.used()
+    torch.set_num_threads(threads)
+    _kernels.use(build)
+    try:
+        for added in (None, bias, -bias.abs()):
+            y = products.product(left, right, added)
+            z, passed = products.rectified(left, right, added)
+            assert torch.equal(z, y.relu())
+            bits = (passed.reshape(-1, 1) >> torch.arange(8)) & 1
+            assert torch.equal(bits.reshape(-1)[: m * n].bool(), (y > 0).reshape(-1))
+            assert bool((z.view(torch.int32) >= 0).all())  # no -0
+    finally:
+        torch.set_num_threads(before[0])
+        _kernels.use(before[1])
+
+
 def test_float_sums_are_exact_under_autocast():
     left, right = codes(1, 5, 3000, seed=1, low=-128), codes(1, 3000, 4, seed=2, low=-128)
     with torch.autocast("cpu", torch.bfloat16):

@@ -133,7 +133,8 @@ def matmul(
     sizes: tuple[int, int, int, int],
     left: int, left_strides: tuple[int, ...], right: int, right_strides: tuple[int, ...],
     exponent: int, left_exponents: int, left_each: bool, right_exponents: int, right_each: bool,
-    bias: int, bias_codes: tuple[int, int, int], out: int, integers: bool, threads: int, /,
+    bias: int, bias_codes: tuple[int, int, int], passed: int, out: int, integers: bool,
+    threads: int, /,
 ) -> None: ...  # fmt: skip
 def matmul_used() -> str: ...
 

@@ -277,8 +277,8 @@ using Strides = std::tuple<int64_t, int64_t, int64_t>;
 void matmul(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, uintptr_t left,
             Strides left_strides, uintptr_t right, Strides right_strides, int64_t exponent,
             uintptr_t left_exponents, bool left_each, uintptr_t right_exponents, bool right_each,
-            uintptr_t bias, std::tuple<uintptr_t, uintptr_t, int> bias_codes, uintptr_t out,
-            bool integers, int threads) {
+            uintptr_t bias, std::tuple<uintptr_t, uintptr_t, int> bias_codes, uintptr_t passed,
+            uintptr_t out, bool integers, int threads) {
   swalp_matmul t = {};
   std::tie(t.batch, t.m, t.n, t.k) = sizes;
   std::tie(t.left_batch, t.left_outer, t.left_inner) = left_strides;
@@ -291,6 +291,7 @@ void matmul(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, uintptr_t left
   t.left_exponent_each = left_each;
   t.right_exponent_each = right_each;
   t.bias = at<float>(bias);
+  t.passed = at<uint8_t>(passed);
   t.out = at<void>(out);
   t.integers = integers;
   t.out_batch = t.m * t.n;

@@ -20,7 +20,10 @@ typedef struct {
   const int8_t *left_exponents, *right_exponents;  // or NULL; one, or one for each matrix
   int32_t left_exponent_each, right_exponent_each;
   const float* bias;  // or NULL
-  void* out;          // float32, or the sums as int32
+  // Or NULL: ReLU follows, and this gets a bit for each element, whether it passed. float32; batch = 1;
+  // n is a multiple of 16.
+  uint8_t* passed;
+  void* out;  // float32, or the sums as int32
   int32_t integers;
   int64_t out_batch, out_outer;  // strides of b, i; that of j is 1
 } swalp_matmul;

@@ -124,8 +124,14 @@ void tile(int64_t depth, const int8_t* const* rows, int64_t, const uint8_t* pane
       Sums s = sum[r][z];
       if (!f.first) s = add(s, load(at, count));
       if (f.last && !f.integers) {
-        const Floats v = scale(s);
-        s = _mm256_castps_si256(f.bias ? add(v, bias) : v);
+        Floats v = scale(s);
+        if (f.bias) v = add(v, bias);
+        if (f.passed) {
+          const __m256 pass = _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ);
+          v = _mm256_and_ps(pass, v);
+          f.passed[(r * stride + kLanes * z) / 8] = static_cast<uint8_t>(_mm256_movemask_ps(pass));
+        }
+        s = _mm256_castps_si256(v);
       }
       store(at, s, count);
     });

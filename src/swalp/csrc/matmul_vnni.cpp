@@ -168,6 +168,11 @@ void tile(int64_t depth, const int8_t* const* rows, int64_t step, const uint8_t*
       if (f.last && !f.integers) {
         __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(s), scale), rest);
         if (f.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(there, f.bias + 16 * z));
+        if (f.passed) {
+          const __mmask16 pass = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ);
+          v = _mm512_maskz_mov_ps(pass, v);
+          memcpy(f.passed + (r * stride + 16 * z) / 8, &pass, 2);
+        }
         s = _mm512_castps_si512(v);
       }
       _mm512_mask_storeu_epi32(at, there, s);

@@ -29,6 +29,7 @@ struct Finish {
   bool first, last, integers;
   Factors scale;      // 2**exponent
   const float* bias;  // of the tile's columns, or null
+  uint8_t* passed;    // from the tile on, for ReLU; or null
 };
 
 // body(0), body(1) .. as constants, so that arrays indexed by them live in registers.
@@ -148,6 +149,7 @@ template <class Isa> struct Product {
         for (int64_t r = 0; r < height; ++r)
           rows[r] = pack_left ? row_in(memory, m + r, depth) : left.data + (m + r) * left.outer + k;
         void* to = static_cast<int32_t*>(out) + m * p.out_outer + n;
+        if (f.passed) here.passed = f.passed + (m * p.out_outer + n) / 8;
         Isa::tile_of(height, width)(depth, rows, pack_left ? 4 * Isa::kTall : 4, panel, sums + m, to,
                                     p.out_outer, width, here);
       }
@@ -155,7 +157,8 @@ template <class Isa> struct Product {
   }
 
   Finish finish(const Part& part, int64_t exponent) const {
-    return {part.k == 0, part.k + part.depth == p.k, p.integers != 0, Factors(exponent), p.bias};
+    return {part.k == 0, part.k + part.depth == p.k, p.integers != 0, Factors(exponent),
+            p.bias, p.passed};
   }
 
   template <class Work> void each_part(const Work& work) const {
@@ -205,6 +208,7 @@ template <class Isa> bool rows_apart(const swalp_matmul& task, int64_t me, int64
   mine.m = smaller(task.m, tiles * (me + 1) / team * Isa::kRows) - first;
   mine.left += first * task.left_outer;
   mine.out = static_cast<int32_t*>(task.out) + first * task.out_outer;
+  if (task.passed) mine.passed += first * task.out_outer / 8;
   const Product<Isa> product(mine);
   uint8_t* memory = workspace.at_least(product.bytes());
   if (memory) product.serial(exponent_of(task, 0), memory);

@@ -151,6 +151,7 @@ def run_codes(
     left_exponents: Tensor | None,
     right_exponents: Tensor | None,
     bias: Tensor | Operand | None,
+    passed: Tensor | None = None,
 ) -> None:
     """``2**exponents * left @ right + bias`` in one pass.
 
@@ -162,6 +163,8 @@ def run_codes(
         left_exponents: int8, one or one for each matrix, or None.
         right_exponents: likewise.
         bias: (n,), or None: float32, or codes with an exponent.
+        passed: uint8, one for each eight elements of `out`, or None: ReLU follows, and these are
+            the bits of what passed it. Then `out` is float32, (m, n), and n a multiple of 16.
     """
     left, right = _along_or_across(left), _along_or_across(right)
     m, k = left.shape[-2:]
@@ -185,7 +188,7 @@ def run_codes(
         left_exponents is not None and left_exponents.numel() > 1,
         0 if right_exponents is None else right_exponents.data_ptr(),
         right_exponents is not None and right_exponents.numel() > 1,
-        address, codes,
+        address, codes, 0 if passed is None else passed.data_ptr(),
         out.data_ptr(), out.dtype == torch.int32, torch.get_num_threads(),
     )  # fmt: skip
 

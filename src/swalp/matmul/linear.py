@@ -11,7 +11,7 @@ from torch import Tensor
 
 from swalp import buffers
 from swalp.formats import BlockFloat, Format
-from swalp.matmul import relu
+from swalp.matmul import products, relu
 from swalp.matmul.again import Again, carry
 from swalp.matmul.handed import Handed, let_go, whole
 from swalp.matmul.once import once
@@ -149,8 +149,12 @@ class _Linear(torch.autograd.Function):
         added = bias_operand(bias)
         ctx.weight_format, ctx.shape, ctx.handed = weight_format, x.shape, handed
         ctx.error, ctx.has_bias, ctx.transposed = error, bias is not None, transposed
-        y = product(inputs, weights if transposed else transpose(weights), added)
-        passed = relu.forward(y, y) if rectified else None
+        right = weights if transposed else transpose(weights)
+        passed = None
+        if rectified:
+            y, passed = products.rectified(inputs, right, added)
+        else:
+            y = product(inputs, right, added)
         keep(ctx, inputs, weight, passed)
         y = whole(y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]))
         if isinstance(inputs, Operand) and not rectified:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from swalp import buffers
-from swalp.matmul import kernels
+from swalp.matmul import kernels, relu
 from swalp.matmul.operands import Operand, floats, require_one, values
 
 
@@ -68,6 +68,27 @@ def native(left: Operand, right: Operand, bias: Operand | Tensor | None = None) 
     return result.view(shape)
 
 
+def rectified(
+    left: Operand | Tensor, right: Operand | Tensor, bias: Operand | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """ReLU of the `product` of two matrices, and a bit an element, whether it passed."""
+    depth = left.codes.shape[1] if isinstance(left, Operand) else 0
+    if (
+        0 < depth < kernels.DEEPEST
+        and isinstance(left, Operand)
+        and isinstance(right, Operand)
+        and right.codes.shape[1] % 16 == 0
+        and kernels.kernel().multiply is kernels.multiply_codes
+    ):
+        _check(left, right)
+        out = buffers.empty(left.codes.shape[0], right.codes.shape[1])
+        passed = relu.bits(out)
+        _run(left, right, bias, out, passed)
+        return out, passed
+    out = product(left, right, bias)
+    return out, relu.forward(out, out)
+
+
 def simulated(left: Operand, right: Operand, bias: Tensor | None = None) -> Tensor:
     """The same product computed in float32 from the operands' values.
 
@@ -96,9 +117,21 @@ def channel_sums(x: Operand) -> Tensor:
 
 def _compiled(left: Operand, right: Operand, bias: Operand | Tensor | None) -> Tensor:
     out = buffers.empty(*left.codes.shape[:-1], right.codes.shape[-1])
-    gap = left.gap + right.gap
-    kernels.run_codes(left.codes, right.codes, out, gap, left.exponents, right.exponents, bias)
+    _run(left, right, bias, out, None)
     return out
+
+
+def _run(
+    left: Operand,
+    right: Operand,
+    bias: Operand | Tensor | None,
+    out: Tensor,
+    passed: Tensor | None,
+) -> None:
+    gap = left.gap + right.gap
+    kernels.run_codes(
+        left.codes, right.codes, out, gap, left.exponents, right.exponents, bias, passed
+    )
 
 
 def _portable(

@@ -19,11 +19,16 @@ def forward(x: Tensor, out: Tensor) -> Tensor:
         x: float32, dense.
         out: of the same shape and strides.
     """
-    passed = buffers.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+    passed = bits(x)
     _kernels.relu(
         x.numel(), x.data_ptr(), out.data_ptr(), passed.data_ptr(), torch.get_num_threads()
     )
     return passed
+
+
+def bits(x: Tensor) -> Tensor:
+    """Room for a bit for each element of `x`."""
+    return buffers.empty((x.numel() + 7) // 8, dtype=torch.uint8)
 
 
 def gradient(grad: Tensor, passed: Tensor, mine: bool, channels_last: bool = False) -> Tensor:
