@@ -12,6 +12,7 @@ namespace {
 
 constexpr int64_t kWide = 64;
 constexpr int64_t kPanel = 4 * kWide;  // bytes of a panel for each four of the contraction
+constexpr int64_t kAhead = 32;         // of the contraction: what comes then is on its way to the cache
 
 // Bytes [k4][64][4] of `count` <= 64 outer indices, for `depth` of the contraction: four neighbours
 // of the contraction side by side. What is missing is 0; `flip` adds 128 to what is there.
@@ -19,6 +20,7 @@ void pack_across(const Operand& x, int64_t depth, int64_t count, bool flip, uint
   const __m512i sign = _mm512_set1_epi8(flip ? -128 : 0);
   const __mmask64 there = count == kWide ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
   for (int64_t k = 0; k < depth; k += 4, out += kPanel) {
+    for (int64_t i = 0; i < 4; ++i) __builtin_prefetch(x.data + (k + kAhead + i) * x.inner);
     __m512i row[4];
     for (int64_t i = 0; i < 4; ++i)
       row[i] = k + i < depth ? _mm512_xor_si512(
@@ -120,6 +122,7 @@ void sums_of_rows(const Operand& x, int64_t depth, int64_t count, int32_t* out) 
     __m512i sum[2] = {};
     int64_t k = 0;
     for (; k + 128 <= depth; k += 128) {
+      for (int64_t line = 0; line < 128; line += 64) __builtin_prefetch(row + 4 * x.outer + k + line);
       sum[0] = _mm512_dpbusd_epi32(sum[0], ones, _mm512_loadu_si512(row + k));
       sum[1] = _mm512_dpbusd_epi32(sum[1], ones, _mm512_loadu_si512(row + k + 64));
     }
