@@ -21,6 +21,7 @@ from benchmarks import (
     quantizers,
     records,
     report,
+    sharing,
     startup,
     training,
 )
@@ -34,6 +35,7 @@ BENCHMARKS: dict[str, Callable[[Plan], list[Row]]] = {
     "floats": quantizers.floats,
     "calls": quantizers.small_calls,
     "scaling": quantizers.scaling,
+    "sharing": sharing.writes,
     "optimizer": optimizer.step,
     "optimizer-large": optimizer.large,
     "optimizer-formats": optimizer.formats,
