@@ -1,4 +1,4 @@
-"""What it costs a thread to write where others have been: why native steps share work as they do."""
+"""What it costs a thread to write where others have been: why kernels share work as they do."""
 
 from __future__ import annotations
 
