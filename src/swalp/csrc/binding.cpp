@@ -83,18 +83,18 @@ bool quantize(const swalp_format& f, const swalp_layout& l, uintptr_t x, uintptr
               uint64_t seed, uint32_t step, uint32_t call, int threads) {
   const swalp_rounding r = {rule, bits, seed, step, call};
   Exponents shared(exponents, exponent_bytes, l);
-  const auto run = [&] {
+  const auto run = [&](bool reused) {
     const int lost = swalp_quantize(&f, &r, &l, at<float>(x), at<void>(out), output, shared.get(),
-                                    Regions::any_holds(at<void>(x)), threads);
+                                    reused, threads);
     shared.narrow();
     return lost;
   };
   int lost;
   if (elements(l) < kHoldLock) {
-    lost = run();
+    lost = run(false);
   } else {
     nb::gil_scoped_release unlocked;
-    lost = run();
+    lost = run(Regions::any_holds(at<void>(x)));
   }
   if (lost < 0) throw std::bad_alloc();
   return lost != 0;
