@@ -31,7 +31,7 @@ LR = 1e-3
 STEPS = 3  # of which the peak is taken; of these or more, in a process of its own, the median time
 TURNS = 5  # of such processes
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # PyTorch's large tensors go back to the system
-# Neighbours that take the shared cache cost small native steps a quarter, for seconds or minutes.
+# Small native steps depend on where the processors lie (`sharing`), which may change by the minute.
 _LONGER = 3
 Step = Callable[[], object]
 

@@ -300,8 +300,8 @@ void matmul(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, uintptr_t left
   std::vector<float> values;
   if (const auto& [codes, exponent_of_bias, gap] = bias_codes; codes) {
     values.resize(t.n);
-    for (int64_t j = 0; j < t.n; ++j)
-      values[j] = std::ldexp(static_cast<float>(at<int8_t>(codes)[j]), *at<int8_t>(exponent_of_bias) + gap);
+    const double scale = std::ldexp(1.0, *at<int8_t>(exponent_of_bias) + gap);
+    for (int64_t j = 0; j < t.n; ++j) values[j] = static_cast<float>(at<int8_t>(codes)[j] * scale);
     t.bias = values.data();
   }
   const int status = swalp_multiply(&t, threads);

@@ -10,6 +10,7 @@
 #endif
 
 #include "matmul.h"
+#include "parallel.h"
 #include "scratch.h"
 
 namespace {
@@ -199,13 +200,12 @@ int64_t exponent_of(const swalp_matmul& task, int64_t i) {
   return exponent;
 }
 
-// Member `me` of `team` makes rows of the result, from end to end: those that it will read where work
-// over elements follows. What it packs nobody else reads (parallel.h).
-template <class Isa> bool rows_apart(const swalp_matmul& task, int64_t me, int64_t team) {
-  const int64_t tiles = ceil_div(task.m, Isa::kRows);
-  const int64_t first = tiles * me / team * Isa::kRows;
+// Tiles begin to end of rows of the result, made by one thread from end to end: of those rows it will
+// read where work over elements follows. What it packs nobody else reads (parallel.h).
+template <class Isa> bool rows_apart(const swalp_matmul& task, int64_t begin, int64_t end) {
+  const int64_t first = begin * Isa::kRows;
   swalp_matmul mine = task;
-  mine.m = smaller(task.m, tiles * (me + 1) / team * Isa::kRows) - first;
+  mine.m = smaller(task.m, end * Isa::kRows) - first;
   mine.left += first * task.left_outer;
   mine.out = static_cast<int32_t*>(task.out) + first * task.out_outer;
   if (task.passed) mine.passed += first * task.out_outer / 8;
@@ -227,23 +227,18 @@ swalp_matmul at(const swalp_matmul& task, int64_t i) {
 template <class Isa> int multiply(const swalp_matmul* task, int threads) {
   const int64_t products = task->m * task->n * task->k;
   if (task->batch * task->m * task->n == 0) return 0;
-  bool failed = false;
-  if (task->batch == 1 && threads > 1 && task->m >= kApart * threads && products >= kSerial) {
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads) reduction(|| : failed)
-    failed = !rows_apart<Isa>(*task, omp_get_thread_num(), omp_get_num_threads());
-#else
-    failed = !rows_apart<Isa>(*task, 0, 1);
-#endif
-    return failed ? -1 : 0;
-  }
   if (task->batch == 1 && threads > 1 && products >= kSerial) {
+    if (task->m >= kApart * threads) {
+      const auto failed = [&](int64_t begin, int64_t end) { return !rows_apart<Isa>(*task, begin, end); };
+      return parallel(ceil_div(task->m, Isa::kRows), threads, failed) ? -1 : 0;
+    }
     const Product<Isa> product(*task);
     uint8_t* memory = workspace.at_least(product.bytes());
     if (!memory) return -1;
     product.parallel(exponent_of(*task, 0), memory, threads);
     return 0;
   }
+  bool failed = false;
   if (products * task->batch < kSerial) threads = 1;
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(|| : failed) if (threads > 1)

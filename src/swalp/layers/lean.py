@@ -17,7 +17,7 @@ from swalp.layers.single import QuantizedLayer
 from swalp.matmul import relu
 from swalp.matmul.again import Again, again_of
 from swalp.matmul.once import once
-from swalp.matmul.owned import alone, references
+from swalp.matmul.owned import alone, place, references
 from swalp.packed import PackedTensor
 from swalp.quantize import plans, storage
 
@@ -197,7 +197,7 @@ class _GELU(torch.autograd.Function):
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         mine = references(grad) == alone()
-        result, kept = relu.place(grad, mine), ctx.saved_tensors
+        result, kept = place(grad, mine), ctx.saved_tensors
         many = max(1, _PART // grad[0].nbytes)
         for part in (slice(i, i + many) for i in range(0, len(grad), many)):
             torch.ops.aten.gelu_backward.grad_input(

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from swalp import buffers
 from swalp.matmul.once import once
 
 
@@ -52,6 +53,14 @@ def references(gradient: Tensor) -> References:
 def alone() -> References:
     """What `references` finds for a gradient that only its function holds; never, if it cannot."""
     return _alone(_in_call(object()))
+
+
+def place(grad: Tensor, mine: bool, channels_last: bool = False) -> Tensor:
+    """Where a gradient of the shape of `grad` goes: there, if it is in order and nobody else's."""
+    laid = grad.movedim(1, -1) if channels_last else grad
+    if mine and buffers.holds(grad) and laid.is_contiguous():
+        return grad
+    return buffers.empty(*grad.shape, channels_last=channels_last)
 
 
 def _in_call(thing: object) -> int:

@@ -52,9 +52,9 @@ def native(left: Operand, right: Operand, bias: Operand | Tensor | None = None) 
     _check(left, right)
     multiply = kernels.kernel().multiply
     assert multiply is not None  # the caller asked
-    compiled = multiply is kernels.multiply_codes
-    if compiled and left.codes.dim() == 2 and left.codes.shape[1] < kernels.DEEPEST:
+    if _at_once(left):
         return _compiled(left, right, bias)
+    compiled = multiply is kernels.multiply_codes
     run = _compiled if compiled else partial(_portable, multiply)
     bias = None if bias is None else floats(bias)
     shape = (*left.codes.shape[:-1], right.codes.shape[-1])
@@ -72,19 +72,12 @@ def rectified(
     left: Operand | Tensor, right: Operand | Tensor, bias: Operand | Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """ReLU of the `product` of two matrices, and a bit an element, whether it passed."""
-    depth = left.codes.shape[1] if isinstance(left, Operand) else 0
-    if (
-        0 < depth < kernels.DEEPEST
-        and isinstance(left, Operand)
-        and isinstance(right, Operand)
-        and right.codes.shape[1] % 16 == 0
-        and kernels.kernel().multiply is kernels.multiply_codes
-    ):
-        _check(left, right)
-        out = buffers.empty(left.codes.shape[0], right.codes.shape[1])
-        passed = relu.bits(out)
-        _run(left, right, bias, out, passed)
-        return out, passed
+    if isinstance(left, Operand) and isinstance(right, Operand) and _at_once(left):
+        rows, columns = left.codes.shape[0], right.codes.shape[1]
+        if left.codes.shape[1] > 0 and columns % 16 == 0:
+            _check(left, right)
+            passed = relu.bits(rows * columns)
+            return _compiled(left, right, bias, passed), passed
     out = product(left, right, bias)
     return out, relu.forward(out, out)
 
@@ -115,23 +108,25 @@ def channel_sums(x: Operand) -> Tensor:
     return kernels.channel_sums(x.codes, x.exponents, x.gap)
 
 
-def _compiled(left: Operand, right: Operand, bias: Operand | Tensor | None) -> Tensor:
-    out = buffers.empty(*left.codes.shape[:-1], right.codes.shape[-1])
-    _run(left, right, bias, out, None)
-    return out
+def _at_once(left: Operand) -> bool:
+    """Whether one call of the compiled kernel is the whole product: of matrices, not too deep."""
+    codes = left.codes
+    compiled = kernels.kernel().multiply is kernels.multiply_codes
+    return compiled and codes.dim() == 2 and codes.shape[1] < kernels.DEEPEST
 
 
-def _run(
+def _compiled(
     left: Operand,
     right: Operand,
     bias: Operand | Tensor | None,
-    out: Tensor,
-    passed: Tensor | None,
-) -> None:
+    passed: Tensor | None = None,
+) -> Tensor:
+    out = buffers.empty(*left.codes.shape[:-1], right.codes.shape[-1])
     gap = left.gap + right.gap
     kernels.run_codes(
         left.codes, right.codes, out, gap, left.exponents, right.exponents, bias, passed
     )
+    return out
 
 
 def _portable(

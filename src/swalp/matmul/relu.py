@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from swalp import buffers
+from swalp.matmul.owned import place
 from swalp.quantize import plans
 
 if plans.available:
@@ -19,16 +20,16 @@ def forward(x: Tensor, out: Tensor) -> Tensor:
         x: float32, dense.
         out: of the same shape and strides.
     """
-    passed = bits(x)
+    passed = bits(x.numel())
     _kernels.relu(
         x.numel(), x.data_ptr(), out.data_ptr(), passed.data_ptr(), torch.get_num_threads()
     )
     return passed
 
 
-def bits(x: Tensor) -> Tensor:
-    """Room for a bit for each element of `x`."""
-    return buffers.empty((x.numel() + 7) // 8, dtype=torch.uint8)
+def bits(count: int) -> Tensor:
+    """Room for so many bits."""
+    return buffers.empty((count + 7) // 8, dtype=torch.uint8)
 
 
 def gradient(grad: Tensor, passed: Tensor, mine: bool, channels_last: bool = False) -> Tensor:
@@ -41,11 +42,3 @@ def gradient(grad: Tensor, passed: Tensor, mine: bool, channels_last: bool = Fal
         torch.get_num_threads(),
     )  # fmt: skip
     return result
-
-
-def place(grad: Tensor, mine: bool, channels_last: bool = False) -> Tensor:
-    """Where a gradient of the shape of `grad` goes: there, if it is in order and nobody else's."""
-    laid = grad.movedim(1, -1) if channels_last else grad
-    if mine and buffers.holds(grad) and laid.is_contiguous():
-        return grad
-    return buffers.empty(*grad.shape, channels_last=channels_last)
