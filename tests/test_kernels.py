@@ -704,3 +704,58 @@ for fmt in (swalp.FixedPoint(8, 4), swalp.BlockFloat(8, axes=(0,))):
     assert slow.stderr.count("SlowQuantizationWarning") == 1
     assert "swalp doctor" in slow.stderr
     assert "SlowQuantizationWarning" not in fast.stderr
+
+
+PARTS = [
+    ((1, 1, 1), (slice(0, 1), slice(0, 1))),
+    ((3, 5, 7), (slice(1, 4), slice(2, 7))),
+    ((2, 256, 272), (slice(128, 256), slice(0, 256))),
+    ((2, 40, 1030), (slice(3, 40), slice(0, 1030))),
+    ((3, 2, 3000), (slice(0, 1), slice(5, 2999))),
+    ((2, 9, 4096), (slice(0, 9), slice(0, 4096))),
+]
+
+
+@pytest.mark.parametrize(("shape", "part"), PARTS, ids=str)
+@pytest.mark.parametrize("rule", [Nearest(), Stochastic(7, random_bits=16), Stochastic(7)], ids=str)
+@pytest.mark.usefixtures("build", "threads")
+def test_parts_are_rounded_as_in_the_whole(shape, part, rule):
+    """Codes, and the largest exponent that parts have alone; the rest of the codes stays."""
+    rows, columns = part
+    fmt = BlockFloat(8)
+    x = tame(4, *shape, seed=5)
+    x[2, :, rows, columns][0, 0, 0] = 50.0  # the largest of all
+    want, exponents = codes.pack(x, fmt, rule)
+    room = torch.full(x.shape, 99, dtype=torch.int8)
+    own = []
+    for i in range(len(x)):
+        exponent, has_nan = cpu.pack_part(
+            x[i][:, rows, columns].contiguous(), room[i][:, rows, columns], fmt, rule,
+            i * x[0].numel() + rows.start * shape[2] + columns.start, int(exponents),
+        )  # fmt: skip
+        assert not has_nan
+        own.append(exponent)
+    expected = torch.full_like(room, 99)
+    expected[:, :, rows, columns] = want[:, :, rows, columns]
+    assert torch.equal(room, expected)
+    assert own[2] == max(own) == int(exponents)
+    x[0, 0, rows.start, columns.start] = torch.nan
+    assert cpu.pack_part(
+        x[0][:, rows, columns].contiguous(), room[0][:, rows, columns], fmt, rule, 0, 0
+    )[1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "first"),
+    [((1, 1, 1), 0), ((3, 5, 7), 0), ((3, 5, 7), 4), ((2, 3, 40), 128), ((12, 128, 256), 128)],
+)
+@pytest.mark.usefixtures("build", "threads")
+def test_what_causal_attention_hides(shape, first):
+    x = ugly(*shape, seed=9)
+    _, rows, columns = shape
+    hidden = torch.arange(columns) > first + torch.arange(rows).unsqueeze(1)
+    want = x.mul(0.3).masked_fill(hidden, -torch.inf)
+    got = x.clone()
+    _kernels.causal(shape, first, 0.3, got.data_ptr(), torch.get_num_threads())
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.nan_to_num(), want.nan_to_num())

@@ -14,7 +14,7 @@ import swalp
 from swalp import BlockFloat, Stochastic
 from swalp.layers.native import NativeLinear
 from swalp.layers.native_convolution import ChannelsLast
-from swalp.matmul import again
+from swalp.matmul import again, attention
 from swalp.recipes import Override, Quantizer, Recipe
 
 EIGHT = Quantizer(BlockFloat(8), Stochastic(random_bits=16))
@@ -302,6 +302,62 @@ def test_attention_whole_equals_its_two_products(mask):
             assert torch.equal(a + 0.0, b + 0.0)
     assert swalp.noise_clock(low[0]).hints
     assert not swalp.noise_clock(low[1]).hints
+
+
+BANDS = [(300, 300), (130, 300), (300, 130), (128, 257), (129, 128), (16, 1), (1, 300), (257, 256)]
+LARGE = [(0.1, 1.0), (30.0, 1.0), (1.0, 1.0), (1e17, 1.0), (1.0, 1e17)]
+
+
+@pytest.mark.parametrize("lengths", BANDS, ids=str)
+@pytest.mark.parametrize("mask", ["causal", "none", "rows", "all", "each head"])
+def test_attention_in_bands_equals_its_two_products(lengths, mask):
+    """With scores, or errors of probabilities, that come near infinity, too."""
+    rows, columns = lengths
+    generator = torch.Generator().manual_seed(1)
+    low = [swalp.convert(Masked(), recipe, seed=5) for recipe in (NATIVE, SIMULATED)]
+    options = {
+        "causal": {"is_causal": True},
+        "none": {},
+        "rows": {"attn_mask": torch.rand(rows, columns, generator=generator) > 0.2},
+        "all": {"attn_mask": torch.rand(2, 1, 1, columns, generator=generator) > 0.2},
+        "each head": {"attn_mask": torch.randn(3, rows, columns, generator=generator)},
+    }[mask]
+    for scores, values in LARGE:
+        tensors = [
+            (size * torch.randn(2, 3, n, 8, generator=generator)).requires_grad_()
+            for n, size in ((rows, scores), (columns, scores), (columns, values))
+        ]
+        gradient = values * torch.randn(2, 3, rows, 8, generator=generator)
+        results = []
+        for model in low:
+            for x in tensors:
+                x.grad = None
+            y = model(*tensors, **options)
+            y.backward(gradient)
+            results.append((y.detach(), *(x.grad for x in tensors)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert swalp.noise_clock(low[0]).hints
+    assert not swalp.noise_clock(low[1]).hints
+
+
+def test_samples_are_run_with_the_exponent_of_all():
+    """Again where it was another; and of what comes and goes the usual is tried first."""
+    guess, ran, runs = attention.Guess(), [None] * 4, []
+    for own in ([0, -3, 2, 1], [2, 2, 2, 2], [-5, -7, -6, -5], [2, 3, 2, 3], [2, 2, 2, 2]):
+        count = 0
+
+        def run(i, exponent, own=own):
+            nonlocal count
+            count += 1
+            ran[i] = exponent
+            return own[i]
+
+        assert attention._settle(run, 4, guess) == max(own)
+        assert ran == [max(own)] * 4
+        runs.append(count)
+    # Guesses: 0 until 2 is as frequent, of such the lowest; in the end 2.
+    assert runs == [4 + 3, 4 + 1, 4 + 4, 4 + 2, 4]
 
 
 @pytest.mark.parametrize(

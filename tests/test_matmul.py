@@ -107,6 +107,30 @@ def test_strided_slices_are_read_where_they_lie():
     assert torch.equal(result.double(), expected)
 
 
+@pytest.mark.parametrize("multiply", KERNELS)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (3, 33, 17, 200), (12, 128, 64, 384), (4, 40, 30, 0)]
+)
+def test_results_lie_in_larger_tensors(multiply, shape, monkeypatch):
+    batch, m, n, k = shape
+    chosen = kernels.Kernel("chosen", multiply)
+    if multiply in (kernels.multiply_float, kernels.multiply_int_mm):
+        monkeypatch.setattr(kernels, "kernel", lambda: chosen)
+    left, right = plain(codes(batch, m, k), gap=-3), plain(codes(batch, k, n, seed=1), gap=1)
+    around = torch.full((batch, m + 2, 3, n), 7.0)
+    before = _kernels.used() if plans.available else ""
+    try:
+        if multiply is with_avx2:
+            _kernels.use("avx2")
+        products.product_into(around[:, 1:-1, 1], left, right)
+    finally:
+        if plans.available:
+            _kernels.use(before)
+    assert torch.equal(around[:, 1:-1, 1].double(), exact(left, right))
+    around[:, 1:-1, 1] = 7.0
+    assert bool((around == 7.0).all())
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     k=st.integers(1, 1024),

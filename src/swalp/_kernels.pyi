@@ -82,9 +82,12 @@ def quantize(
     exponent_bytes: int, rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
 ) -> bool: ...  # fmt: skip
 def quantize_part(
-    fmt: Format, start: int, count: int, x: int, out: int, guess: int,
+    fmt: Format, sizes: tuple[int, int, int, int, int, int], x: int, out: int, guess: int,
     rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
 ) -> tuple[bool, int]: ...  # fmt: skip
+def causal(
+    sizes: tuple[int, int, int], first: int, factor: float, x: int, threads: int, /
+) -> None: ...
 def relu(count: int, x: int, out: int, passed: int, threads: int, /) -> None: ...
 def relu_gradient(count: int, gradient: int, passed: int, out: int, threads: int, /) -> None: ...
 def quantize_flat(
@@ -133,8 +136,8 @@ def matmul(
     sizes: tuple[int, int, int, int],
     left: int, left_strides: tuple[int, ...], right: int, right_strides: tuple[int, ...],
     exponent: int, left_exponents: int, left_each: bool, right_exponents: int, right_each: bool,
-    bias: int, bias_codes: tuple[int, int, int], passed: int, out: int, integers: bool,
-    threads: int, /,
+    bias: int, bias_codes: tuple[int, int, int], passed: int, out: int,
+    out_strides: tuple[int, int], integers: bool, threads: int, /,
 ) -> None: ...  # fmt: skip
 def matmul_used() -> str: ...
 

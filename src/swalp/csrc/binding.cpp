@@ -100,15 +100,16 @@ bool quantize(const swalp_format& f, const swalp_layout& l, uintptr_t x, uintptr
   return lost != 0;
 }
 
-// Returns whether a NaN was lost, and the exponent.
-std::tuple<bool, int32_t> quantize_part(const swalp_format& f, int64_t start, int64_t n,
-                                         uintptr_t x, uintptr_t out, int32_t guess, int32_t rule,
-                                         int32_t bits, uint64_t seed, uint32_t step, uint32_t call,
-                                         int threads) {
+// Returns whether a NaN was lost, and the exponent. Sizes in the order of the struct's fields.
+std::tuple<bool, int32_t> quantize_part(
+    const swalp_format& f, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> sizes,
+    uintptr_t x, uintptr_t out, int32_t guess, int32_t rule, int32_t bits, uint64_t seed, uint32_t step,
+    uint32_t call, int threads) {
   const swalp_rounding r = {rule, bits, seed, step, call};
+  swalp_part part;
+  std::tie(part.start, part.planes, part.rows, part.columns, part.plane_stride, part.row_stride) = sizes;
   nb::gil_scoped_release unlocked;
-  const int lost = swalp_quantize_part(&f, &r, start, n, reinterpret_cast<const float*>(x),
-                                        reinterpret_cast<int8_t*>(out), &guess, threads);
+  const int lost = swalp_quantize_part(&f, &r, &part, at<float>(x), at<int8_t>(out), &guess, threads);
   return {lost != 0, guess};
 }
 
@@ -278,7 +279,7 @@ void matmul(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, uintptr_t left
             Strides left_strides, uintptr_t right, Strides right_strides, int64_t exponent,
             uintptr_t left_exponents, bool left_each, uintptr_t right_exponents, bool right_each,
             uintptr_t bias, std::tuple<uintptr_t, uintptr_t, int> bias_codes, uintptr_t passed,
-            uintptr_t out, bool integers, int threads) {
+            uintptr_t out, std::tuple<int64_t, int64_t> out_strides, bool integers, int threads) {
   swalp_matmul t = {};
   std::tie(t.batch, t.m, t.n, t.k) = sizes;
   std::tie(t.left_batch, t.left_outer, t.left_inner) = left_strides;
@@ -294,8 +295,7 @@ void matmul(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, uintptr_t left
   t.passed = at<uint8_t>(passed);
   t.out = at<void>(out);
   t.integers = integers;
-  t.out_batch = t.m * t.n;
-  t.out_outer = t.n;
+  std::tie(t.out_batch, t.out_outer) = out_strides;
   nb::gil_scoped_release unlocked;
   std::vector<float> values;
   if (const auto& [codes, exponent_of_bias, gap] = bias_codes; codes) {
@@ -495,6 +495,12 @@ NB_MODULE(_kernels, m) {
   m.def("split", &split);
   m.def("join", &join);
   m.def("quantize_part", &quantize_part);
+  m.def("causal", [](std::tuple<int64_t, int64_t, int64_t> sizes, int64_t first, float factor, uintptr_t x,
+                     int threads) {
+    nb::gil_scoped_release unlocked;
+    const auto& [planes, rows, columns] = sizes;
+    swalp_causal(planes, rows, columns, first, factor, at<float>(x), threads);
+  });
   m.def("relu", [](int64_t n, uintptr_t x, uintptr_t out, uintptr_t passed, int threads) {
     nb::gil_scoped_release unlocked;
     swalp_relu(n, at<float>(x), at<float>(out), at<uint8_t>(passed), threads);

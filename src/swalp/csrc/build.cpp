@@ -36,24 +36,51 @@ int quantize(const swalp_format* f, const swalp_rounding* r, const swalp_layout*
   return lost;
 }
 
-int quantize_part(const swalp_format* f, const swalp_rounding* r, int64_t start, int64_t n,
-                   const float* x, int8_t* out, int32_t* exponent, int threads) {
-  if (n < kSerial) threads = 1;
+int quantize_part(const swalp_format* f, const swalp_rounding* r, const swalp_part* part, const float* x,
+                  int8_t* out, int32_t* exponent, int threads) {
+  swalp_part p = *part;
+  if (p.row_stride == p.columns) {  // rows follow each other
+    p.columns *= p.rows;
+    p.rows = 1;
+  }
+  if (p.rows == 1 && p.plane_stride == p.columns) {
+    p.columns *= p.planes;
+    p.planes = 1;
+  }
+  if (p.planes * p.rows * p.columns < kSerial) threads = 1;
   const swalp_role both = {*f, *r};
   const Role role(both, SWALP_CODE8);
   Raised most;
-  const bool lost = parallel((n + kChunk - 1) / kChunk, threads, [&](int64_t begin, int64_t end) {
+  const int64_t chunks = (p.columns + kChunk - 1) / kChunk;  // of a row
+  const bool lost = parallel(p.planes * p.rows * chunks, threads, [&](int64_t begin, int64_t end) {
     alignas(64) uint32_t buffer[kNoise];
     bool any = false;
-    for (int64_t chunk = begin; chunk < end; ++chunk) {
-      const int64_t at = chunk * kChunk, left = n - at, count = left < kChunk ? left : kChunk;
-      most.raise(largest(x + at, count));
-      any |= role.span(x + at, out + at, start + at, count, {*exponent, false}, buffer);
+    for (; begin < end; ++begin) {
+      const int64_t row = begin / chunks, column = begin % chunks * kChunk;
+      const int64_t left = p.columns - column, count = left < kChunk ? left : kChunk;
+      const float* const from = x + row * p.columns + column;
+      const int64_t at = row / p.rows * p.plane_stride + row % p.rows * p.row_stride + column;
+      most.raise(largest(from, count));
+      any |= role.span(from, out + at, p.start + at, count, {*exponent, false}, buffer);
     }
     return any;
   });
   if (f->blocked) *exponent = shared_exponent(*f, most.value().magnitude);
   return lost;
+}
+
+void causal(int64_t planes, int64_t rows, int64_t columns, int64_t first, float factor, float* x,
+            int threads) {
+  if (planes * rows * columns < kSerial) threads = 1;
+  parallel(planes * rows, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      float* const at = x + row * columns;
+      const int64_t after = first + row % rows + 1, seen = after < columns ? after : columns;
+      for (int64_t i = 0; i < seen; ++i) at[i] *= factor;
+      for (int64_t i = seen; i < columns; ++i) at[i] = -__builtin_inff();
+    }
+    return false;
+  });
 }
 
 void relu(int64_t n, const float* x, float* out, uint8_t* passed, int threads) {
@@ -274,5 +301,5 @@ void noise(const swalp_rounding* r, int64_t start, int64_t count, uint32_t* out)
 #define SWALP_JOIN(name) SWALP_JOIN_(name)
 extern const swalp_build SWALP_JOIN(SWALP_BUILD);
 const swalp_build SWALP_JOIN(SWALP_BUILD) = {SWALP_TEXT(SWALP_BUILD), quantize, quantize_part,
-                                             relu, relu_gradient, unpack, split, join, average,
+                                             causal, relu, relu_gradient, unpack, split, join, average,
                                              average_rounded, noise, sgd, adam, least_squares, softmax, scalars};

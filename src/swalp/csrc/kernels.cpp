@@ -40,9 +40,14 @@ int swalp_quantize(const swalp_format* f, const swalp_rounding* r, const swalp_l
   return active->quantize(f, r, l, x, out, output, exponents, reused, threads);
 }
 
-int swalp_quantize_part(const swalp_format* f, const swalp_rounding* r, int64_t start, int64_t n,
-                         const float* x, int8_t* out, int32_t* exponent, int threads) {
-  return active->quantize_part(f, r, start, n, x, out, exponent, threads);
+int swalp_quantize_part(const swalp_format* f, const swalp_rounding* r, const swalp_part* part,
+                        const float* x, int8_t* out, int32_t* exponent, int threads) {
+  return active->quantize_part(f, r, part, x, out, exponent, threads);
+}
+
+void swalp_causal(int64_t planes, int64_t rows, int64_t columns, int64_t first, float factor, float* x,
+                  int threads) {
+  active->causal(planes, rows, columns, first, factor, x, threads);
 }
 
 void swalp_relu(int64_t n, const float* x, float* out, uint8_t* passed, int threads) {

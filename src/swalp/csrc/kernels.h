@@ -56,12 +56,24 @@ typedef struct {
 int swalp_quantize(const swalp_format*, const swalp_rounding*, const swalp_layout*, const float* x,
                    void* out, int32_t output, int32_t* exponents, int32_t reused, int threads);
 
-// A part of a block, `n` neighbours, to codes of 8 bits with a given exponent, in one pass.
+// A part of a block: (planes, rows, columns), in a whole where planes and rows lie so far apart.
+typedef struct {
+  int64_t start;  // index of its first element in the whole, for the noise
+  int64_t planes, rows, columns;
+  int64_t plane_stride, row_stride;
+} swalp_part;
+
+// A part of a block to codes of 8 bits with a given exponent, in one pass.
 //
-// `start`: index of the first element, for its noise. `exponent`: the one given, then that which the
-// part would have alone. Returns 1 if a NaN had no code (then 0), else 0.
-int swalp_quantize_part(const swalp_format*, const swalp_rounding*, int64_t start, int64_t n,
-                         const float* x, int8_t* out, int32_t* exponent, int threads);
+// `x`: the part alone, contiguous. `out`: its first element's code, in the whole. `exponent`: the one
+// given, then that which the part would have alone. Returns 1 if a NaN had no code (then 0), else 0.
+int swalp_quantize_part(const swalp_format*, const swalp_rounding*, const swalp_part*, const float* x,
+                        int8_t* out, int32_t* exponent, int threads);
+
+// Scores of causal attention, (planes, rows, columns), in place: times `factor`, and -infinity where
+// the column is after the row, which is `first` in the whole for row 0.
+void swalp_causal(int64_t planes, int64_t rows, int64_t columns, int64_t first, float factor, float* x,
+                  int threads);
 
 // ReLU, and a bit for each element, whether it passed; and the gradient where it did.
 void swalp_relu(int64_t n, const float* x, float* out, uint8_t* passed, int threads);
@@ -214,6 +226,7 @@ struct swalp_build {
   const char* name;
   decltype(&swalp_quantize) quantize;
   decltype(&swalp_quantize_part) quantize_part;
+  decltype(&swalp_causal) causal;
   decltype(&swalp_relu) relu;
   decltype(&swalp_relu_gradient) relu_gradient;
   decltype(&swalp_unpack) unpack;

@@ -105,6 +105,8 @@ template <class V> void fill_blocks(const Noise& noise, uint64_t first, int64_t 
   if (!crosses) {
     for (; done + many <= count; done += many)
       fill_groups<V, kGroups>(noise, first + done, out + 4 * done);
+    for (; kGroups > 2 && done + 2 * V::counters <= count; done += 2 * V::counters)
+      fill_groups<V, 2>(noise, first + done, out + 4 * done);
     for (; done < count; done += V::counters)
       fill_groups<V, 1>(noise, first + done, out + 4 * done);
     return;

@@ -92,9 +92,7 @@ def attention_on_integers(
     if not (products.native and all(integers(x) for x in tensors)):
         return None
     factor = 1 / math.sqrt(query.size(-1)) if scale is None else scale
-    if is_causal:
-        attn_mask = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device="cpu").tril()
-    return products.attend(query, key, value, attn_mask, factor)
+    return products.attend(query, key, value, attn_mask, is_causal, factor)
 
 
 def _fits(mask: Tensor, scores: Sequence[int]) -> bool:

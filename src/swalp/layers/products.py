@@ -129,6 +129,7 @@ class Products:
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
+        causal: bool,
         factor: float,
     ) -> Tensor | None:
         """The two `matmul` of attention and what lies between, by `swalp.matmul.attention`.
@@ -138,6 +139,7 @@ class Products:
             key: (batch, heads, S, E).
             value: (batch, heads, S, Ev).
             mask: of the scores, up to (batch, heads, L, S): boolean (True takes part) or added.
+            causal: whether row l sees columns up to l; then there is no `mask`.
             factor: of the scores.
 
         Returns:
@@ -162,7 +164,9 @@ class Products:
         errors = first[2], second[2]
         operands = (q, k, v)
         try:
-            return attend(query, key, value, operands, second[0], errors, mask, factor, guesses)
+            return attend(
+                query, key, value, operands, second[0], errors, mask, causal, factor, guesses
+            )
         except FloatingPointError:
             self.uses = uses
             return None

@@ -1,9 +1,16 @@
-"""Attention whose products run on integers, one sample at a time, its probabilities not kept."""
+"""Attention whose products run on integers, one sample at a time, its probabilities not kept.
+
+Of a sample `BAND` rows of scores at a time are worked on, which stay in a cache. If the mask is
+causal, what it hides of the columns after a band is left out: there all probabilities are zero, and
+so are their codes, whatever the noise, and sums of integers do not change by them.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
+from statistics import multimode
 from typing import Any
 
 import torch
@@ -12,20 +19,42 @@ from torch import Tensor
 from swalp import buffers
 from swalp.matmul.linear import Quantization, operand, transpose
 from swalp.matmul.once import once
-from swalp.matmul.operands import Operand, gap_of
-from swalp.matmul.products import product
-from swalp.quantize import cpu
+from swalp.matmul.operands import Operand, exponent_of, gap_of
+from swalp.matmul.products import product, product_into
+from swalp.matmul.shares import Places, places
+from swalp.quantize import cpu, plans
+
+if plans.available:
+    from swalp import _kernels
+
+BAND = 128  # a multiple of the longest vectors, so that PyTorch adds a row in the same order
+_LARGE = 100  # log2 of numbers that are far from infinite
 
 
-class Guesses:
-    """The exponents that probabilities and their errors had last: likely the next ones, too.
+class Guess:
+    """The exponent that a tensor had most often of late: likely the next one, too.
 
-    They save a pass and change no result.
+    It saves a pass and changes no result.
     """
 
     def __init__(self) -> None:
-        self.probabilities = 0
-        self.errors = 0
+        self._last: deque[int] = deque([0], maxlen=8)
+
+    def next(self) -> int:
+        """The likely one; of several the lowest: that it was too low is seen sooner."""
+        return min(multimode(self._last))
+
+    def found(self, exponent: int) -> None:
+        """Take note of what it was."""
+        self._last.append(exponent)
+
+
+class Guesses:
+    """The exponents of the probabilities and of their errors."""
+
+    def __init__(self) -> None:
+        self.probabilities = Guess()
+        self.errors = Guess()
 
 
 def attend(
@@ -36,6 +65,7 @@ def attend(
     probabilities: Quantization,
     errors: tuple[Quantization, Quantization],
     mask: Tensor | None,
+    causal: bool,
     factor: float,
     guesses: Guesses,
 ) -> Tensor:
@@ -52,17 +82,23 @@ def attend(
         probabilities: how they are rounded: one exponent for all.
         errors: how the gradients of the scores and of the result are.
         mask: up to (batch, heads, L, S), boolean (True takes part) or added; it has no gradient.
+        causal: whether row l sees columns up to l; then there is no `mask`.
         factor: of the scores.
         guesses: kept from call to call.
 
     Raises:
         FloatingPointError: a probability is NaN, as of a mask, and has no integer.
     """
+    if causal and _may_be_large(operands[0], operands[1], factor):
+        # Infinities would need the care that masks get.
+        lengths = query.size(-2), key.size(-2)
+        mask, causal = torch.ones(lengths, dtype=torch.bool, device="cpu").tril(), False
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.logical_not()  # True: hidden
     result: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
-        query, key, value, operands, probabilities, errors, mask, factor, guesses
-    )
+        query, key, value, operands, probabilities, errors, mask, causal, factor, guesses,
+        places(query, key, value),
+    )  # fmt: skip
     return result
 
 
@@ -77,60 +113,87 @@ class _Attention(torch.autograd.Function):
         probabilities: Quantization,
         errors: tuple[Quantization, Quantization],
         mask: Tensor | None,
+        causal: bool,
         factor: float,
         guesses: Guesses,
+        room: Places | None,
     ) -> Tensor:
         q, k, v = operands
         ctx.gaps = [x.gap for x in operands]
         ctx.save_for_backward(mask, *(part for x in operands for part in (x.codes, x.exponents)))
-        ctx.settings = probabilities, errors, factor, guesses
+        ctx.settings, ctx.room = (probabilities, errors, causal, factor, guesses), room
         out = buffers.empty(*query.shape[:-1], value.shape[-1])
 
-        def run(guess: int) -> int:
-            most = -(1 << 15)
-            for i in range(len(out)):
-                p = _softmax(q, k, mask, factor, i)
-                codes, exponent = _block(p, probabilities, i, guess)
-                most = max(most, exponent)
-                out[i] = product(codes, _sample(v, i).transpose())
-            return most
+        def run(i: int, guess: int) -> int:
+            block = _Block(probabilities, q, k, i, guess)
+            own = []
+            for rows in _bands(q):
+                columns = _seen(rows, k, causal)
+                p = _softmax(q, k, mask, causal, factor, i, rows, columns)
+                own.append(block.round(p, rows, columns))
+                values = _part(v, i, columns, 2).transpose()
+                product_into(out[i, :, rows], block.part(rows, columns), values)
+            return max(own)
 
-        guesses.probabilities = ctx.exponent = _settle(run, guesses.probabilities)
+        ctx.exponent = _settle(run, len(out), guesses.probabilities)
         return out
 
     @staticmethod
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask = _kept(ctx)
-        probabilities, (score_error, error), factor, guesses = ctx.settings
+        probabilities, (score_error, error), causal, factor, guesses = ctx.settings
         codes, exponents, has_nan = cpu.pack_integers(grad, *error)
         if has_nan:
-            return (*_in_float(ctx, grad), *[None] * 6)
-        dq, dk = buffers.empty(*q.codes.shape), buffers.empty(*k.codes.shape)
-        dv = buffers.empty(*v.codes.shape[:2], v.codes.shape[3], v.codes.shape[2])
+            return (*_in_float(ctx, grad), *[None] * 8)
+        gradients = _room(ctx)
+        dq, dk, dv = gradients
         gap = gap_of(error[0])
         assert gap is not None
         e = Operand(codes, exponents, gap)
+        narrow = causal and not _may_be_large(e, v, 1.0)  # 0 * infinity is NaN
 
-        def run(guess: int) -> int:
-            most = -(1 << 15)
-            for i in range(len(dq)):
-                p = _softmax(q, k, mask, factor, i)
-                p_codes, _ = _block(p, probabilities, i, ctx.exponent)
-                dv[i] = product(p_codes.transpose(), _sample(e, i))
-                dp = product(_sample(e, i), _sample(v, i))
+        def run(i: int, guess: int) -> int:
+            p_block = _Block(probabilities, q, k, i, ctx.exponent)
+            s_block = _Block(score_error, q, k, i, guess)
+            own = []
+            for rows in _bands(q):
+                columns = _seen(rows, k, narrow)
+                p = _softmax(q, k, mask, causal, factor, i, rows, columns)
+                p_block.round(p, rows, columns)
+                dp = product(_part(e, i, rows), _part(v, i, columns, 2))
                 torch.ops.aten._softmax_backward_data.out(dp, p, -1, torch.float32, grad_input=dp)
-                s_codes, exponent = _block(dp.mul_(factor), score_error, i, guess)
-                most = max(most, exponent)
-                dq[i] = product(s_codes, _sample(k, i))
-                dk[i] = product(s_codes.transpose(), _sample(q, i))
-            return most
+                own.append(s_block.round(dp.mul_(factor), rows, columns))
+                product_into(dq[i, :, rows], s_block.part(rows, columns), _part(k, i, columns))
+            for columns in _bands(k):
+                rows = slice(columns.start if narrow else 0, q.codes.shape[2])
+                left = p_block.part(rows, columns).transpose()
+                product_into(dv[i, :, columns], left, _part(e, i, rows))
+                left = s_block.part(rows, columns).transpose()
+                product_into(dk[i, :, columns], left, _part(q, i, rows))
+            return max(own)
 
         try:
-            guesses.errors = _settle(run, guesses.errors)
+            _settle(run, len(dq), guesses.errors)
         except FloatingPointError:  # errors of the scores are NaN
-            return (*_in_float(ctx, grad), *[None] * 6)
-        return dq, dk, dv, *[None] * 6
+            return (*_in_float(ctx, grad), *[None] * 8)
+        if ctx.room is not None:
+            gradients = ctx.room.handed_out(gradients)
+        return (*gradients, *[None] * 8)
+
+
+def _room(ctx: Any) -> list[Tensor]:
+    """For the gradients of queries, keys and values."""
+    if ctx.room is not None:
+        found: list[Tensor] = ctx.room.gradients()
+        return found
+    q, k, v, _ = _kept(ctx)
+    heads, columns, length = v.codes.shape[1:]
+    return [
+        buffers.empty(*q.codes.shape),
+        buffers.empty(*k.codes.shape),
+        buffers.empty(len(v.codes), heads, length, columns),
+    ]
 
 
 def _kept(ctx: Any) -> tuple[Operand, Operand, Operand, Tensor | None]:
@@ -142,8 +205,9 @@ def _kept(ctx: Any) -> tuple[Operand, Operand, Operand, Tensor | None]:
 def _in_float(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients where one of the errors has a NaN: its products in float, all samples."""
     q, k, v, mask = _kept(ctx)
-    probabilities, (score_error, error), factor, _ = ctx.settings
-    p = torch.stack([_softmax(q, k, mask, factor, i) for i in range(len(grad))])
+    probabilities, (score_error, error), causal, factor, _ = ctx.settings
+    every = slice(0, q.codes.shape[2]), slice(0, k.codes.shape[2])
+    p = torch.stack([_softmax(q, k, mask, causal, factor, i, *every) for i in range(len(grad))])
     e = operand(grad, error)
     dv = product(transpose(operand(p, probabilities)), e)
     dp = torch.ops.aten._softmax_backward_data(product(e, v), p, -1, torch.float32)
@@ -151,34 +215,117 @@ def _in_float(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return product(s, k), product(transpose(s), q), dv
 
 
-def _settle(run: Callable[[int], int], guess: int) -> int:
-    """Run with a guessed exponent, and again with the true one if that is another."""
-    found = run(guess)
-    if found != guess:
-        run(found)
-    return found
+def _settle(run: Callable[[int, int], int], samples: int, guess: Guess) -> int:
+    """Run all samples with the exponent of the whole: the largest that one of them has.
+
+    A sample is run again if it was run with another.
+
+    Args:
+        run: of a sample, with an exponent; returns that of the sample.
+        samples: how many there are.
+        guess: of the exponent.
+    """
+    exponent = guess.next()
+    used: list[int | None] = [None] * samples
+    own = [exponent] * samples
+    while any(one != exponent for one in used):
+        for i in range(samples):
+            if used[i] != exponent:
+                own[i] = run(i, exponent)
+                used[i] = exponent
+                exponent = max(exponent, own[i])
+        exponent = max(own)
+    guess.found(exponent)
+    return exponent
 
 
-def _sample(x: Operand, i: int) -> Operand:
-    return x._replace(codes=x.codes[i])
+def _may_be_large(left: Operand, right: Operand, factor: float) -> bool:
+    """Whether numbers of a product, times `factor`, might come near float32's infinity."""
+    exponent = exponent_of(left) + exponent_of(right) + 14
+    return exponent + math.log2(left.codes.shape[-1] * max(abs(factor), 1.0)) > _LARGE
 
 
-def _softmax(q: Operand, k: Operand, mask: Tensor | None, factor: float, i: int) -> Tensor:
-    p = product(_sample(q, i), _sample(k, i).transpose()).mul_(factor)
+def _bands(x: Operand) -> list[slice]:
+    """The rows of (batch, heads, rows, ...), `BAND` at a time."""
+    count = x.codes.shape[2]
+    return [slice(at, min(at + BAND, count)) for at in range(0, count, BAND)]
+
+
+def _seen(rows: slice, k: Operand, causal: bool) -> slice:
+    """The columns of scores that a band of rows may see."""
+    count = k.codes.shape[2]
+    return slice(0, min(rows.start + BAND, count) if causal else count)
+
+
+def _part(x: Operand, i: int, part: slice, dim: int = 1) -> Operand:
+    """Of sample `i` a part along that dimension."""
+    at = (slice(None),) * dim + (part,)
+    return x._replace(codes=x.codes[i][at])
+
+
+def _softmax(
+    q: Operand,
+    k: Operand,
+    mask: Tensor | None,
+    causal: bool,
+    factor: float,
+    i: int,
+    rows: slice,
+    columns: slice,
+) -> Tensor:
+    """Probabilities of sample `i`: (heads, rows, columns)."""
+    p = product(_part(q, i, rows), _part(k, i, columns).transpose())
+    if causal:
+        heads, count, length = p.shape
+        _kernels.causal(
+            (heads, count, length), rows.start, factor, p.data_ptr(), torch.get_num_threads()
+        )
+        torch.ops.aten._softmax.out(p, -1, False, out=p)
+        return p
+    p.mul_(factor)
     if mask is not None:
         part = mask if mask.dim() < 4 else mask[i if mask.size(0) > 1 else 0]
+        if part.dim() > 1 and part.size(-2) > 1:
+            part = part[..., rows, :]
         p = p.masked_fill_(part, -math.inf) if part.dtype == torch.bool else p.add_(part)
     hidden = p.amax(-1, keepdim=True) == -math.inf  # rows of which nothing takes part: zeros
     torch.ops.aten._softmax.out(p, -1, False, out=p)
     return p.masked_fill_(hidden, 0.0) if bool(hidden.any()) else p
 
 
-def _block(x: Tensor, quantization: Quantization, i: int, guess: int) -> tuple[Operand, int]:
-    """Part `i` of a tensor of such parts, rounded with the exponent `guess`; and its own."""
-    fmt, rounding = quantization
-    codes, exponent, has_nan = cpu.pack_part(x, fmt, rounding, i * x.numel(), guess)
-    if has_nan:
-        raise FloatingPointError
-    gap = gap_of(fmt)
-    assert gap is not None
-    return Operand(codes, torch.tensor([guess], dtype=torch.int8, device="cpu"), gap), exponent
+class _Block:
+    """Codes of probabilities, or of their errors, of a sample: rounded part by part.
+
+    Args:
+        quantization: how the whole, all samples, is rounded: one exponent.
+        q: queries.
+        k: keys.
+        i: the sample.
+        guess: the exponent to round with.
+    """
+
+    def __init__(
+        self, quantization: Quantization, q: Operand, k: Operand, i: int, guess: int
+    ) -> None:
+        self._format, self._rounding = quantization
+        heads, rows, columns = q.codes.shape[1], q.codes.shape[2], k.codes.shape[2]
+        self._codes = buffers.empty(heads, rows, columns, dtype=torch.int8)
+        self._start, self._columns, self._guess = i * heads * rows * columns, columns, guess
+        gap = gap_of(self._format)
+        assert gap is not None
+        exponents = torch.tensor([guess], dtype=torch.int8, device="cpu")
+        self._whole = Operand(self._codes, exponents, gap)
+
+    def round(self, x: Tensor, rows: slice, columns: slice) -> int:
+        """Round these rows and columns; returns the exponent that they would have alone."""
+        start = self._start + rows.start * self._columns + columns.start
+        exponent, has_nan = cpu.pack_part(
+            x, self._codes[:, rows, columns], self._format, self._rounding, start, self._guess
+        )
+        if has_nan:
+            raise FloatingPointError
+        return exponent
+
+    def part(self, rows: slice, columns: slice) -> Operand:
+        """Their codes."""
+        return self._whole._replace(codes=self._codes[:, rows, columns])

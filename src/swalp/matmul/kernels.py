@@ -158,13 +158,14 @@ def run_codes(
     Args:
         left: int8, (batch, m, k), or like the others without a batch.
         right: int8, (batch, k, n).
-        out: (batch, m, n), contiguous: float32, or int32 for the sums alone.
+        out: (batch, m, n), its rows contiguous: float32, or int32 for the sums alone.
         exponent: added to those of the operands.
         left_exponents: int8, one or one for each matrix, or None.
         right_exponents: likewise.
         bias: (n,), or None: float32, or codes with an exponent.
         passed: uint8, one for each eight elements of `out`, or None: ReLU follows, and these are
-            the bits of what passed it. Then `out` is float32, (m, n), and n a multiple of 16.
+            the bits of what passed it. Then `out` is float32, (m, n), contiguous, and n a multiple
+            of 16.
     """
     left, right = _along_or_across(left), _along_or_across(right)
     m, k = left.shape[-2:]
@@ -189,7 +190,8 @@ def run_codes(
         0 if right_exponents is None else right_exponents.data_ptr(),
         right_exponents is not None and right_exponents.numel() > 1,
         address, codes, 0 if passed is None else passed.data_ptr(),
-        out.data_ptr(), out.dtype == torch.int32, torch.get_num_threads(),
+        out.data_ptr(), (0 if alone else out.stride(0), out.stride(-2)), out.dtype == torch.int32,
+        torch.get_num_threads(),
     )  # fmt: skip
 
 

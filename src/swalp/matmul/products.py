@@ -68,6 +68,17 @@ def native(left: Operand, right: Operand, bias: Operand | Tensor | None = None) 
     return result.view(shape)
 
 
+def product_into(out: Tensor, left: Operand, right: Operand) -> None:
+    """``out = left @ right``, of three dimensions; `out` may lie in a larger tensor, by rows."""
+    whole = left.codes.shape[-1] < kernels.DEEPEST
+    if whole and kernels.kernel().multiply is kernels.multiply_codes:
+        _check(left, right)
+        gap = left.gap + right.gap
+        kernels.run_codes(left.codes, right.codes, out, gap, left.exponents, right.exponents, None)
+    else:
+        out.copy_(native(left, right))
+
+
 def rectified(
     left: Operand | Tensor, right: Operand | Tensor, bias: Operand | Tensor | None
 ) -> tuple[Tensor, Tensor]:

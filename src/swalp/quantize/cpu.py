@@ -196,28 +196,29 @@ def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, T
 
 
 def pack_part(
-    x: Tensor, fmt: Format, rounding: Rounding, start: int, exponent: int
-) -> tuple[Tensor, int, bool]:
+    x: Tensor, codes: Tensor, fmt: Format, rounding: Rounding, start: int, exponent: int
+) -> tuple[int, bool]:
     """A part of a tensor that is one block, as `pack_integers`, its exponent given.
 
     Args:
-        x: float32 on the CPU, contiguous: neighbours of the whole.
+        x: float32 on the CPU, three dimensions, contiguous.
+        codes: int8, of that shape: where they go in the codes of the whole, whose last dimension is
+            contiguous.
         fmt: `FixedPoint`, or `BlockFloat` with one exponent, of at most 8 bits.
         rounding: the rule.
         start: index of the first element in the whole.
         exponent: of the whole.
 
     Returns:
-        The codes; the exponent that the part would have alone, of all parts the largest being that
-        of the whole; and whether `x` has a NaN.
+        The exponent that the part would have alone, of all parts the largest being that of the
+        whole; and whether `x` has a NaN.
     """
     plan = plan_of(fmt)
-    codes = buffers.empty(*x.shape, dtype=torch.int8)
     lost, own = _kernels.quantize_part(
-        plan.without_nan(), start, x.numel(), x.data_ptr(), codes.data_ptr(), exponent,
-        *rule_arguments(rounding), torch.get_num_threads(),
+        plan.without_nan(), (start, *x.shape, *codes.stride()[:2]), x.data_ptr(), codes.data_ptr(),
+        exponent, *rule_arguments(rounding), torch.get_num_threads(),
     )  # fmt: skip
-    return codes, own, lost
+    return own, lost
 
 
 def unpack(codes: Tensor, exponents: Tensor | None, fmt: Format) -> Tensor:

@@ -1,0 +1,154 @@
+"""Gradients of views that together are all of a tensor, written to their places in its gradient.
+
+Queries, keys and values often are views of one result. Autograd joins their gradients in fresh
+memory, and copies that once more into the order of the result. Here each lies where it belongs from
+the start, and says so when it is joined with the others: then there is nothing to copy.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swalp import buffers
+
+
+class Share(Tensor):
+    """A gradient that lies in its place in a larger one.
+
+    Like any tensor, and what is computed from it is no `Share`; but views are, and several of them
+    joined are a view as well, if they lie in order.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as PyTorch's own subclasses have it
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # likewise
+        """Run an operation, on memory alone."""
+        if any(kind is not Share for kind in types):
+            return NotImplemented  # the other knows more
+        with torch._C._DisableTorchDispatch():
+            if func in _JOINS and not kwargs:
+                joined = _joined(_JOINS[func], *args)
+                if joined is not None:
+                    return joined
+            result = func(*args, **(kwargs or {}))
+        return share(result) if func.is_view and type(result) is Tensor else result
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """As of the same tensor without its place: PyTorch refuses it to subclasses."""
+        return self._plain().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """Likewise."""
+        return self._plain().tolist()
+
+    def _plain(self) -> Tensor:
+        with torch._C._DisableTorchDispatch():
+            return self.as_strided(self.shape, self.stride(), self.storage_offset())
+
+
+def share(x: Tensor) -> Tensor:
+    """`x` as a share of the memory that it lies in."""
+    made: Tensor = torch.Tensor._make_subclass(Share, x)
+    return made
+
+
+class Places:
+    """Where the gradients of views go.
+
+    Args:
+        whole: what they are views of.
+        views: all of it, each element once.
+    """
+
+    def __init__(self, whole: Tensor, views: Sequence[Tensor]) -> None:
+        self._shape, self._first = whole.shape, whole.storage_offset()
+        self._views = [(x.shape, x.stride(), x.storage_offset()) for x in views]
+        self._alive = [weakref.ref(x) for x in views]
+
+    def gradients(self) -> list[Tensor]:
+        """Room for the gradients, in order."""
+        whole = buffers.empty(*self._shape)
+        return [
+            whole.as_strided(shape, stride, offset - self._first)
+            for shape, stride, offset in self._views
+        ]
+
+    def handed_out(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """The same, written, for autograd; a view that keeps its gradient gets a plain one."""
+        return [
+            x if view is not None and view.retains_grad else share(x)
+            for x, view in zip(gradients, (one() for one in self._alive), strict=True)
+        ]
+
+
+def places(*views: Tensor) -> Places | None:
+    """Where the gradients of these go; None unless they are all of a tensor, side by side."""
+    first = views[0]
+    whole = first._base
+    if whole is None or not whole.is_contiguous():
+        return None
+    if any(x._base is not whole or x.grad_fn is None for x in views):
+        return None
+    if any(x.shape != first.shape or x.stride() != first.stride() for x in views):
+        return None
+    step = _step(views)
+    axes = sorted([*zip(first.stride(), first.shape, strict=True), (step, len(views))])
+    expected = 1
+    for stride, size in axes:
+        if size != 1 and stride != expected:
+            return None
+        expected *= size
+    return Places(whole, views) if expected == whole.numel() else None
+
+
+def _step(parts: Sequence[Tensor]) -> int:
+    """Elements from one part to the next; 0 if these differ, or parts do not follow each other."""
+    offsets = [int(x.storage_offset()) for x in parts]
+    step = offsets[1] - offsets[0] if len(parts) > 1 else 0
+    return step if offsets == [offsets[0] + i * step for i in range(len(parts))] else 0
+
+
+def _stacked(parts: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    size, stride = list(parts[0].shape), list(parts[0].stride())
+    at = dim % (len(size) + 1)
+    size.insert(at, len(parts))
+    stride.insert(at, _step(parts))
+    return parts[0].as_strided(size, stride, parts[0].storage_offset())
+
+
+def _side_by_side(parts: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    first = parts[0]
+    if _step(parts) != first.size(dim) * first.stride(dim):
+        return None
+    size = list(first.shape)
+    size[dim] *= len(parts)
+    return first.as_strided(size, first.stride(), first.storage_offset())
+
+
+_JOINS: dict[Any, Callable[..., Tensor | None]] = {
+    torch.ops.aten.stack.default: _stacked,
+    torch.ops.aten.cat.default: _side_by_side,
+}
+
+
+def _joined(
+    join: Callable[..., Tensor | None], parts: Sequence[Tensor], dim: int = 0
+) -> Tensor | None:
+    """The parts joined, as a view of the memory that they lie in; None if they lie otherwise."""
+    first = parts[0]
+    memory = first.untyped_storage()._cdata
+    if any(
+        type(x) is not Share
+        or x.untyped_storage()._cdata != memory
+        or x.shape != first.shape
+        or x.stride() != first.stride()
+        for x in parts
+    ):
+        return None
+    return join(parts, dim) if _step(parts) > 0 else None
