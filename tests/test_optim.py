@@ -255,7 +255,9 @@ def test_overrides_per_parameter(kind, compiled, monkeypatch):
             for parameter in model.parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
             optimizer.step()
-        fast = {n: optimizer._kernels[p].kernel is not None for n, p in model.named_parameters()}
+        fast = {
+            n: optimizer._kernels[id(p)].kernel is not None for n, p in model.named_parameters()
+        }
         return dict(model.named_parameters()), fast
 
     together, fast = trained(mixed)
@@ -329,7 +331,8 @@ def steps_of(recipe, packed, make, gradient_of, monkeypatch, compiled):
             for name, parameter in model.items():
                 parameter.grad = gradient_of(name, parameter.shape, step)
             optimizer.step()
-    for parameter, prepared in optimizer._kernels.items():
+    for prepared in optimizer._kernels.values():
+        parameter = prepared.parameter
         grid = swalp.recipes.fit(recipe.weight.format, parameter.shape)
         # Blocks that are no stretches of memory, or a byte would belong to two.
         blocks = fused.blocks(grid, parameter.shape)

@@ -52,10 +52,11 @@ class SgdParameter:
     def set_role(
         self, role: str, fmt: Format, rule: int, bits: int, seed: int, halved: bool, table: int, /
     ) -> None: ...
-    def bind(
-        self, step: int, gradient: int, weight: int, weight_exponents: int,
-        momentum: int, momentum_exponents: int, /,
+    def place(
+        self, weight: int, weight_exponents: int, momentum: int, momentum_exponents: int,
+        unused: int, unused_too: int, /,
     ) -> None: ...  # fmt: skip
+    def bind(self, step: int, gradient: int, /) -> None: ...
 
 class AdamParameter:
     step: int
@@ -63,10 +64,11 @@ class AdamParameter:
     def set_role(
         self, role: str, fmt: Format, rule: int, bits: int, seed: int, halved: bool, table: int, /
     ) -> None: ...
-    def bind(
-        self, step: int, gradient: int, weight: int, weight_exponents: int,
-        moment: int, moment_exponents: int, root: int, /,
+    def place(
+        self, weight: int, weight_exponents: int, moment: int, moment_exponents: int,
+        root: int, unused: int, /,
     ) -> None: ...  # fmt: skip
+    def bind(self, step: int, gradient: int, /) -> None: ...
 
 def sgd(
     parameters: list[SgdParameter], lr: float, momentum: float, weight_decay: float,

@@ -72,7 +72,7 @@ def release() -> None:
         each.release()
 
 
-def save_memory(keep: int = 1 << 22) -> None:
+def save_memory(keep: int = 1 << 23) -> None:
     """Give memory back to the system as soon as nothing uses it, from now on, in this process.
 
     The peak of a step falls, by half where layers leave large results of PyTorch's between them.

@@ -218,30 +218,31 @@ void average_rounded(float weight, std::tuple<int64_t, int64_t> blocks, uintptr_
   if (swalp_average_rounded(weight, &a, threads) < 0) throw std::bad_alloc();
 }
 
-void bind_sgd(swalp_sgd_parameter& p, uint32_t step, uintptr_t gradient, uintptr_t weight,
-              uintptr_t weight_exponents, uintptr_t momentum, uintptr_t momentum_exponents) {
-  p.gradient = at<float>(gradient);
-  p.reused = Regions::any_holds(p.gradient);
+// Where what is kept lies, each followed by its exponents.
+void place_sgd(swalp_sgd_parameter& p, uintptr_t weight, uintptr_t weight_exponents, uintptr_t momentum,
+               uintptr_t momentum_exponents, uintptr_t, uintptr_t) {
   p.weight = at<void>(weight);
   p.weight_exponents = at<int8_t>(weight_exponents);
   p.momentum = at<void>(momentum);
   p.momentum_exponents = at<int8_t>(momentum_exponents);
-  for (swalp_role* role : {&p.gradient_role, &p.momentum_role, &p.weight_role})
-    role->rounding.step = step;
 }
 
-void bind_adam(swalp_adam_parameter& p, uint32_t step, uintptr_t gradient, uintptr_t weight,
-               uintptr_t weight_exponents, uintptr_t moment, uintptr_t moment_exponents,
-               uintptr_t root) {
-  p.gradient = at<float>(gradient);
-  p.reused = Regions::any_holds(p.gradient);
+// The roots have no exponents.
+void place_adam(swalp_adam_parameter& p, uintptr_t weight, uintptr_t weight_exponents, uintptr_t moment,
+                uintptr_t moment_exponents, uintptr_t root, uintptr_t) {
   p.weight = at<void>(weight);
   p.weight_exponents = at<int8_t>(weight_exponents);
   p.moment = at<void>(moment);
   p.moment_exponents = at<int8_t>(moment_exponents);
   p.root = at<void>(root);
-  for (swalp_role* role : {&p.gradient_role, &p.moment_role, &p.root_role, &p.weight_role})
-    role->rounding.step = step;
+}
+
+template <class Parameter> void bind(Parameter& p, uint32_t step, uintptr_t gradient) {
+  p.gradient = at<float>(gradient);
+  p.reused = Regions::any_holds(p.gradient);
+  p.gradient_role.rounding.step = p.weight_role.rounding.step = step;
+  if constexpr (std::is_same_v<Parameter, swalp_sgd_parameter>) p.momentum_role.rounding.step = step;
+  else p.moment_role.rounding.step = p.root_role.rounding.step = step;
 }
 
 // One step of all parameters, without the interpreter's lock. Returns whether a NaN was lost, and whether
@@ -406,7 +407,8 @@ NB_MODULE(_kernels, m) {
         set(role == "gradient" ? p.gradient_role : role == "momentum" ? p.momentum_role : p.weight_role,
             f, rule, bits, seed, halved, table);
       })
-      .def("bind", &bind_sgd);
+      .def("place", &place_sgd)
+      .def("bind", &bind<swalp_sgd_parameter>);
   nb::class_<swalp_adam_parameter>(m, "AdamParameter", nb::dynamic_attr())
       .def("__init__", [](swalp_adam_parameter* p, int64_t blocks, int64_t length) {
         *p = swalp_adam_parameter{};
@@ -421,7 +423,8 @@ NB_MODULE(_kernels, m) {
                                       : p.weight_role,
             f, rule, bits, seed, halved, table);
       })
-      .def("bind", &bind_adam);
+      .def("place", &place_adam)
+      .def("bind", &bind<swalp_adam_parameter>);
   m.def("sgd", [](const std::vector<swalp_sgd_parameter*>& parameters, float lr, float momentum,
                   float weight_decay, bool nesterov, bool packed, bool has_gradient, int threads) {
     const swalp_sgd hyper = {lr, momentum, weight_decay, nesterov, packed, has_gradient, momentum != 0};

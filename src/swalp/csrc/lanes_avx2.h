@@ -70,6 +70,7 @@ struct Lanes {
   static I bits(F v) { return _mm256_castps_si256(v); }
   static F floats(I v) { return _mm256_castsi256_ps(v); }
   static F abs(F v) { return floats(_mm256_and_si256(bits(v), set(0x7fffffff))); }
+  static F smaller_magnitude(F a, F b) { return min(abs(a), b); }
   static F convert(I v) { return _mm256_cvtepi32_ps(v); }
   static I truncate(F v) { return _mm256_cvttps_epi32(v); }
   static I nearest(F v) { return _mm256_cvtps_epi32(v); }

@@ -58,6 +58,7 @@ struct Lanes {
   static I bits(F v) { return _mm512_castps_si512(v); }
   static F floats(I v) { return _mm512_castsi512_ps(v); }
   static F abs(F v) { return floats(_mm512_and_si512(bits(v), set(0x7fffffff))); }
+  static F smaller_magnitude(F a, F b) { return _mm512_range_ps(a, b, 0b1010); }
   static F convert(I v) { return _mm512_cvtepi32_ps(v); }
   static I truncate(F v) { return _mm512_cvttps_epi32(v); }
   static I nearest(F v) { return _mm512_cvtps_epi32(v); }

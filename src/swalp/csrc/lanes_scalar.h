@@ -55,6 +55,8 @@ struct Lanes {
     return f;
   }
   static F abs(F v) { return floats(bits(v) & 0x7fffffff); }
+  // The smaller of |a| and |b|, for b >= 0 and neither of them NaN.
+  static F smaller_magnitude(F a, F b) { return min(abs(a), b); }
   static F convert(I v) { return static_cast<float>(v); }
   static I truncate(F v) { return static_cast<I>(v); }
   static I nearest(F v) { return static_cast<I>(__builtin_lrintf(v)); }  // in the default mode

@@ -172,7 +172,7 @@ template <int way, int range> struct Grid {
   }
 
   inline __attribute__((always_inline)) F magnitude(F moved) const {
-    if constexpr (range == kBoundedEvenly) return Lanes::min(Lanes::abs(moved), high);
+    if constexpr (range == kBoundedEvenly) return Lanes::smaller_magnitude(moved, high);
     if constexpr (range == kBounded) return Lanes::abs(Lanes::min(moved, high));
     return Lanes::abs(Lanes::min(Lanes::max(moved, low), high));
   }

@@ -176,18 +176,18 @@ class Adam(LowPrecisionOptimizer):
         state = self.state[parameter]
         roles = ("gradient", "weight", "momentum", "second_moment")
         kept = [parameter, *(state[key] for key in ("exp_avg", "root") if key in state)]
-        prepared = self._prepared("AdamParameter", roles, name, gradient, kept)
+        prepared = self._prepared("AdamParameter", roles, recipe, name, gradient, kept)
         if prepared is None:
             return None
         if len(kept) == 1:
             state["exp_avg"] = fused.empty_state(recipe, "momentum", parameter)
             state["root"] = fused.empty_state(recipe, "second_moment", parameter)
             kept += [state["exp_avg"], state["root"]]
-            prepared = self._prepared("AdamParameter", roles, name, gradient, kept)
+            prepared = self._prepared("AdamParameter", roles, recipe, name, gradient, kept)
             assert prepared is not None
         step = state.setdefault("step", 0)
-        *addresses, _ = prepared.addresses()  # the roots have no exponents
-        prepared.kernel.bind(step, gradient.data_ptr(), *addresses)
+        prepared.state = state
+        prepared.kernel.bind(step, gradient.data_ptr())
         prepared.kernel.step = step + 1
         return prepared
 

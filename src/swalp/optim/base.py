@@ -55,7 +55,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         self.recipe = recipe
         self.seed = seed
         # Derived; never saved.
-        self._kernels: dict[Tensor, fused.Prepared] = {}
+        self._kernels: dict[int, fused.Prepared] = {}  # by the id of the parameter they hold
         self._recipes: dict[str, Recipe | None] = {}
         super().__init__(params, defaults)
         if not whole:
@@ -246,7 +246,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         for (packed, rounds), all_prepared in ready.items():
             outcome = self._run([one.kernel for one in all_prepared], packed, rounds, group)
             for one in all_prepared:
-                self.state[one.parameter]["step"] += 1
+                one.state["step"] += 1
             fused.announce(all_prepared, outcome.finite)
             if outcome.lost:
                 raise ValueError(
@@ -286,6 +286,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         self,
         kind: str,
         roles: tuple[str, ...],
+        recipe: Recipe,
         name: str,
         gradient: Tensor,
         kept: Sequence[Tensor],
@@ -295,13 +296,12 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         Made once, and again when the memory or the recipe is another. `kept`: the parameter, and
         what there is already of its state, in the order of the `roles` after "gradient".
         """
-        recipe = self.recipe_of(name)
-        if recipe is None or not storage.is_plain(gradient) or gradient.shape != kept[0].shape:
+        if not storage.is_plain(gradient) or gradient.shape != kept[0].shape:
             return None
-        prepared = self._kernels.get(kept[0])
+        prepared = self._kernels.get(id(kept[0]))
         if prepared is None or not prepared.serves(recipe, roles, kept, self.seed):
             prepared = fused.Prepared(kind, roles, recipe, kept, name, self.seed)
-            self._kernels[kept[0]] = prepared
+            self._kernels[id(kept[0])] = prepared
         return None if prepared.kernel is None else prepared
 
     def _quantizer(self, name: str, step: int, parameter: Tensor) -> Quantize:

@@ -78,6 +78,7 @@ class Prepared:
 
     Attributes:
         parameter: which it is.
+        state: its state in the optimizer, of now.
         kernel: of that kind, with its roles; None if the compiled step cannot take the tensors.
         kind: whether the parameter is packed, and whether gradients are rounded.
         written: the tensors whose memory a step writes to, each once.
@@ -93,13 +94,13 @@ class Prepared:
         seed: int,
     ) -> None:
         self.parameter = parameter = kept[0]
+        self.state: dict[str, Any] = {}
         self.kind = isinstance(parameter, PackedTensor), recipe.gradient is not None
         self.kernel: Any = None
         self._for = recipe, roles, seed
-        self._kept = [(tensor, *_memory(tensor)) for tensor in kept]
+        self._kept = [_Kept.of(tensor) for tensor in kept]
         # Of a packed tensor autograd keeps the whole, others look at its codes.
         self.written = list({id(t): t for one in self._kept for t in one[:2]}.values())
-        self._layouts = [_layout(memory) for _, memory, _ in self._kept]
         blocks = fits(recipe, roles, parameter)
         if blocks is None or not all(
             held(tensor, role, recipe, parameter)
@@ -120,6 +121,8 @@ class Prepared:
                 role, plan.kernel, *plans.rule_arguments(rounding)[:3], packed and joined(plan.fmt),
                 plan.value_table().data_ptr() if packed else 0,
             )  # fmt: skip
+        places = [place for one in self._kept for place in (one.at, one.exponents_at)]
+        self.kernel.place(*places, *[0] * (6 - len(places)))
 
     def serves(
         self, recipe: Recipe, roles: tuple[str, ...], kept: Sequence[Tensor], seed: int
@@ -129,28 +132,45 @@ class Prepared:
             return False
         if len(kept) != len(self._kept):
             return False
-        for tensor, (same, memory, exponents), layout in zip(
-            kept, self._kept, self._layouts, strict=True
-        ):
-            if tensor is not same or _layout(memory) != layout:
+        for tensor, known in zip(kept, self._kept, strict=True):
+            if tensor is not known.tensor:
                 return False
-            now, exponents_now = _memory(tensor)
-            if now is not memory or exponents_now is not exponents:
+            memory, exponents = known.memory, known.exponents
+            if isinstance(tensor, PackedTensor):
+                if tensor.codes is not memory or tensor.exponents is not exponents:
+                    return False
+                if exponents is not None and exponents.data_ptr() != known.exponents_at:
+                    return False
+            if storage.in_order(memory) is not known.in_order:
+                return False
+            if known.in_order and memory.data_ptr() != known.at:
+                return False
+            if memory.shape != known.shape or memory.dtype is not known.dtype:
                 return False
         return True
 
-    def addresses(self) -> list[int]:
-        """Of the memory of all that is kept, each followed by that of its exponents, 0 if none."""
-        found = []
-        for _, memory, exponents in self._kept:
-            found.append(memory.data_ptr())
-            found.append(0 if exponents is None else exponents.data_ptr())
-        return found
 
+class _Kept(NamedTuple):
+    """A tensor, and the memory that a step works on: `parameter.data` can be assigned."""
 
-def _memory(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a step works on, and the exponents of a packed tensor."""
-    return resident(tensor), tensor.exponents if isinstance(tensor, PackedTensor) else None
+    tensor: Tensor
+    memory: Tensor
+    exponents: Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+    in_order: bool
+    at: int  # the address of memory in order
+    exponents_at: int  # and of the exponents, 0 without
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Kept:
+        memory = resident(tensor)
+        exponents = tensor.exponents if isinstance(tensor, PackedTensor) else None
+        in_order = storage.in_order(memory)
+        return cls(
+            tensor, memory, exponents, memory.shape, memory.dtype, in_order,
+            memory.data_ptr() if in_order else 0, 0 if exponents is None else exponents.data_ptr(),
+        )  # fmt: skip
 
 
 def announce(steps: Sequence[Prepared], finite: bool) -> None:
@@ -163,11 +183,6 @@ def announce(steps: Sequence[Prepared], finite: bool) -> None:
         for step in steps:
             if isinstance(step.parameter, PackedTensor):
                 step.parameter.note_no_nan()
-
-
-def _layout(memory: Tensor) -> tuple[object, ...]:
-    """What may change without another tensor: `parameter.data` can be assigned."""
-    return memory.shape, memory.stride(), memory.dtype, memory.device, memory.is_neg()
 
 
 def empty_state(recipe: Recipe, role: str, parameter: Tensor) -> Tensor:

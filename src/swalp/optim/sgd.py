@@ -154,18 +154,17 @@ class SGD(LowPrecisionOptimizer):
             roles += ("momentum",)
             if "momentum_buffer" in state:
                 kept.append(state["momentum_buffer"])
-        prepared = self._prepared("SgdParameter", roles, name, gradient, kept)
+        prepared = self._prepared("SgdParameter", roles, recipe, name, gradient, kept)
         if prepared is None:
             return None
         if len(kept) < len(roles) - 1:
             # momentum * 0 + g is g: the same numbers as without a buffer
             state["momentum_buffer"] = fused.empty_state(recipe, "momentum", parameter)
             kept.append(state["momentum_buffer"])
-            prepared = self._prepared("SgdParameter", roles, name, gradient, kept)
+            prepared = self._prepared("SgdParameter", roles, recipe, name, gradient, kept)
             assert prepared is not None
-        step = state.setdefault("step", 0)
-        addresses = prepared.addresses() if group["momentum"] else [*prepared.addresses(), 0, 0]
-        prepared.kernel.bind(step, gradient.data_ptr(), *addresses)
+        prepared.state = state
+        prepared.kernel.bind(state.setdefault("step", 0), gradient.data_ptr())
         return prepared
 
     def _run(
