@@ -85,6 +85,23 @@ def test_compiled_training_is_eager_training_bit_for_bit(name):
     assert counter.frame_count == graphs
 
 
+def test_eager_passes_between_compiled_ones_count_and_compile_nothing_anew():
+    torch.manual_seed(0)
+    eager = swalp.convert(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), PAPER, seed=4)
+    model = copy.deepcopy(eager)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for step in range(12):
+        x = torch.randn(4, 8)
+        for _ in range((step + 2) % 4):
+            assert torch.equal(model(x), eager(x))
+        assert torch.equal(compiled(x), eager(x))
+        clocks = swalp.noise_clock(model), swalp.noise_clock(eager)
+        assert clocks[0].state_dict() == clocks[1].state_dict()
+        assert int(clocks[0].counter) == int(clocks[1].counter) == clocks[0].step
+    assert counter.frame_count == 2  # the first graph found passes that no tensor had counted
+
+
 def test_compiled_evaluation():
     model = swalp.convert(Attends(), PAPER).eval()
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)

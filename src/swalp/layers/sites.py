@@ -36,7 +36,6 @@ class NoiseClock:
 
     Attributes:
         seed: of the run.
-        counter: training passes so far, int64; a tensor, for a compiled graph to count on.
         uses: how many times each site was used in this pass.
         repeats: how many times each site was used again since, by activation checkpointing.
         passes: in eager mode, since the last one of which a backward pass repeated something.
@@ -44,31 +43,49 @@ class NoiseClock:
     """
 
     seed: int
-    counter: Tensor = field(default_factory=_zero)
     uses: dict[str, int] = field(default_factory=dict)
     repeats: dict[str, int] = field(default_factory=dict)
     passes: int = 0
     hints: dict[str, Guesses] = field(default_factory=dict)
-    _read: tuple[Tensor, int] | None = None  # a counter, and the number in it
+    _counter: Tensor = field(default_factory=_zero)
+    _since: int = 0  # passes that the tensor has not counted,
+    _counts: bool = False  # as it does only once there is a compiled graph, which would see numbers
+    _read: tuple[Tensor, int] | None = None  # that tensor, and the number in it
 
     @property
     def step(self) -> int:
         """Training passes so far."""
         read = self._read
-        if read is None or read[0] is not self.counter:
-            read = self._read = self.counter, int(self.counter)
-        return read[1]
+        if read is None or read[0] is not self._counter:
+            read = self._read = self._counter, int(self._counter)
+        return read[1] + self._since
+
+    @property
+    def counter(self) -> Tensor:
+        """The same, int64: a tensor, for a compiled graph to count on."""
+        self._count()
+        return self._counter
+
+    def _count(self) -> None:
+        if self._since:
+            # A new one: what awaits its backward keeps the old one.
+            counter = self._counter + self._since
+            self._counter = counter if torch.compiler.is_compiling() else _unwrapped(counter)
+            self._since = 0
 
     def tick(self) -> None:
         """A training pass begins."""
-        counter = self.counter + 1  # a new tensor: what awaits its backward keeps the old one
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            self._counter = self.counter + 1
+            self._counts = True
+        else:
             if in_backward():
                 return  # activation checkpointing runs the model again: with the same noise
             self.passes = 1 if self.repeats else self.passes + 1
             self.repeats = {}
-            counter = _unwrapped(counter)
-        self.counter = counter
+            self._since += 1
+            if self._counts:
+                self._count()
         self.uses = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,7 +103,8 @@ class NoiseClock:
                 f"the saved noise has seed {state['seed']}, this model was converted with seed "
                 f"{self.seed}; convert it with seed={state['seed']}"
             )
-        self.counter = torch.full_like(self.counter, state["step"])
+        self._counter = torch.full_like(self._counter, state["step"])
+        self._since = 0
         self.uses = dict(state.get("uses", {}))
 
 
