@@ -11,7 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from statistics import multimode
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,15 +89,16 @@ def attend(
     Raises:
         FloatingPointError: a probability is NaN, as of a mask, and has no integer.
     """
-    if causal and _may_be_large(operands[0], operands[1], factor):
-        # Infinities would need the care that masks get.
+    finite = not _may_be_large(operands[0], operands[1], factor)
+    if causal and not finite:
+        # Infinities need the care that masks get.
         lengths = query.size(-2), key.size(-2)
         mask, causal = torch.ones(lengths, dtype=torch.bool, device="cpu").tril(), False
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.logical_not()  # True: hidden
     result: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
-        query, key, value, operands, probabilities, errors, mask, causal, factor, guesses,
-        places(query, key, value),
+        query, key, value, operands, probabilities, errors,
+        _Scores(*operands[:2], mask, causal, factor, finite), guesses, places(query, key, value),
     )  # fmt: skip
     return result
 
@@ -112,24 +113,23 @@ class _Attention(torch.autograd.Function):
         operands: tuple[Operand, Operand, Operand],
         probabilities: Quantization,
         errors: tuple[Quantization, Quantization],
-        mask: Tensor | None,
-        causal: bool,
-        factor: float,
+        scores: _Scores,
         guesses: Guesses,
         room: Places | None,
     ) -> Tensor:
         q, k, v = operands
         ctx.gaps = [x.gap for x in operands]
-        ctx.save_for_backward(mask, *(part for x in operands for part in (x.codes, x.exponents)))
-        ctx.settings, ctx.room = (probabilities, errors, causal, factor, guesses), room
+        parts = [part for x in operands for part in (x.codes, x.exponents)]
+        ctx.save_for_backward(scores.mask, *parts)
+        ctx.settings, ctx.room = (probabilities, errors, scores[3:], guesses), room
         out = buffers.empty(*query.shape[:-1], value.shape[-1])
 
         def run(i: int, guess: int) -> int:
             block = _Block(probabilities, q, k, i, guess)
             own = []
             for rows in _bands(q):
-                columns = _seen(rows, k, causal)
-                p = _softmax(q, k, mask, causal, factor, i, rows, columns)
+                columns = _seen(rows, k, scores.causal)
+                p = scores.softmax(i, rows, columns)
                 own.append(block.round(p, rows, columns))
                 values = _part(v, i, columns, 2).transpose()
                 product_into(out[i, :, rows], block.part(rows, columns), values)
@@ -141,17 +141,18 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, mask = _kept(ctx)
-        probabilities, (score_error, error), causal, factor, guesses = ctx.settings
+        scores, v = _kept(ctx)
+        q, k = scores.q, scores.k
+        probabilities, (score_error, error), _, guesses = ctx.settings
         codes, exponents, has_nan = cpu.pack_integers(grad, *error)
         if has_nan:
-            return (*_in_float(ctx, grad), *[None] * 8)
-        gradients = _room(ctx)
+            return (*_in_float(ctx, grad), *[None] * 6)
+        gradients = _room(ctx, q, k, v)
         dq, dk, dv = gradients
         gap = gap_of(error[0])
         assert gap is not None
         e = Operand(codes, exponents, gap)
-        narrow = causal and not _may_be_large(e, v, 1.0)  # 0 * infinity is NaN
+        narrow = scores.causal and not _may_be_large(e, v, 1.0)  # 0 * infinity is NaN
 
         def run(i: int, guess: int) -> int:
             p_block = _Block(probabilities, q, k, i, ctx.exponent)
@@ -159,11 +160,11 @@ class _Attention(torch.autograd.Function):
             own = []
             for rows in _bands(q):
                 columns = _seen(rows, k, narrow)
-                p = _softmax(q, k, mask, causal, factor, i, rows, columns)
+                p = scores.softmax(i, rows, columns)
                 p_block.round(p, rows, columns)
                 dp = product(_part(e, i, rows), _part(v, i, columns, 2))
                 torch.ops.aten._softmax_backward_data.out(dp, p, -1, torch.float32, grad_input=dp)
-                own.append(s_block.round(dp.mul_(factor), rows, columns))
+                own.append(s_block.round(dp.mul_(scores.factor), rows, columns))
                 product_into(dq[i, :, rows], s_block.part(rows, columns), _part(k, i, columns))
             for columns in _bands(k):
                 rows = slice(columns.start if narrow else 0, q.codes.shape[2])
@@ -176,42 +177,43 @@ class _Attention(torch.autograd.Function):
         try:
             _settle(run, len(dq), guesses.errors)
         except FloatingPointError:  # errors of the scores are NaN
-            return (*_in_float(ctx, grad), *[None] * 8)
+            return (*_in_float(ctx, grad), *[None] * 6)
         if ctx.room is not None:
             gradients = ctx.room.handed_out(gradients)
-        return (*gradients, *[None] * 8)
+        return (*gradients, *[None] * 6)
 
 
-def _room(ctx: Any) -> list[Tensor]:
+def _room(ctx: Any, q: Operand, k: Operand, v: Operand) -> list[Tensor]:
     """For the gradients of queries, keys and values."""
     if ctx.room is not None:
         found: list[Tensor] = ctx.room.gradients()
         return found
-    q, k, v, _ = _kept(ctx)
-    heads, columns, length = v.codes.shape[1:]
+    samples, heads, columns, length = v.codes.shape
     return [
         buffers.empty(*q.codes.shape),
         buffers.empty(*k.codes.shape),
-        buffers.empty(len(v.codes), heads, length, columns),
+        buffers.empty(samples, heads, length, columns),
     ]
 
 
-def _kept(ctx: Any) -> tuple[Operand, Operand, Operand, Tensor | None]:
+def _kept(ctx: Any) -> tuple[_Scores, Operand]:
+    """What the scores are computed from, and the values."""
     mask, *saved = ctx.saved_tensors
     q, k, v = (Operand(saved[2 * i], saved[2 * i + 1], gap) for i, gap in enumerate(ctx.gaps))
-    return q, k, v, mask
+    return _Scores(q, k, mask, *ctx.settings[2]), v
 
 
 def _in_float(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients where one of the errors has a NaN: its products in float, all samples."""
-    q, k, v, mask = _kept(ctx)
-    probabilities, (score_error, error), causal, factor, _ = ctx.settings
+    scores, v = _kept(ctx)
+    q, k = scores.q, scores.k
+    probabilities, (score_error, error), *_ = ctx.settings
     every = slice(0, q.codes.shape[2]), slice(0, k.codes.shape[2])
-    p = torch.stack([_softmax(q, k, mask, causal, factor, i, *every) for i in range(len(grad))])
+    p = torch.stack([scores.softmax(i, *every) for i in range(len(grad))])
     e = operand(grad, error)
     dv = product(transpose(operand(p, probabilities)), e)
     dp = torch.ops.aten._softmax_backward_data(product(e, v), p, -1, torch.float32)
-    s = operand(dp.mul_(factor), score_error)
+    s = operand(dp.mul_(scores.factor), score_error)
     return product(s, k), product(transpose(s), q), dv
 
 
@@ -263,34 +265,47 @@ def _part(x: Operand, i: int, part: slice, dim: int = 1) -> Operand:
     return x._replace(codes=x.codes[i][at])
 
 
-def _softmax(
-    q: Operand,
-    k: Operand,
-    mask: Tensor | None,
-    causal: bool,
-    factor: float,
-    i: int,
-    rows: slice,
-    columns: slice,
-) -> Tensor:
-    """Probabilities of sample `i`: (heads, rows, columns)."""
-    p = product(_part(q, i, rows), _part(k, i, columns).transpose())
-    if causal:
-        heads, count, length = p.shape
-        _kernels.causal(
-            (heads, count, length), rows.start, factor, p.data_ptr(), torch.get_num_threads()
-        )
+class _Scores(NamedTuple):
+    """The scores of attention, ``factor * q @ k.T + mask``, and their softmax.
+
+    Attributes:
+        q: codes of the queries.
+        k: codes of the keys.
+        mask: True or -infinity hides; None: nothing, or what `causal` says.
+        causal: row l sees columns up to l, of numbers that are `finite`.
+        factor: of the products.
+        finite: whether all scores are, but for the mask.
+    """
+
+    q: Operand
+    k: Operand
+    mask: Tensor | None
+    causal: bool
+    factor: float
+    finite: bool
+
+    def softmax(self, i: int, rows: slice, columns: slice) -> Tensor:
+        """Probabilities of sample `i`: (heads, rows, columns)."""
+        p = product(_part(self.q, i, rows), _part(self.k, i, columns).transpose())
+        if self.causal:
+            heads, count, length = p.shape
+            _kernels.causal(
+                (heads, count, length), rows.start, self.factor, p.data_ptr(),
+                torch.get_num_threads(),
+            )  # fmt: skip
+        else:
+            p.mul_(self.factor)
+        mask = self.mask
+        if mask is not None:
+            part = mask if mask.dim() < 4 else mask[i if mask.size(0) > 1 else 0]
+            if part.dim() > 1 and part.size(-2) > 1:
+                part = part[..., rows, :]
+            p = p.masked_fill_(part, -math.inf) if part.dtype == torch.bool else p.add_(part)
+        # Of rows of which nothing takes part: zeros.
+        some = mask is None and self.finite
+        hidden = None if some else p.amax(-1, keepdim=True) == -math.inf
         torch.ops.aten._softmax.out(p, -1, False, out=p)
-        return p
-    p.mul_(factor)
-    if mask is not None:
-        part = mask if mask.dim() < 4 else mask[i if mask.size(0) > 1 else 0]
-        if part.dim() > 1 and part.size(-2) > 1:
-            part = part[..., rows, :]
-        p = p.masked_fill_(part, -math.inf) if part.dtype == torch.bool else p.add_(part)
-    hidden = p.amax(-1, keepdim=True) == -math.inf  # rows of which nothing takes part: zeros
-    torch.ops.aten._softmax.out(p, -1, False, out=p)
-    return p.masked_fill_(hidden, 0.0) if bool(hidden.any()) else p
+        return p if hidden is None or not bool(hidden.any()) else p.masked_fill_(hidden, 0.0)
 
 
 class _Block:
