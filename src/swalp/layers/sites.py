@@ -47,18 +47,21 @@ class NoiseClock:
     repeats: dict[str, int] = field(default_factory=dict)
     passes: int = 0
     hints: dict[str, Guesses] = field(default_factory=dict)
-    _counter: Tensor = field(default_factory=_zero)
-    _since: int = 0  # passes that the tensor has not counted,
-    _counts: bool = False  # as it does only once there is a compiled graph, which would see numbers
-    _read: tuple[Tensor, int] | None = None  # that tensor, and the number in it
+    _counter: Tensor = field(default_factory=_zero, init=False)
+    _since: int = field(default=0, init=False)  # passes that the tensor has not counted,
+    # as it does only once there is a compiled graph, which would be made anew for each number.
+    _counts: bool = field(default=False, init=False)
+    _read: tuple[Tensor, int] = field(init=False)  # a tensor, and the number in it
+
+    def __post_init__(self) -> None:
+        self._read = self._counter, 0
 
     @property
     def step(self) -> int:
         """Training passes so far."""
-        read = self._read
-        if read is None or read[0] is not self._counter:
-            read = self._read = self._counter, int(self._counter)
-        return read[1] + self._since
+        if self._read[0] is not self._counter:
+            self._read = self._counter, int(self._counter)
+        return self._read[1] + self._since
 
     @property
     def counter(self) -> Tensor:
@@ -104,6 +107,7 @@ class NoiseClock:
                 f"{self.seed}; convert it with seed={state['seed']}"
             )
         self._counter = torch.full_like(self._counter, state["step"])
+        self._read = self._counter, state["step"]
         self._since = 0
         self.uses = dict(state.get("uses", {}))
 
