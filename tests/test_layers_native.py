@@ -709,6 +709,32 @@ def test_a_nan_in_attention_arrives_where_it_should(place):
     assert all(x.isnan().any() for x in native[2:])
 
 
+@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize(
+    "options", [{"is_causal": True}, {"attn_mask": torch.ones(40, 40).tril() > 0}]
+)
+def test_a_nan_error_does_not_reach_keys_that_its_query_cannot_see(options, recomputed):
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(2, 3, 40, 8, generator=generator) for _ in range(3)]
+    error = torch.randn(2, 3, 40, 8, generator=generator)
+    error[1, 0, 20, 3] = torch.nan
+    results = []
+    for recipe in (NATIVE, SIMULATED):
+        model = swalp.convert(Masked(), recipe, seed=5)
+        inputs = [x.clone().requires_grad_() for x in tensors]
+        if recomputed:
+            y = torch.utils.checkpoint.checkpoint(model, *inputs, use_reentrant=False, **options)
+        else:
+            y = model(*inputs, **options)
+        y.backward(error)
+        results.append([x.grad for x in inputs])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one.isnan(), other.isnan())
+        torch.testing.assert_close(one, other, equal_nan=True)
+    assert not results[0][1][1, 0, 21:].isnan().any()
+    assert results[0][1][1, 0, :21].isnan().any()
+
+
 def test_errors_of_scores_beyond_float32_are_the_simulations():
     error = torch.full((2, 2, 5, 4), 1e38)
     error[0] = 1.0

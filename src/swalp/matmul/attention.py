@@ -21,7 +21,7 @@ from swalp.matmul.linear import Quantization, operand, transpose
 from swalp.matmul.once import once
 from swalp.matmul.operands import Operand, exponent_of, gap_of
 from swalp.matmul.products import product, product_into
-from swalp.matmul.shares import Places, places
+from swalp.matmul.shares import Places, never, places, runs_everything
 from swalp.quantize import cpu, plans
 
 if plans.available:
@@ -96,9 +96,11 @@ def attend(
         mask, causal = torch.ones(lengths, dtype=torch.bool, device="cpu").tril(), False
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.logical_not()  # True: hidden
+    room = places(query, key, value)
     result: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
         query, key, value, operands, probabilities, errors,
-        _Scores(*operands[:2], mask, causal, factor, finite), guesses, places(query, key, value),
+        _Scores(*operands[:2], mask, causal, factor, finite), guesses, room,
+        None if room is None else never(),
     )  # fmt: skip
     return result
 
@@ -116,6 +118,7 @@ class _Attention(torch.autograd.Function):
         scores: _Scores,
         guesses: Guesses,
         room: Places | None,
+        never: Tensor | None,
     ) -> Tensor:
         q, k, v = operands
         ctx.gaps = [x.gap for x in operands]
@@ -146,7 +149,7 @@ class _Attention(torch.autograd.Function):
         probabilities, (score_error, error), _, guesses = ctx.settings
         codes, exponents, has_nan = cpu.pack_integers(grad, *error)
         if has_nan:
-            return (*_in_float(ctx, grad), *[None] * 6)
+            return (*_in_float(ctx, scores, v, grad), *[None] * 7)
         gradients = _room(ctx, q, k, v)
         dq, dk, dv = gradients
         gap = gap_of(error[0])
@@ -177,10 +180,10 @@ class _Attention(torch.autograd.Function):
         try:
             _settle(run, len(dq), guesses.errors)
         except FloatingPointError:  # errors of the scores are NaN
-            return (*_in_float(ctx, grad), *[None] * 6)
+            return (*_in_float(ctx, scores, v, grad), *[None] * 7)
         if ctx.room is not None:
-            gradients = ctx.room.handed_out(gradients)
-        return (*gradients, *[None] * 6)
+            gradients = ctx.room.handed_out(gradients, runs_everything(ctx))
+        return (*gradients, *[None] * 7)
 
 
 def _room(ctx: Any, q: Operand, k: Operand, v: Operand) -> list[Tensor]:
@@ -203,9 +206,8 @@ def _kept(ctx: Any) -> tuple[_Scores, Operand]:
     return _Scores(q, k, mask, *ctx.settings[2]), v
 
 
-def _in_float(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _in_float(ctx: Any, scores: _Scores, v: Operand, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients where one of the errors has a NaN: its products in float, all samples."""
-    scores, v = _kept(ctx)
     q, k = scores.q, scores.k
     probabilities, (score_error, error), *_ = ctx.settings
     every = slice(0, q.codes.shape[2]), slice(0, k.codes.shape[2])
@@ -213,6 +215,11 @@ def _in_float(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     e = operand(grad, error)
     dv = product(transpose(operand(p, probabilities)), e)
     dp = torch.ops.aten._softmax_backward_data(product(e, v), p, -1, torch.float32)
+    hidden = scores.mask
+    if scores.causal:
+        hidden = torch.ones(dp.shape[-2:], dtype=torch.bool, device="cpu").triu(1)
+    if hidden is not None and hidden.dtype == torch.bool:
+        dp.masked_fill_(hidden, 0.0)
     s = operand(dp.mul_(scores.factor), score_error)
     return product(s, k), product(transpose(s), q), dv
 

@@ -70,7 +70,7 @@ def native(left: Operand, right: Operand, bias: Operand | Tensor | None = None) 
 
 def product_into(out: Tensor, left: Operand, right: Operand) -> None:
     """``out = left @ right``, of three dimensions; `out` may lie in a larger tensor, by rows."""
-    whole = left.codes.shape[-1] < kernels.DEEPEST
+    whole = left.codes.shape[-1] < kernels.DEEPEST and out.stride(-1) == 1
     if whole and kernels.kernel().multiply is kernels.multiply_codes:
         _check(left, right)
         gap = left.gap + right.gap

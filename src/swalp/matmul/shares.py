@@ -2,13 +2,16 @@
 
 Queries, keys and values often are views of one result. Autograd joins their gradients in fresh
 memory, and copies that once more into the order of the result. Here each lies where it belongs from
-the start, and says so when it is joined with the others: then there is nothing to copy.
+the start, and says so to the function that joins them: then there is nothing to copy. Nobody else
+gets to see it: where a view is watched, its gradient is a tensor like others.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -18,10 +21,10 @@ from swalp import buffers
 
 
 class Share(Tensor):
-    """A gradient that lies in its place in a larger one.
+    """A gradient that lies in its place in a larger one, on its way to who joins them.
 
-    Like any tensor, and what is computed from it is no `Share`; but views are, and several of them
-    joined are a view as well, if they lie in order.
+    Joined in order, in a backward pass, shares are the memory that they lie in; any other operation
+    is that of the same tensor without its place.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as PyTorch's own subclasses have it
@@ -32,24 +35,11 @@ class Share(Tensor):
         if any(kind is not Share for kind in types):
             return NotImplemented  # the other knows more
         with torch._C._DisableTorchDispatch():
-            if func in _JOINS and not kwargs:
+            if func in _JOINS and not kwargs and torch._C._current_graph_task_id() != -1:
                 joined = _joined(_JOINS[func], *args)
                 if joined is not None:
                     return joined
-            result = func(*args, **(kwargs or {}))
-        return share(result) if func.is_view and type(result) is Tensor else result
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """As of the same tensor without its place: PyTorch refuses it to subclasses."""
-        return self._plain().numpy(force=force)
-
-    def tolist(self) -> Any:
-        """Likewise."""
-        return self._plain().tolist()
-
-    def _plain(self) -> Tensor:
-        with torch._C._DisableTorchDispatch():
-            return self.as_strided(self.shape, self.stride(), self.storage_offset())
+            return func(*args, **(kwargs or {}))
 
 
 def share(x: Tensor) -> Tensor:
@@ -70,6 +60,7 @@ class Places:
         self._shape, self._first = whole.shape, whole.storage_offset()
         self._views = [(x.shape, x.stride(), x.storage_offset()) for x in views]
         self._alive = [weakref.ref(x) for x in views]
+        self._hooks = [_hooks_of(x) for x in views]
 
     def gradients(self) -> list[Tensor]:
         """Room for the gradients, in order."""
@@ -79,23 +70,35 @@ class Places:
             for shape, stride, offset in self._views
         ]
 
-    def handed_out(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """The same, written, for autograd; a view that keeps its gradient gets a plain one."""
-        return [
-            x if view is not None and view.retains_grad else share(x)
-            for x, view in zip(gradients, (one() for one in self._alive), strict=True)
-        ]
+    def handed_out(self, gradients: Sequence[Tensor], everything: bool) -> list[Tensor]:
+        """The same, written, for autograd: to be joined, unless somebody else would see them.
+
+        Args:
+            gradients: as `gradients` gave them.
+            everything: whether the backward pass runs all of the graph, and hands out nothing.
+        """
+        views = [one() for one in self._alive]
+        kept = any(x is not None and x.retains_grad for x in views)
+        if kept or any(self._hooks) or not everything:
+            return [x.clone(memory_format=torch.contiguous_format) for x in gradients]
+        return [share(x) for x in gradients]
 
 
 def places(*views: Tensor) -> Places | None:
-    """Where the gradients of these go; None unless they are all of a tensor, side by side."""
+    """Where the gradients of these go.
+
+    None unless one function of autograd's made them all, of a tensor whose memory they are, side by
+    side and each with its last dimension in order.
+    """
     first = views[0]
-    whole = first._base
-    if whole is None or not whole.is_contiguous():
+    whole, function = first._base, first.grad_fn
+    if whole is None or not whole.is_contiguous() or type(function).__name__ not in _CUTS:
         return None
-    if any(x._base is not whole or x.grad_fn is None for x in views):
+    if any(x._base is not whole or x.grad_fn is not function for x in views):
         return None
     if any(x.shape != first.shape or x.stride() != first.stride() for x in views):
+        return None
+    if first.stride(-1) != 1:
         return None
     step = _step(views)
     axes = sorted([*zip(first.stride(), first.shape, strict=True), (step, len(views))])
@@ -105,6 +108,35 @@ def places(*views: Tensor) -> Places | None:
             return None
         expected *= size
     return Places(whole, views) if expected == whole.numel() else None
+
+
+# What makes several views of a tensor, and joins their gradients.
+_CUTS = ("UnbindBackward0", "SplitBackward0", "SplitWithSizesBackward0")
+
+
+@cache
+def never() -> Tensor:
+    """An input for functions of autograd that ask `runs_everything`, the last: it gets nothing."""
+    return torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)
+
+
+def runs_everything(ctx: Any) -> bool:
+    """Whether the backward pass runs the whole graph, not what leads to some gradients alone.
+
+    Args:
+        ctx: of a function whose last input is `never`: nobody asks for the gradient of that.
+    """
+    whole: bool = torch._C._will_engine_execute_node(ctx.next_functions[-1][0])
+    return whole
+
+
+def _hooks_of(x: Tensor) -> dict[int, Any]:
+    """The hooks of a tensor: those of now, and any to come, when the tensor may be gone."""
+    if x._backward_hooks is None:  # as `register_hook` begins
+        x._backward_hooks = OrderedDict()
+        assert x.grad_fn is not None  # a view
+        x.grad_fn._register_hook_dict(x)
+    return x._backward_hooks
 
 
 def _step(parts: Sequence[Tensor]) -> int:
