@@ -52,10 +52,7 @@ class SgdParameter:
     def set_role(
         self, role: str, fmt: Format, rule: int, bits: int, seed: int, halved: bool, table: int, /
     ) -> None: ...
-    def place(
-        self, weight: int, weight_exponents: int, momentum: int, momentum_exponents: int,
-        unused: int, unused_too: int, /,
-    ) -> None: ...  # fmt: skip
+    def place(self, addresses: Sequence[int], /) -> None: ...
     def bind(self, step: int, gradient: int, /) -> None: ...
 
 class AdamParameter:
@@ -64,10 +61,7 @@ class AdamParameter:
     def set_role(
         self, role: str, fmt: Format, rule: int, bits: int, seed: int, halved: bool, table: int, /
     ) -> None: ...
-    def place(
-        self, weight: int, weight_exponents: int, moment: int, moment_exponents: int,
-        root: int, unused: int, /,
-    ) -> None: ...  # fmt: skip
+    def place(self, addresses: Sequence[int], /) -> None: ...
     def bind(self, step: int, gradient: int, /) -> None: ...
 
 def sgd(

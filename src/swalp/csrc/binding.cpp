@@ -218,23 +218,26 @@ void average_rounded(float weight, std::tuple<int64_t, int64_t> blocks, uintptr_
   if (swalp_average_rounded(weight, &a, threads) < 0) throw std::bad_alloc();
 }
 
-// Where what is kept lies, each followed by its exponents.
-void place_sgd(swalp_sgd_parameter& p, uintptr_t weight, uintptr_t weight_exponents, uintptr_t momentum,
-               uintptr_t momentum_exponents, uintptr_t, uintptr_t) {
-  p.weight = at<void>(weight);
-  p.weight_exponents = at<int8_t>(weight_exponents);
-  p.momentum = at<void>(momentum);
-  p.momentum_exponents = at<int8_t>(momentum_exponents);
+// Where what is kept lies, each followed by its exponents, as far as there is any.
+using Places = std::vector<uintptr_t>;
+
+template <class T> T* place_of(const Places& places, size_t i) {
+  return at<T>(i < places.size() ? places[i] : 0);
 }
 
-// The roots have no exponents.
-void place_adam(swalp_adam_parameter& p, uintptr_t weight, uintptr_t weight_exponents, uintptr_t moment,
-                uintptr_t moment_exponents, uintptr_t root, uintptr_t) {
-  p.weight = at<void>(weight);
-  p.weight_exponents = at<int8_t>(weight_exponents);
-  p.moment = at<void>(moment);
-  p.moment_exponents = at<int8_t>(moment_exponents);
-  p.root = at<void>(root);
+void place_sgd(swalp_sgd_parameter& p, const Places& places) {
+  p.weight = place_of<void>(places, 0);
+  p.weight_exponents = place_of<int8_t>(places, 1);
+  p.momentum = place_of<void>(places, 2);
+  p.momentum_exponents = place_of<int8_t>(places, 3);
+}
+
+void place_adam(swalp_adam_parameter& p, const Places& places) {
+  p.weight = place_of<void>(places, 0);
+  p.weight_exponents = place_of<int8_t>(places, 1);
+  p.moment = place_of<void>(places, 2);
+  p.moment_exponents = place_of<int8_t>(places, 3);
+  p.root = place_of<void>(places, 4);  // no exponents
 }
 
 template <class Parameter> void bind(Parameter& p, uint32_t step, uintptr_t gradient) {

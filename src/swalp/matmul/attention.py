@@ -96,7 +96,7 @@ def attend(
         mask, causal = torch.ones(lengths, dtype=torch.bool, device="cpu").tril(), False
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.logical_not()  # True: hidden
-    room = places(query, key, value)
+    room = places(query, key, value) if torch.is_grad_enabled() else None
     result: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
         query, key, value, operands, probabilities, errors,
         _Scores(*operands[:2], mask, causal, factor, finite), guesses, room,

@@ -117,7 +117,8 @@ _CUTS = ("UnbindBackward0", "SplitBackward0", "SplitWithSizesBackward0")
 @cache
 def never() -> Tensor:
     """An input for functions of autograd that ask `runs_everything`, the last: it gets nothing."""
-    return torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)
+    with torch.inference_mode(False):  # it outlives a mode that happens to be on
+        return torch.zeros(0, dtype=torch.float32, device="cpu", requires_grad=True)
 
 
 def runs_everything(ctx: Any) -> bool:

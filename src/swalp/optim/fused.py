@@ -121,8 +121,7 @@ class Prepared:
                 role, plan.kernel, *plans.rule_arguments(rounding)[:3], packed and joined(plan.fmt),
                 plan.value_table().data_ptr() if packed else 0,
             )  # fmt: skip
-        places = [place for one in self._kept for place in (one.at, one.exponents_at)]
-        self.kernel.place(*places, *[0] * (6 - len(places)))
+        self.kernel.place([place for one in self._kept for place in (one.at, one.exponents_at)])
 
     def serves(
         self, recipe: Recipe, roles: tuple[str, ...], kept: Sequence[Tensor], seed: int
