@@ -90,12 +90,10 @@ def attend(
         FloatingPointError: a probability is NaN, as of a mask, and has no integer.
     """
     finite = not _may_be_large(operands[0], operands[1], factor)
-    if causal and not finite:
-        # Infinities need the care that masks get.
-        lengths = query.size(-2), key.size(-2)
-        mask, causal = torch.ones(lengths, dtype=torch.bool, device="cpu").tril(), False
     if mask is not None and mask.dtype == torch.bool:
         mask = mask.logical_not()  # True: hidden
+    if causal and not finite:  # infinities need the care that masks get
+        mask, causal = _later(query.size(-2), key.size(-2)), False
     room = places(query, key, value) if torch.is_grad_enabled() else None
     result: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
         query, key, value, operands, probabilities, errors,
@@ -215,9 +213,7 @@ def _in_float(ctx: Any, scores: _Scores, v: Operand, grad: Tensor) -> tuple[Tens
     e = operand(grad, error)
     dv = product(transpose(operand(p, probabilities)), e)
     dp = torch.ops.aten._softmax_backward_data(product(e, v), p, -1, torch.float32)
-    hidden = scores.mask
-    if scores.causal:
-        hidden = torch.ones(dp.shape[-2:], dtype=torch.bool, device="cpu").triu(1)
+    hidden = _later(*dp.shape[-2:]) if scores.causal else scores.mask
     if hidden is not None and hidden.dtype == torch.bool:
         dp.masked_fill_(hidden, 0.0)
     s = operand(dp.mul_(scores.factor), score_error)
@@ -252,6 +248,11 @@ def _may_be_large(left: Operand, right: Operand, factor: float) -> bool:
     """Whether numbers of a product, times `factor`, might come near float32's infinity."""
     exponent = exponent_of(left) + exponent_of(right) + 14
     return exponent + math.log2(left.codes.shape[-1] * max(abs(factor), 1.0)) > _LARGE
+
+
+def _later(rows: int, columns: int) -> Tensor:
+    """What causal attention hides: the columns after the row."""
+    return torch.ones(rows, columns, dtype=torch.bool, device="cpu").triu(1)
 
 
 def _bands(x: Operand) -> list[slice]:

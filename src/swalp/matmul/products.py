@@ -70,11 +70,9 @@ def native(left: Operand, right: Operand, bias: Operand | Tensor | None = None) 
 
 def product_into(out: Tensor, left: Operand, right: Operand) -> None:
     """``out = left @ right``, of three dimensions; `out` may lie in a larger tensor, by rows."""
-    whole = left.codes.shape[-1] < kernels.DEEPEST and out.stride(-1) == 1
-    if whole and kernels.kernel().multiply is kernels.multiply_codes:
+    if out.stride(-1) == 1 and _in_one_pass(left):
         _check(left, right)
-        gap = left.gap + right.gap
-        kernels.run_codes(left.codes, right.codes, out, gap, left.exponents, right.exponents, None)
+        _run(out, left, right)
     else:
         out.copy_(native(left, right))
 
@@ -121,9 +119,13 @@ def channel_sums(x: Operand) -> Tensor:
 
 def _at_once(left: Operand) -> bool:
     """Whether one call of the compiled kernel is the whole product: of matrices, not too deep."""
-    codes = left.codes
+    return left.codes.dim() == 2 and _in_one_pass(left)
+
+
+def _in_one_pass(left: Operand) -> bool:
+    """Whether the compiled kernel multiplies, and its sums need not be parted."""
     compiled = kernels.kernel().multiply is kernels.multiply_codes
-    return compiled and codes.dim() == 2 and codes.shape[1] < kernels.DEEPEST
+    return compiled and left.codes.shape[-1] < kernels.DEEPEST
 
 
 def _compiled(
@@ -133,11 +135,21 @@ def _compiled(
     passed: Tensor | None = None,
 ) -> Tensor:
     out = buffers.empty(*left.codes.shape[:-1], right.codes.shape[-1])
+    _run(out, left, right, bias, passed)
+    return out
+
+
+def _run(
+    out: Tensor,
+    left: Operand,
+    right: Operand,
+    bias: Operand | Tensor | None = None,
+    passed: Tensor | None = None,
+) -> None:
     gap = left.gap + right.gap
     kernels.run_codes(
         left.codes, right.codes, out, gap, left.exponents, right.exponents, bias, passed
     )
-    return out
 
 
 def _portable(

@@ -147,32 +147,33 @@ def _step(parts: Sequence[Tensor]) -> int:
     return step if offsets == [offsets[0] + i * step for i in range(len(parts))] else 0
 
 
-def _stacked(parts: Sequence[Tensor], dim: int = 0) -> Tensor | None:
-    size, stride = list(parts[0].shape), list(parts[0].stride())
+def _stacked(parts: Sequence[Tensor], step: int, dim: int) -> Tensor | None:
+    first = parts[0]
+    size, stride = list(first.shape), list(first.stride())
     at = dim % (len(size) + 1)
     size.insert(at, len(parts))
-    stride.insert(at, _step(parts))
-    return parts[0].as_strided(size, stride, parts[0].storage_offset())
+    stride.insert(at, step)
+    return first.as_strided(size, stride, first.storage_offset())
 
 
-def _side_by_side(parts: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+def _side_by_side(parts: Sequence[Tensor], step: int, dim: int) -> Tensor | None:
     first = parts[0]
-    if _step(parts) != first.size(dim) * first.stride(dim):
+    if step != first.size(dim) * first.stride(dim):
         return None
     size = list(first.shape)
     size[dim] *= len(parts)
     return first.as_strided(size, first.stride(), first.storage_offset())
 
 
-_JOINS: dict[Any, Callable[..., Tensor | None]] = {
+# Each joins parts that lie so many elements apart along that dimension.
+Join = Callable[[Sequence[Tensor], int, int], Tensor | None]
+_JOINS: dict[Any, Join] = {
     torch.ops.aten.stack.default: _stacked,
     torch.ops.aten.cat.default: _side_by_side,
 }
 
 
-def _joined(
-    join: Callable[..., Tensor | None], parts: Sequence[Tensor], dim: int = 0
-) -> Tensor | None:
+def _joined(join: Join, parts: Sequence[Tensor], dim: int = 0) -> Tensor | None:
     """The parts joined, as a view of the memory that they lie in; None if they lie otherwise."""
     first = parts[0]
     memory = first.untyped_storage()._cdata
@@ -184,4 +185,5 @@ def _joined(
         for x in parts
     ):
         return None
-    return join(parts, dim) if _step(parts) > 0 else None
+    step = _step(parts)
+    return join(parts, step, dim) if step > 0 else None

@@ -185,10 +185,7 @@ class Adam(LowPrecisionOptimizer):
             kept += [state["exp_avg"], state["root"]]
             prepared = self._prepared("AdamParameter", roles, recipe, name, gradient, kept)
             assert prepared is not None
-        step = state.setdefault("step", 0)
-        prepared.state = state
-        prepared.kernel.bind(step, gradient.data_ptr())
-        prepared.kernel.step = step + 1
+        prepared.kernel.step = prepared.begin(state, gradient) + 1
         return prepared
 
     def _run(

@@ -148,6 +148,13 @@ class Prepared:
                 return False
         return True
 
+    def begin(self, state: dict[str, Any], gradient: Tensor) -> int:
+        """The next step is of this state and gradient; returns how many there have been."""
+        self.state = state
+        step: int = state.setdefault("step", 0)
+        self.kernel.bind(step, gradient.data_ptr())
+        return step
+
 
 class _Kept(NamedTuple):
     """A tensor, and the memory that a step works on: `parameter.data` can be assigned."""

@@ -163,8 +163,7 @@ class SGD(LowPrecisionOptimizer):
             kept.append(state["momentum_buffer"])
             prepared = self._prepared("SgdParameter", roles, recipe, name, gradient, kept)
             assert prepared is not None
-        prepared.state = state
-        prepared.kernel.bind(state.setdefault("step", 0), gradient.data_ptr())
+        prepared.begin(state, gradient)
         return prepared
 
     def _run(
