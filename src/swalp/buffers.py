@@ -27,7 +27,7 @@ except ImportError:
 SMALLEST = 1 << 18  # bytes: below, the allocator of the C library is as good
 REGION = 1 << 30  # bytes of address space; memory only where it has been written
 WINDOW = 1 << 12  # results in which memory that none of them touched goes back to the system
-_M_MMAP_THRESHOLD = -3  # of mallopt
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt
 # Kind, by DLPack's numbers, and bytes.
 _TYPES = {torch.float32: (2, 4), torch.int8: (0, 1), torch.uint8: (1, 1)}
 
@@ -72,7 +72,7 @@ def release() -> None:
         each.release()
 
 
-def save_memory(keep: int = 1 << 23) -> None:
+def save_memory(keep: int = 1 << 24) -> None:
     """Give memory back to the system as soon as nothing uses it, from now on, in this process.
 
     The peak of a step falls, by half where layers leave large results of PyTorch's between them.
@@ -80,9 +80,9 @@ def save_memory(keep: int = 1 << 23) -> None:
     It takes least if this is called before the process has made a tensor: then large tensors of
     PyTorch's on the CPU lie on large pages, too (``THP_MEM_ALLOC_ENABLE`` in the environment, if it
     has no value there), which the system hands out in a fraction of the time. Those tensors go
-    back where the C library has `mallopt` (glibc): from 1 MB on it gets each from the system. That
-    cannot be undone. To hold less still, let nonlinearities work in place: `inplace = True` on ReLU
-    and on GELU right after a linear layer.
+    back where the C library has `mallopt` (glibc): from 1 MB on it gets each from the system, and
+    of what is smaller it keeps 8 MB. That cannot be undone. To hold less still, let nonlinearities
+    work in place: `inplace = True` on ReLU and on GELU right after a linear layer.
 
     Args:
         keep: bytes that stay for the next results, of floats and of codes each.
@@ -97,7 +97,9 @@ def save_memory(keep: int = 1 << 23) -> None:
     for each in _all():
         each.save(keep)
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 8 << 20)
 
 
 def _all() -> list[_kernels.Buffers]:

@@ -25,6 +25,7 @@ if plans.available:
     from swalp import _kernels
 
 _PART = 1 << 23  # bytes of an input that are computed again at a time
+_BAND = 1 << 20  # bytes of a norm's result that PyTorch allocates at a time
 
 
 class LeanReLU(QuantizedLayer):
@@ -69,10 +70,12 @@ class LeanLayerNorm(QuantizedLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The parent's forward."""
-        if not (_plain(x) and _keeps(x) and x.is_contiguous()):
+        shape = self.normalized_shape
+        keeps = any(map(_keeps, (one for one in (x, self.weight, self.bias) if one is not None)))
+        if not (_plain(x) and keeps and x.is_contiguous() and x.shape[-len(shape) :] == shape):
             return super().forward(x, *args, **kwargs)
         return _LayerNorm.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
-            x, self.weight, self.bias, self.normalized_shape, self.eps
+            x, self.weight, self.bias, shape, self.eps
         )
 
 
@@ -208,6 +211,8 @@ class _GELU(torch.autograd.Function):
 
 
 class _LayerNorm(torch.autograd.Function):
+    """By bands of rows: PyTorch's function has no way to write its result to given memory."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -218,10 +223,13 @@ class _LayerNorm(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         scale, shift = map(_float, (weight, bias))
-        y, mean, own_scale = buffers.empty(*x.shape), buffers.empty(0), buffers.empty(0)
-        torch.ops.aten.native_layer_norm.out(
-            x, shape, scale, shift, eps, out0=y, out1=mean, out2=own_scale
-        )
+        y = buffers.empty(*x.shape)
+        rows, results = x.view(-1, *shape), y.view(-1, *shape)
+        mean, own_scale = x.new_empty(2, len(rows), *(1 for _ in shape))
+        for band in _bands(rows):
+            results[band], mean[band], own_scale[band] = torch.native_layer_norm(
+                rows[band], shape, scale, shift, eps
+            )
         ctx.save_for_backward(x, mean, own_scale, scale, shift)
         ctx.shape = shape
         return y
@@ -230,18 +238,28 @@ class _LayerNorm(torch.autograd.Function):
     @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, own_scale, scale, shift = ctx.saved_tensors
-        mask = list(ctx.needs_input_grad[:3])
-        arguments = grad.contiguous(), x, ctx.shape, mean, own_scale, scale, shift, mask
-        if not all(mask):
-            found = torch.ops.aten.native_layer_norm_backward(*arguments)
-            return (
-                *(one if need else None for one, need in zip(found, mask, strict=True)),
-                None,
-                None,
+        shape, (wanted, *others) = ctx.shape, ctx.needs_input_grad[:3]
+        rows, grads = x.view(-1, *shape), grad.contiguous().view(-1, *shape)
+        backward = torch.ops.aten.native_layer_norm_backward
+        dx = dscale = dshift = None
+        if any(others):
+            _, dscale, dshift = backward(
+                grads, rows, shape, mean, own_scale, scale, shift, [False, *others]
             )
-        dx, dscale, dshift = buffers.empty(*x.shape), buffers.empty(0), buffers.empty(0)
-        torch.ops.aten.native_layer_norm_backward.out(*arguments, out0=dx, out1=dscale, out2=dshift)
+        if wanted:
+            dx = buffers.empty(*x.shape)
+            results = dx.view(-1, *shape)
+            for band in _bands(rows):
+                results[band], _, _ = backward(
+                    grads[band], rows[band], shape, mean[band], own_scale[band], scale, shift,
+                    [True, False, False],
+                )  # fmt: skip
         return dx, dscale, dshift, None, None
+
+
+def _bands(rows: Tensor) -> list[slice]:
+    many = max(1, _BAND // max(1, rows[0].nbytes))
+    return [slice(i, i + many) for i in range(0, len(rows), many)]
 
 
 class _MaxPool(torch.autograd.Function):
