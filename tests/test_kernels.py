@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.autograd import forward_ad
 
 import swalp
 from swalp import (
@@ -25,8 +27,9 @@ from swalp import (
     TowardZero,
     parse_format,
 )
-from swalp.noise import random_bits
-from swalp.quantize import codes, cpu, dispatch, plans, quantize_many, reference
+from swalp.noise import fresh_seed, random_bits
+from swalp.packed import pack
+from swalp.quantize import codes, cpu, dispatch, plans, quantize_many, reference, storage
 from swalp.quantize.api import check
 
 pytestmark = pytest.mark.skipif(not plans.available, reason="swalp was built without C++ kernels")
@@ -505,7 +508,7 @@ def test_noise(build, bits, start):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8])
-@pytest.mark.parametrize("count", [0, 1, 2, 31, 64, 1001, 2 * cpu.SERIAL + 1])
+@pytest.mark.parametrize("count", [0, 1, 2, 31, 64, 1001, (1 << 17) + 1])
 @pytest.mark.usefixtures("build")
 def test_two_codes_to_a_byte(count, dtype):
     lowest = -8 if dtype == torch.int8 else 0
@@ -615,7 +618,7 @@ def test_the_short_way_through_quantize():
                 assert same_bits(place, want)
     fmt = FixedPoint(8, 4)
     swalp.quantize(x, fmt)
-    assert plans.plan_of(fmt).checked
+    assert plans.plan_of(fmt).checked is not None
     with pytest.raises(TypeError, match="rounding must be a rule"):
         swalp.quantize(x, fmt, "nearest")
     with pytest.raises(ValueError, match="gradient="):
@@ -632,6 +635,67 @@ def test_the_short_way_through_quantize():
     torch.manual_seed(1)
     assert torch.equal(swalp.quantize(x, fmt, Stochastic()), first)
     assert not torch.equal(swalp.quantize(x, fmt, Stochastic()), first)
+
+
+def from_c(asked, fmt, x, rule=None, out=None):
+    """What the short way does with a tensor, if it takes it."""
+    plan = plans.plan_of(fmt)
+    rows = None if plan.shapeless else plan.rows
+    return _kernels.quantize_plain(
+        asked, plan.kernel, rows, x, out, 0 if rule is None else rule, 16, 0, 0, 0
+    )
+
+
+class Passing(torch.utils._python_dispatch.TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace:DeprecationWarning")
+@pytest.mark.parametrize("looks", [True, False], ids=["in C", "by attributes"])
+@pytest.mark.parametrize("fmt", [BlockFloat(8), BlockFloat(8, axes=(0,))], ids=str)
+def test_the_short_way_takes_plain_memory_alone(looks, fmt):
+    asked = _kernels.Torch(torch, forward_ad, storage.WATCHERS, fresh_seed, looks)
+    x = tame(6, 40)
+    plans.plan_of(fmt).rows_of(x.shape)
+    want = reference.quantize(x, fmt, Nearest())
+    kept = nn.Parameter(x.clone())
+    for taken in (x, torch.cat([x, x])[6:], x[None].select(0, 0), kept.detach()):
+        assert same_bits(from_c(asked, fmt, taken), want)
+    version, place = x._version, x.clone()
+    assert from_c(asked, fmt, place, out=place) is place
+    assert same_bits(place, want)
+    assert x._version == version
+    assert place._version == 1
+    refused = [
+        *(x.t(), x[:, ::2], x.double(), x.long(), x[:0], torch._neg_view(x), kept, 3, None),
+        *(x.to("meta"), x.to_sparse(), x.expand(6, 40)[:1].expand(6, 40), x.numpy()),
+        *(pack(x, fmt, Nearest()), torch.stack([x, x])),
+    ]
+    for other in refused[: None if fmt.axes else -1]:  # one row holds as many as there are
+        assert from_c(asked, fmt, other) is None
+    with torch.no_grad():
+        assert same_bits(from_c(asked, fmt, kept), want)
+    # A rule that is none, and what cannot be written to as it is read.
+    assert from_c(asked, fmt, x, rule=-1) is None
+    store = torch.cat([x.reshape(-1), x.new_zeros(8)])
+    for out in (x.t().contiguous(), torch.zeros(6, 40).double(), kept, store[8:].view(6, 40)):
+        assert from_c(asked, fmt, store[:240].view(6, 40), out=out) is None
+    assert torch.equal(store[:240], x.view(-1))
+    # Whom PyTorch shows what is done.
+    with Passing():
+        assert from_c(asked, fmt, x) is None
+    with forward_ad.dual_level():
+        assert from_c(asked, fmt, x) is None
+    seen = []
+    torch.func.vmap(lambda y: seen.append(from_c(asked, fmt, x)) or y)(x)
+    torch.jit.trace(lambda y: seen.append(from_c(asked, fmt, x)) or y, (x,), check_trace=False)
+    leaf = x.clone().requires_grad_()
+    y = leaf * 1
+    y.register_hook(lambda grad: seen.append(from_c(asked, fmt, grad)))
+    torch.autograd.grad(y, leaf, torch.stack([x, x]), is_grads_batched=True)
+    assert len(seen) >= 3
+    assert not any(found is not None for found in seen)
 
 
 def test_what_the_kernels_leave_to_the_reference():

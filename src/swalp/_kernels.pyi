@@ -1,6 +1,8 @@
 """The C++ kernels on raw addresses; `csrc/kernels.h` says what each argument means."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from torch import Size, Tensor
 
 GRID: int
 MINIFLOAT: int
@@ -86,10 +88,17 @@ def causal(
 ) -> None: ...
 def relu(count: int, x: int, out: int, passed: int, threads: int, /) -> None: ...
 def relu_gradient(count: int, gradient: int, passed: int, out: int, threads: int, /) -> None: ...
-def quantize_flat(
-    fmt: Format, count: int, x: int, out: int,
-    rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
-) -> None: ...  # fmt: skip
+
+class Torch:
+    def __init__(
+        self, torch: object, forward_ad: object, watchers: tuple[Callable[[], object], ...],
+        fresh_seed: Callable[[], int], look: bool, /,
+    ) -> None: ...  # fmt: skip
+
+def quantize_plain(
+    torch: Torch, fmt: Format, rows: dict[Size, Layout] | None, x: Tensor, out: Tensor | None,
+    rule: int, bits: int, seed: int | None, step: int, call: int, /,
+) -> Tensor | None: ...  # fmt: skip
 def quantize_many(
     fmt: Format, layouts: Sequence[Layout], x: Sequence[int], out: Sequence[int],
     rule: int, bits: int, seed_step_call: Sequence[tuple[int, int, int]], threads: int, /,

@@ -18,9 +18,8 @@
 #include "convolution.h"
 #include "kernels.h"
 #include "matmul.h"
+#include "plain.h"
 #include "tensors.h"
-
-namespace nb = nanobind;
 
 namespace {
 
@@ -121,9 +120,33 @@ swalp_layout flat(int64_t n) {
   return l;
 }
 
-void quantize_flat(const swalp_format& f, int64_t n, uintptr_t x, uintptr_t out, int32_t rule,
-                   int32_t bits, uint64_t seed, uint32_t step, uint32_t call, int threads) {
-  quantize(f, flat(n), x, out, SWALP_FLOAT32, 0, 4, rule, bits, seed, step, call, threads);
+// `quantize` of a plain tensor into another, or into a new one if `out` is None. None, and nothing done:
+// one is not plain, or its shape not among `rows`, of shapes their layouts (None: each is one row), or
+// `rule` is none. `seed`: None for a fresh one.
+nb::object quantize_plain(const Torch& torch, const swalp_format& f, nb::handle rows, nb::handle x,
+                          nb::handle out, int32_t rule, int32_t bits, nb::object seed, uint32_t step,
+                          uint32_t call) {
+  if (rule < 0 || !torch.unwatched()) return nb::none();
+  const Memory from = torch.plain(x);
+  if (!from.data) return nb::none();
+  const nb::handle known = rows.is_none() ? nb::handle() : torch.at_shape(rows, x);
+  if (!rows.is_none() && !known) return nb::none();
+  const nb::object result = out.is_none() ? torch.empty_like(x) : nb::borrow(out);
+  Memory to = from;
+  if (out.is_none()) {
+    to = torch.memory(result);
+  } else if (!out.is(x)) {
+    to = torch.plain(out);
+    const int64_t distance = to.data > from.data ? to.data - from.data : from.data - to.data;
+    if (!to.data || (distance && distance < from.count) || !torch.of_one_shape(x, out)) return nb::none();
+  }
+  if (!out.is_none()) torch.note_written(out);
+  if (seed.is_none()) seed = torch.fresh_seed();
+  quantize(f, known ? nb::cast<const swalp_layout&>(known) : flat(from.count),
+           reinterpret_cast<uintptr_t>(from.data), reinterpret_cast<uintptr_t>(to.data), SWALP_FLOAT32, 0, 4,
+           rule, bits, nb::cast<uint64_t>(seed), step, call,
+           from.count < kHoldLock ? 1 : torch.threads());
+  return result;
 }
 
 void quantize_many(const swalp_format& f, const std::vector<const swalp_layout*>& layouts,
@@ -495,7 +518,9 @@ NB_MODULE(_kernels, m) {
   m.attr("MOVING64") = static_cast<int>(SWALP_MOVING64);
   m.attr("SUM") = static_cast<int>(SWALP_SUM);
   m.def("quantize", &quantize);
-  m.def("quantize_flat", &quantize_flat);
+  nb::class_<Torch>(m, "Torch").def(nb::init<nb::object, nb::object, nb::tuple, nb::object, bool>());
+  m.def("quantize_plain", &quantize_plain, nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
+        nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
   m.def("quantize_many", &quantize_many);
   m.def("unpack", &unpack);
   m.def("split", &split);

@@ -9,13 +9,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from swalp.format_text import parse_format
 from swalp.formats import Binary, BlockFloat, FixedPoint, Format, Microscaling, Minifloat
-from swalp.quantize import cpu, dispatch, plans, reference, storage
+from swalp.quantize import dispatch, plans, reference, storage
 from swalp.quantize.blocks import block_extents
 from swalp.rounding import DETERMINISTIC, Nearest, Rounding, Stochastic, TowardZero
+
+if plans.available:
+    from swalp._kernels import quantize_plain
 
 Gradient = Literal["straight-through", "clipped"]
 
@@ -59,22 +61,26 @@ def quantize(
 
     Source: Yang et al. 2019 (arXiv:1904.11943), section 3.1; `docs/numerics.md` has the contract.
     """
-    if not torch.compiler.is_compiling():  # then the operator checks: Dynamo ignores its cache
-        # The checks cost more than a thousand numbers: a format that passed them is known again.
+    if not torch.compiler.is_dynamo_compiling():  # the operator checks, as Dynamo ignores its cache
+        # The checks cost more than a thousand numbers: a format that passed them is known again,
+        # and the rest is asked in C. One more function would take 3 % of such a call.
         found = plans.known.get(id(fmt))
         if (
             found is not None
-            and found[0].checked
-            and type(rounding) in plans.RULES
+            and (kernel := found[0].checked) is not None
             and gradient in _GRADIENTS
-            and _is_plain(x)
-            and x.dtype is torch.float32
-            and x.is_cpu
-            and x.is_contiguous()
-            and not x.is_neg()
-            and (out is None or out is x or _is_alike(x, out))
         ):
-            return cpu.quantize_contiguous(found[0], x, rounding, out)
+            rows = None if found[0].shapeless else found[0].rows
+            if type(rounding) is Stochastic:
+                done = quantize_plain(
+                    plans.TORCH, kernel, rows, x, out,
+                    4, rounding.random_bits, rounding.seed, rounding.step, rounding.call,
+                )  # fmt: skip
+            else:
+                rule = plans.RULES.get(type(rounding), -1)
+                done = quantize_plain(plans.TORCH, kernel, rows, x, out, rule, 16, 0, 0, 0)
+            if done is not None:
+                return done
         check(x, fmt, rounding)
     if gradient not in _GRADIENTS:
         raise ValueError(f"gradient={gradient!r} must be 'straight-through' or 'clipped'")
@@ -83,7 +89,10 @@ def quantize(
         x = x.detach()
     if not torch.compiler.is_compiling() and _is_plain(x) and not x.is_meta:
         if x.dtype is torch.float32 and not isinstance(fmt, Binary):  # it has no rule toward zero
-            plans.plan_of(fmt).checked = plans.knows(fmt)
+            plan = plans.plan_of(fmt)
+            if plan.kernel is not None:
+                plan.rows_of(x.shape)  # for `quantize_plain`
+                plan.checked = plan.kernel
         if out is None:
             return dispatch.run(x, fmt, rounding)
         if type(out) in _PLAIN:
@@ -185,7 +194,7 @@ def quantize_many(
         for x, target in zip(tensors, out, strict=True):
             _check_out(x, target)
         kinds |= set(map(type, out))
-    if kinds <= _PLAIN and not _is_watched():
+    if kinds <= _PLAIN and not storage.is_watched():
         return list(dispatch.run_many(tensors, shapes, fmt, rules, out))
     each = rules if len(rules) == len(tensors) else list(rules) * len(tensors)
     targets = [None] * len(tensors) if out is None else out
@@ -295,32 +304,12 @@ def _is_plain(x: Tensor) -> bool:
         type(x) in _PLAIN
         and not (x.requires_grad and torch.is_grad_enabled())
         and _has_storage(x)
-        and not _is_watched()
+        and not storage.is_watched()
     )
 
 
 _has_storage = torch._C._has_storage
 _PLAIN = {Tensor, torch.nn.Parameter}  # whose memory is what they are
-
-
-def _is_watched() -> bool:
-    """Whether PyTorch must see what is done: transformations, modes, tracing, forward gradients."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-        or forward_ad._current_level >= 0
-    )
-
-
-def _is_alike(x: Tensor, out: Tensor) -> bool:
-    """Whether the kernel can write to `out` what it reads from a plain, contiguous `x`."""
-    return (
-        _is_plain(out)
-        and storage.is_plain(out)
-        and out.shape == x.shape
-        and not storage.partly_the_same(x, out)
-    )
 
 
 @torch.library.custom_op("swalp::quantize", mutates_args=())

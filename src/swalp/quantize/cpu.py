@@ -16,14 +16,12 @@ from swalp import buffers
 from swalp.formats import Format
 from swalp.quantize import codes as definition
 from swalp.quantize.blocks import permuted
-from swalp.quantize.plans import Plan, available, plan_of, rule_arguments
+from swalp.quantize.plans import available, plan_of, rule_arguments
 from swalp.quantize.storage import partly_the_same
-from swalp.rounding import Rounding, Stochastic
+from swalp.rounding import Rounding
 
 if available:
     from swalp import _kernels
-
-SERIAL = 1 << 16  # below this the kernels use one thread whatever they are given
 
 
 def quantize(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = None) -> Tensor:
@@ -61,40 +59,6 @@ def quantize(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = No
     return out
 
 
-def quantize_contiguous(
-    plan: Plan, x: Tensor, rounding: Rounding, out: Tensor | None = None
-) -> Tensor:
-    """`quantize` with as little as possible around the kernel.
-
-    Args:
-        plan: `checked`.
-        x: a plain float32 tensor on the CPU, contiguous, without a negative bit.
-        rounding: the rule.
-        out: like `x`, and `x` or apart from it; None: a new tensor.
-    """
-    assert plan.kernel is not None  # `checked`
-    if out is None:
-        out = torch.empty_like(x)
-    else:
-        increment_version(out)
-    count = x.numel()
-    threads = 1 if count < SERIAL else torch.get_num_threads()
-    if type(rounding) is Stochastic and (seed := rounding.seed) is not None:
-        bits, step, call, rule = rounding.random_bits, rounding.step, rounding.call, 4
-    else:
-        rule, bits, seed, step, call = rule_arguments(rounding)
-    if plan.shapeless:
-        _kernels.quantize_flat(
-            plan.kernel, count, x.data_ptr(), out.data_ptr(), rule, bits, seed, step, call, threads
-        )
-    else:
-        _kernels.quantize(
-            plan.kernel, plan.rows_of(x), x.data_ptr(), out.data_ptr(), 0, 0, 0,
-            rule, bits, seed, step, call, threads,
-        )  # fmt: skip
-    return out
-
-
 def quantize_many(
     tensors: Sequence[Tensor],
     shapes: Sequence[Size],
@@ -116,10 +80,9 @@ def quantize_many(
     rule, bits = rules[0][:2]
     addresses = [tensor.data_ptr() for tensor in tensors]
     if shapes.count(shapes[0]) == len(shapes):  # hashes of shapes take longer
-        rows = [plan.rows_of(tensors[0])] * len(shapes)
+        rows = [plan.rows_of(shapes[0])] * len(shapes)
     else:
-        examples = dict(zip(shapes, tensors, strict=True))
-        found = {shape: plan.rows_of(x) for shape, x in examples.items()}
+        found = {shape: plan.rows_of(shape) for shape in set(shapes)}
         rows = [found[shape] for shape in shapes]
     assert plan.kernel is not None  # `supports`
     _kernels.quantize_many(

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from swalp.formats import Binary, BlockFloat, FixedPoint, Format, Microscaling, Minifloat
 from swalp.noise import fresh_seed
 from swalp.quantize import codes as definition
+from swalp.quantize import storage
 from swalp.quantize.blocks import block_extents
 from swalp.quantize.layouts import MAX_AXES, Layout, layout_of
 from swalp.rounding import (
@@ -28,6 +30,7 @@ except ImportError:
     available = False
 else:
     available = True
+    TORCH = _kernels.Torch(torch, forward_ad, storage.WATCHERS, fresh_seed, True)
     if os.environ.get("SWALP_ISA"):
         _kernels.use(os.environ["SWALP_ISA"])
 
@@ -49,7 +52,8 @@ class Plan:
         fmt: the format.
         kernel: its numbers; None if the kernels do not have it.
         shapeless: whether contiguous tensors of any shape are one long row to it.
-        checked: set by those who know that `fmt` and float32 fit together and with every rule.
+        checked: `kernel`, set by those who know that `fmt` and float32 fit together and with every
+            rule.
         exponents: how exponents of blocks are held; None without blocks.
         layouts, rows, table, integers: what the methods have found.
     """
@@ -58,7 +62,7 @@ class Plan:
     kernel: _kernels.Format | None
     shapeless: bool
     exponents: torch.dtype | None
-    checked: bool = False
+    checked: _kernels.Format | None = None
     layouts: dict[tuple[torch.Size, tuple[int, ...]], tuple[Layout, _kernels.Layout] | None] = (
         field(default_factory=dict)
     )
@@ -83,16 +87,15 @@ class Plan:
         self.layouts[key] = found
         return found
 
-    def rows_of(self, x: Tensor) -> _kernels.Layout:
-        """The layout of a contiguous tensor."""
-        shape = x.shape
+    def rows_of(self, shape: torch.Size) -> _kernels.Layout:
+        """The layout of a contiguous tensor of that shape."""
         layout = self.rows.get(shape)
         if layout is None:
-            if not x.numel():
+            if not shape.numel():
                 if isinstance(self.fmt, BlockFloat | Microscaling):
                     block_extents(self.fmt, shape)  # raises
                 return _kernels.Layout((0,), (1,), 0, 0)
-            found = self.layout_of(x)
+            found = self.layout_of(torch.empty(shape, device="meta"))
             assert found is not None  # a contiguous tensor has one
             if len(self.rows) >= _CACHED:
                 self.rows.clear()

@@ -6,6 +6,20 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+# Each says, when it is called, whether PyTorch must see what is done: for its transformations of
+# functions, its modes, or because it traces.
+WATCHERS = (
+    torch._C._are_functorch_transforms_active,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._is_tracing,
+)
+
+
+def is_watched() -> bool:
+    """Whether PyTorch must see what is done, for its modes or for forward gradients."""
+    return any(asked() for asked in WATCHERS) or forward_ad._current_level >= 0
 
 
 def is_plain(x: Tensor) -> bool:
