@@ -263,12 +263,17 @@ void place_adam(swalp_adam_parameter& p, const Places& places) {
   p.root = place_of<void>(places, 4);  // no exponents
 }
 
-template <class Parameter> void bind(Parameter& p, uint32_t step, uintptr_t gradient) {
-  p.gradient = at<float>(gradient);
+// The next step is of this gradient; false: it is not plain, or has not as many elements.
+template <class Parameter>
+bool bind(Parameter& p, const Torch& torch, uint32_t step, nb::handle gradient) {
+  const Memory memory = torch.in_order(gradient);
+  if (memory.count != p.blocks * p.length) return false;
+  p.gradient = memory.data;
   p.reused = Regions::any_holds(p.gradient);
   p.gradient_role.rounding.step = p.weight_role.rounding.step = step;
   if constexpr (std::is_same_v<Parameter, swalp_sgd_parameter>) p.momentum_role.rounding.step = step;
   else p.moment_role.rounding.step = p.root_role.rounding.step = step;
+  return true;
 }
 
 // One step of all parameters, without the interpreter's lock. Returns whether a NaN was lost, and whether
@@ -518,6 +523,9 @@ NB_MODULE(_kernels, m) {
   m.attr("MOVING64") = static_cast<int>(SWALP_MOVING64);
   m.attr("SUM") = static_cast<int>(SWALP_SUM);
   m.def("quantize", &quantize);
+  nb::class_<Layouts>(m, "Layouts")
+      .def(nb::init<const Torch&, nb::list>())
+      .def("hold", &Layouts::hold);
   nb::class_<Torch>(m, "Torch").def(nb::init<nb::object, nb::object, nb::tuple, nb::object, bool>());
   m.def("quantize_plain", &quantize_plain, nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
         nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());

@@ -9,7 +9,7 @@ namespace nb = nanobind;
 
 namespace {
 
-// Float32 on the CPU, one after another; null: it is not that.
+// Float32 on the CPU, one after another; null: it is not that, or nothing.
 struct Memory {
   float* data = nullptr;
   int64_t count = 0;
@@ -41,15 +41,22 @@ class Torch {
     return nb::cast<int>(forward_ad_.attr(level_)) < 0;
   }
 
-  // Of a tensor that is just its memory, with no gradient to record; null: it is not, or has no element.
-  Memory plain(nb::handle x) const {
+  // Of a tensor or parameter that is just its memory.
+  Memory in_order(nb::handle x) const {
     const nb::handle type = nb::handle(reinterpret_cast<PyObject*>(Py_TYPE(x.ptr())));
     if (!type.is(tensor_) && !type.is(parameter_)) return {};
-    if (is(x, requires_grad_) && is_true(PyObject_CallNoArgs(grad_enabled_.ptr()))) return {};
-    if (is_true(PyObject_CallMethodNoArgs(x.ptr(), is_neg_.ptr()))) return {};
-    return memory(x);
+    return is_true(PyObject_CallMethodNoArgs(x.ptr(), is_neg_.ptr())) ? Memory{} : memory(x);
   }
 
+  // The same, with no gradient to record.
+  Memory plain(nb::handle x) const {
+    const Memory found = in_order(x);
+    const bool records = found.data && is_true(PyObject_GetAttr(x.ptr(), requires_grad_.ptr())) &&
+                         is_true(PyObject_CallNoArgs(grad_enabled_.ptr()));
+    return records ? Memory{} : found;
+  }
+
+  // Of what is no subclass, without a look at its signs.
   Memory memory(nb::handle x) const {
     if (!exchange_) {
       if (!is_true(PyObject_CallOneArg(has_storage_.ptr(), x.ptr())) || !nb::cast<bool>(x.attr("is_cpu")))
@@ -59,16 +66,31 @@ class Torch {
               nb::cast<int64_t>(x.attr("numel")())};
     }
     DLTensor seen;
-    if (exchange_->look(x.ptr(), &seen)) {  // no memory: meta, sparse, gradients taken back at once
-      PyErr_Clear();
-      return {};
-    }
+    if (!look(x, seen)) return {};
     if (seen.device.type != 1 || seen.type.code != 2 || seen.type.bits != 32 || seen.type.lanes != 1) return {};
     int64_t count = 1;
     for (int32_t axis = seen.dims; axis-- > 0; count *= seen.shape[axis])
       if (seen.shape[axis] != 1 && seen.strides[axis] != count) return {};
     if (!count) return {};
     return {reinterpret_cast<float*>(static_cast<uint8_t*>(seen.data) + seen.byte_offset), count};
+  }
+
+  // Writes numbers that say how a tensor lies in memory.
+  void layout(nb::handle x, std::vector<int64_t>& to) const {
+    to.push_back(is_true(PyObject_CallMethodNoArgs(x.ptr(), is_neg_.ptr())));
+    DLTensor seen;
+    if (!exchange_) {
+      for (const char* each : {"dtype", "device"}) to.push_back(PyObject_Hash(nb::object(x.attr(each)).ptr()));
+      for (const nb::object& each : {nb::object(x.attr(shape_)), nb::object(x.attr("stride")())})
+        for (nb::handle size : each) to.push_back(nb::cast<int64_t>(size));
+      if (is_true(PyObject_CallOneArg(has_storage_.ptr(), x.ptr())))
+        to.push_back(nb::cast<int64_t>(x.attr("data_ptr")()));
+    } else if (look(x, seen)) {
+      to.insert(to.end(), {reinterpret_cast<int64_t>(seen.data) + static_cast<int64_t>(seen.byte_offset),
+                           seen.device.type, seen.device.id, seen.type.code, seen.type.bits, seen.dims});
+      to.insert(to.end(), seen.shape, seen.shape + seen.dims);
+      to.insert(to.end(), seen.strides, seen.strides + seen.dims);
+    }
   }
 
   bool of_one_shape(nb::handle x, nb::handle y) const { return x.attr(shape_).equal(y.attr(shape_)); }
@@ -96,15 +118,19 @@ class Torch {
     void (*current_stream)();
   };
 
+  // False: it has no memory, as on the device meta, sparse ones, gradients that are taken back at once.
+  bool look(nb::handle x, DLTensor& seen) const {
+    if (!exchange_->look(x.ptr(), &seen)) return true;
+    PyErr_Clear();
+    return false;
+  }
+
   // Of a new object; null: an error.
   static bool is_true(PyObject* answer) {
     const nb::object held = nb::steal(answer);
     const int found = answer ? PyObject_IsTrue(answer) : -1;
     if (found < 0) throw nb::python_error();
     return found == 1;
-  }
-  static bool is(nb::handle x, const nb::object& attribute) {
-    return is_true(PyObject_GetAttr(x.ptr(), attribute.ptr()));
   }
   static nb::object name(const char* text) { return nb::steal(PyUnicode_InternFromString(text)); }
 
@@ -114,6 +140,23 @@ class Torch {
                    is_neg_ = name("is_neg"), shape_ = name("shape");
   std::vector<nb::object> watchers_;
   const DLExchange* exchange_ = nullptr;
+};
+
+// How tensors lay in memory. It holds none of them, as Python's collector could not see that.
+class Layouts {
+ public:
+  Layouts(const Torch& torch, nb::list tensors) : seen_(of(torch, tensors, 0)) {}
+  bool hold(const Torch& torch, nb::list tensors) const { return of(torch, tensors, seen_.size()) == seen_; }
+
+ private:
+  static std::vector<int64_t> of(const Torch& torch, nb::list tensors, size_t size) {
+    std::vector<int64_t> found;
+    found.reserve(size);
+    for (nb::handle each : tensors) torch.layout(each, found);
+    return found;
+  }
+
+  std::vector<int64_t> seen_;
 };
 
 }  // namespace

@@ -176,16 +176,16 @@ class Adam(LowPrecisionOptimizer):
         state = self.state[parameter]
         roles = ("gradient", "weight", "momentum", "second_moment")
         kept = [parameter, *(state[key] for key in ("exp_avg", "root") if key in state)]
-        prepared = self._prepared("AdamParameter", roles, recipe, name, gradient, kept)
+        prepared = self._prepared("AdamParameter", roles, recipe, name, gradient, state, kept)
         if prepared is None:
             return None
         if len(kept) == 1:
             state["exp_avg"] = fused.empty_state(recipe, "momentum", parameter)
             state["root"] = fused.empty_state(recipe, "second_moment", parameter)
             kept += [state["exp_avg"], state["root"]]
-            prepared = self._prepared("AdamParameter", roles, recipe, name, gradient, kept)
+            prepared = self._prepared("AdamParameter", roles, recipe, name, gradient, state, kept)
             assert prepared is not None
-        prepared.kernel.step = prepared.begin(state, gradient) + 1
+        prepared.kernel.step = state.setdefault("step", 0) + 1
         return prepared
 
     def _run(

@@ -16,7 +16,7 @@ from swalp._validation import require_int
 from swalp.convert import layer_names
 from swalp.optim import fused
 from swalp.packed import PackedTensor, pack
-from swalp.quantize import quantize, storage
+from swalp.quantize import quantize
 from swalp.recipes import LayerName, Quantizer, Recipe, fit, named
 from swalp.rounding import Stochastic
 
@@ -289,20 +289,21 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         recipe: Recipe,
         name: str,
         gradient: Tensor,
-        kept: Sequence[Tensor],
+        state: dict[str, Any],
+        kept: list[Tensor],
     ) -> fused.Prepared | None:
         """The compiled step's view of one parameter; None if it cannot take it as it is.
 
         Made once, and again when the memory or the recipe is another. `kept`: the parameter, and
-        what there is already of its state, in the order of the `roles` after "gradient".
+        what there is already of its `state`, in the order of the `roles` after "gradient".
         """
-        if not storage.is_plain(gradient) or gradient.shape != kept[0].shape:
+        if gradient.shape != kept[0].shape:
             return None
         prepared = self._kernels.get(id(kept[0]))
         if prepared is None or not prepared.serves(recipe, roles, kept, self.seed):
             prepared = fused.Prepared(kind, roles, recipe, kept, name, self.seed)
             self._kernels[id(kept[0])] = prepared
-        return None if prepared.kernel is None else prepared
+        return prepared if prepared.begins(state, gradient) else None
 
     def _quantizer(self, name: str, step: int, parameter: Tensor) -> Quantize:
         """Q of each role for one parameter at one step; of a packed one what is kept is codes."""

@@ -98,9 +98,13 @@ class Prepared:
         self.kind = isinstance(parameter, PackedTensor), recipe.gradient is not None
         self.kernel: Any = None
         self._for = recipe, roles, seed
-        self._kept = [_Kept.of(tensor) for tensor in kept]
+        self._kept = list(kept)
+        memories = [_memories(tensor) for tensor in kept]
+        self._memories = [x for both in memories for x in both if x is not None]
+        self._layouts = _kernels.Layouts(plans.TORCH, self._memories) if plans.available else None
         # Of a packed tensor autograd keeps the whole, others look at its codes.
-        self.written = list({id(t): t for one in self._kept for t in one[:2]}.values())
+        whole = (x for tensor, (x, _) in zip(kept, memories, strict=True) for x in (tensor, x))
+        self.written = list({id(x): x for x in whole if x is not None}.values())
         blocks = fits(recipe, roles, parameter)
         if blocks is None or not all(
             held(tensor, role, recipe, parameter)
@@ -121,7 +125,7 @@ class Prepared:
                 role, plan.kernel, *plans.rule_arguments(rounding)[:3], packed and joined(plan.fmt),
                 plan.value_table().data_ptr() if packed else 0,
             )  # fmt: skip
-        self.kernel.place([place for one in self._kept for place in (one.at, one.exponents_at)])
+        self.kernel.place([0 if x is None else x.data_ptr() for both in memories for x in both])
 
     def serves(
         self, recipe: Recipe, roles: tuple[str, ...], kept: Sequence[Tensor], seed: int
@@ -129,54 +133,31 @@ class Prepared:
         """Whether it was made for these tensors, and they still have the memory of then."""
         if self._for[0] is not recipe or self._for[1:] != (roles, seed):
             return False
-        if len(kept) != len(self._kept):
+        if len(kept) != len(self._kept) or self._layouts is None:
             return False
+        at = 0
         for tensor, known in zip(kept, self._kept, strict=True):
-            if tensor is not known.tensor:
+            if tensor is not known:
                 return False
-            memory, exponents = known.memory, known.exponents
-            if isinstance(tensor, PackedTensor):
-                if tensor.codes is not memory or tensor.exponents is not exponents:
-                    return False
-                if exponents is not None and exponents.data_ptr() != known.exponents_at:
-                    return False
-            if storage.in_order(memory) is not known.in_order:
-                return False
-            if known.in_order and memory.data_ptr() != known.at:
-                return False
-            if memory.shape != known.shape or memory.dtype is not known.dtype:
-                return False
-        return True
+            for memory in _memories(tensor):
+                if memory is not None:
+                    if memory is not self._memories[at]:
+                        return False
+                    at += 1
+        return self._layouts.hold(plans.TORCH, self._memories)
 
-    def begin(self, state: dict[str, Any], gradient: Tensor) -> int:
-        """The next step is of this state and gradient; returns how many there have been."""
+    def begins(self, state: dict[str, Any], gradient: Tensor) -> bool:
+        """Whether it can take the next step, which is of this state and gradient."""
         self.state = state
-        step: int = state.setdefault("step", 0)
-        self.kernel.bind(step, gradient.data_ptr())
-        return step
+        kernel = self.kernel
+        return kernel is not None and kernel.bind(plans.TORCH, state.get("step", 0), gradient)
 
 
-class _Kept(NamedTuple):
-    """A tensor, and the memory that a step works on: `parameter.data` can be assigned."""
-
-    tensor: Tensor
-    memory: Tensor
-    exponents: Tensor | None
-    shape: torch.Size
-    dtype: torch.dtype
-    in_order: bool
-    at: int  # the address of memory in order
-    exponents_at: int  # and of the exponents, 0 without
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Kept:
-        memory = resident(tensor)
-        exponents = tensor.exponents if isinstance(tensor, PackedTensor) else None
-        in_order = storage.in_order(memory)
-        return cls(
-            tensor, memory, exponents, memory.shape, memory.dtype, in_order,
-            memory.data_ptr() if in_order else 0, 0 if exponents is None else exponents.data_ptr(),
-        )  # fmt: skip
+def _memories(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a step works on, and the exponents of that."""
+    if isinstance(tensor, PackedTensor):
+        return tensor.codes, tensor.exponents
+    return tensor, None
 
 
 def announce(steps: Sequence[Prepared], finite: bool) -> None:

@@ -154,16 +154,16 @@ class SGD(LowPrecisionOptimizer):
             roles += ("momentum",)
             if "momentum_buffer" in state:
                 kept.append(state["momentum_buffer"])
-        prepared = self._prepared("SgdParameter", roles, recipe, name, gradient, kept)
+        prepared = self._prepared("SgdParameter", roles, recipe, name, gradient, state, kept)
         if prepared is None:
             return None
         if len(kept) < len(roles) - 1:
             # momentum * 0 + g is g: the same numbers as without a buffer
             state["momentum_buffer"] = fused.empty_state(recipe, "momentum", parameter)
             kept.append(state["momentum_buffer"])
-            prepared = self._prepared("SgdParameter", roles, recipe, name, gradient, kept)
+            prepared = self._prepared("SgdParameter", roles, recipe, name, gradient, state, kept)
             assert prepared is not None
-        prepared.begin(state, gradient)
+        state.setdefault("step", 0)
         return prepared
 
     def _run(
