@@ -43,6 +43,26 @@ def same(left, right):
     return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
+def test_mistakes_in_arguments():
+    model = network()
+    mistakes = [
+        (lambda: swalp.optim.SGD(model, lr=True), "SGD: lr must be a number, not True"),
+        (lambda: swalp.optim.SGD(model, lr="0.1"), "SGD: lr must be a number, not '0.1'"),
+        (lambda: swalp.optim.SGD(model, 0.1, momentum=0.9, nesterov="no"), "nesterov must be True"),
+        (lambda: swalp.optim.Adam(model, decoupled=1), "Adam: decoupled must be True or False"),
+        (lambda: swalp.convert("model", "native-8"), "model must be a torch.nn.Module, not str"),
+        (lambda: swalp.convert(model, "native-8", packed=1), "packed must be True or False, not 1"),
+        (lambda: swalp.WeightAverage([model]), "model must be a torch.nn.Module, not list"),
+        (lambda: swalp.WeightAverage(model, overlap=2), "overlap must be True or False, not 2"),
+    ]
+    for mistake, message in mistakes:
+        with pytest.raises(TypeError, match=message):
+            mistake()
+    with pytest.raises(ValueError, match="lr=nan must be 0 or more"):
+        swalp.optim.SGD(model, lr=float("nan"))
+    swalp.optim.SGD(model, lr=torch.tensor(0.1))
+
+
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 @pytest.mark.parametrize("recipe", [None, LOSSLESS], ids=["off", "lossless"])
 def test_equals_pytorch_bit_for_bit(settings, recipe):

@@ -1,5 +1,9 @@
 """One line for a caller's mistake: what was given, what is allowed, how to mend it."""
 
+from numbers import Real
+
+from torch import Tensor, nn
+
 
 def require_int(owner: str, name: str, value: object, low: int, high: int, why: str) -> None:
     """Raise unless `value` is an int in [`low`, `high`].
@@ -14,6 +18,26 @@ def require_int(owner: str, name: str, value: object, low: int, high: int, why: 
         )
     if not low <= value <= high:
         raise ValueError(f"{owner}: {name}={value} must be {low}..{high}; {why}")
+
+
+def require_not_negative(owner: str, **values: object) -> None:
+    """Raise unless each value is a number of at least 0; a tensor of one will do.
+
+    Raises:
+        TypeError: one is no number (a bool is none here).
+        ValueError: one is below 0, or NaN.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, Real | Tensor):
+            raise TypeError(f"{owner}: {name} must be a number, not {value!r}")
+        if not float(value) >= 0:  # NaN is not
+            raise ValueError(f"{owner}: {name}={value} must be 0 or more")
+
+
+def require_model(owner: str, model: object) -> None:
+    """Raise TypeError unless `model` is a `torch.nn.Module`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{owner}: model must be a torch.nn.Module, not {type(model).__name__}")
 
 
 def require_bool(owner: str, name: str, value: object) -> None:

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from swalp._validation import require_bool, require_model
 from swalp.layers import (
     CONVERTIBLE,
     Family,
@@ -109,10 +110,13 @@ def convert(
             replaced: make the optimizer afterwards.
 
     Raises:
+        TypeError: `model` is no module, or `packed` no bool.
         ValueError: `model` is converted already, has no layer to convert, or one that cannot be; it
             should be packed without a weight format; or an override of the recipe matches none of
             its layers.
     """
+    require_model("convert", model)
+    require_bool("convert", "packed", packed)
     recipe = named(recipe, "convert")
     if any(isinstance(module, Quantized) for module in model.modules()):
         raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swalp._validation import require_int
+from swalp._validation import require_bool, require_int, require_model
 from swalp.averaging import taking
 from swalp.averaging.kinds import (
     Accumulator,
@@ -81,6 +81,8 @@ class WeightAverage:
         require_int("WeightAverage", "start", start, 0, 2**62, "it counts calls")
         require_int("WeightAverage", "every", every, 1, 2**62, "it counts calls")
         require_int("WeightAverage", "seed", seed, 0, 2**64 - 1, "it is a 64-bit key")
+        require_bool("WeightAverage", "overlap", overlap)
+        require_model("WeightAverage", model)
         check(kind, accumulator)
         self.start = start
         self.every = every

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from swalp._validation import require_bool, require_not_negative
 from swalp.optim import fused
-from swalp.optim.base import LowPrecisionOptimizer, Quantize, require_not_negative
+from swalp.optim.base import LowPrecisionOptimizer, Quantize
 from swalp.recipes import Quantizer, Recipe, named
 
 
@@ -99,6 +100,7 @@ class Adam(LowPrecisionOptimizer):
         seed: the run's seed, as given to `convert`.
 
     Raises:
+        TypeError: a hyperparameter that is no number, or `decoupled` no bool.
         ValueError: a hyperparameter out of range, or a recipe with an accumulator, which Adam has
             no use for.
     """
@@ -118,6 +120,7 @@ class Adam(LowPrecisionOptimizer):
         seed: int = 0,
     ) -> None:
         require_not_negative("Adam", lr=lr, eps=eps, weight_decay=weight_decay)
+        require_bool("Adam", "decoupled", decoupled)
         if not (isinstance(betas, Sequence) and len(betas) == 2):
             raise ValueError(f"Adam: betas={betas} must be two numbers, such as (0.9, 0.999)")
         if not all(0 <= beta < 1 for beta in betas):

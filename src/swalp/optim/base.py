@@ -325,10 +325,3 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             return pack(tensor, fmt, rounding) if kept else quantize(tensor, fmt, rounding)
 
         return quantized
-
-
-def require_not_negative(kind: str, **values: float) -> None:
-    """Raise ValueError for a hyperparameter below zero (or NaN)."""
-    for name, value in values.items():
-        if not value >= 0:
-            raise ValueError(f"{kind}: {name}={value} must be 0 or more")

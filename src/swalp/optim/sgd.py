@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from swalp._validation import require_bool, require_not_negative
 from swalp.optim import fused
-from swalp.optim.base import LowPrecisionOptimizer, Quantize, require_not_negative
+from swalp.optim.base import LowPrecisionOptimizer, Quantize
 from swalp.recipes import Recipe
 
 
@@ -89,6 +90,7 @@ class SGD(LowPrecisionOptimizer):
         seed: the run's seed, as given to `convert`.
 
     Raises:
+        TypeError: a hyperparameter that is no number, or `nesterov` no bool.
         ValueError: a hyperparameter out of range.
     """
 
@@ -104,6 +106,7 @@ class SGD(LowPrecisionOptimizer):
         seed: int = 0,
     ) -> None:
         require_not_negative("SGD", lr=lr, momentum=momentum, weight_decay=weight_decay)
+        require_bool("SGD", "nesterov", nesterov)
         if nesterov and momentum == 0:
             raise ValueError("SGD: nesterov=True needs momentum > 0")
         defaults = {
