@@ -27,9 +27,10 @@ from swalp import (
     TowardZero,
     parse_format,
 )
+from swalp.extension import WATCHERS
 from swalp.noise import fresh_seed, random_bits
 from swalp.packed import pack
-from swalp.quantize import codes, cpu, dispatch, plans, quantize_many, reference, storage
+from swalp.quantize import codes, cpu, dispatch, plans, quantize_many, reference
 from swalp.quantize.api import check
 
 pytestmark = pytest.mark.skipif(not plans.available, reason="swalp was built without C++ kernels")
@@ -655,7 +656,7 @@ class Passing(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("looks", [True, False], ids=["in C", "by attributes"])
 @pytest.mark.parametrize("fmt", [BlockFloat(8), BlockFloat(8, axes=(0,))], ids=str)
 def test_the_short_way_takes_plain_memory_alone(looks, fmt):
-    asked = _kernels.Torch(torch, forward_ad, storage.WATCHERS, fresh_seed, looks)
+    asked = _kernels.Torch(torch, forward_ad, WATCHERS, fresh_seed, looks)
     x = tame(6, 40)
     plans.plan_of(fmt).rows_of(x.shape)
     want = reference.quantize(x, fmt, Nearest())

@@ -142,19 +142,19 @@ def noise(
     out: int, start: int, count: int, bits: int, seed: int, step: int, call: int, /
 ) -> None: ...
 def matmul(
-    sizes: tuple[int, int, int, int],
-    left: int, left_strides: tuple[int, ...], right: int, right_strides: tuple[int, ...],
-    exponent: int, left_exponents: int, left_each: bool, right_exponents: int, right_each: bool,
-    bias: int, bias_codes: tuple[int, int, int], passed: int, out: int,
-    out_strides: tuple[int, int], integers: bool, threads: int, /,
-) -> None: ...  # fmt: skip
+    torch: Torch, left: Tensor, right: Tensor, out: Tensor, exponent: int,
+    left_exponents: Tensor | None, right_exponents: Tensor | None, bias: Tensor | None,
+    bias_codes: Tensor | None, bias_exponents: Tensor | None, bias_gap: int,
+    passed: Tensor | None, threads: int, /,
+) -> bool: ...  # fmt: skip
 def matmul_used() -> str: ...
 
 class Buffers:
     def __init__(self, smallest: int, region: int, window: int, /) -> None: ...
     def empty(
-        self, shape: Sequence[int], strides: Sequence[int], kind: int, itemsize: int, /
-    ) -> object | None: ...
+        self, torch: Torch, shape: Sequence[int], strides: Sequence[int],
+        kind: int, itemsize: int, /,
+    ) -> object | None: ...  # fmt: skip
     def holds(self, address: int, /) -> bool: ...
     def free_bytes(self) -> int: ...
     def release(self) -> None: ...

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-try:  # after torch, whose OpenMP runtime the kernels share
+from swalp.extension import available
+
+if available:
     from swalp import _kernels
-except ImportError:
-    _kernels = None  # type: ignore[assignment]  # a package installed without a compiler
+    from swalp.extension import TORCH
 
 SMALLEST = 1 << 18  # bytes: below, the allocator of the C library is as good
 REGION = 1 << 30  # bytes of address space; memory only where it has been written
@@ -31,9 +32,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt
 # Kind, by DLPack's numbers, and bytes.
 _TYPES = {torch.float32: (2, 4), torch.int8: (0, 1), torch.uint8: (1, 1)}
 
-_floats = None if _kernels is None else _kernels.Buffers(SMALLEST, REGION, WINDOW)
+_floats = None if not available else _kernels.Buffers(SMALLEST, REGION, WINDOW)
 # Apart: codes outlive floats, and would lie between them.
-_codes = None if _kernels is None else _kernels.Buffers(SMALLEST, REGION, WINDOW)
+_codes = None if not available else _kernels.Buffers(SMALLEST, REGION, WINDOW)
 
 
 def empty(*shape: int, channels_last: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -48,9 +49,9 @@ def empty(*shape: int, channels_last: bool = False, dtype: torch.dtype = torch.f
     strides = _strides(shape) if channels_last else ()
     buffers = _floats if itemsize == 4 else _codes
     if buffers is not None:
-        found = buffers.empty(shape, strides, kind, itemsize)
+        found = buffers.empty(TORCH, shape, strides, kind, itemsize)
         if found is not None:
-            return from_dlpack(found)
+            return found if isinstance(found, Tensor) else from_dlpack(found)
     if channels_last:
         return torch.empty_strided(shape, strides, dtype=dtype, device="cpu")
     return torch.empty(shape, dtype=dtype, device="cpu")

@@ -304,41 +304,65 @@ void descend(int64_t size, uintptr_t weight, uintptr_t sum, uintptr_t squares,
   if (run(&descent) < 0) throw std::bad_alloc();
 }
 
-// Strides are of (matrix, outer index, contracted index).
-using Strides = std::tuple<int64_t, int64_t, int64_t>;
+// The last two dimensions, and a batch before them if there is one.
+struct Planes {
+  Torch::Look at;
+  int64_t batch = 1, rows = 0, columns = 0, batch_stride = 0, row_stride = 0, column_stride = 0;
 
-void matmul(std::tuple<int64_t, int64_t, int64_t, int64_t> sizes, uintptr_t left,
-            Strides left_strides, uintptr_t right, Strides right_strides, int64_t exponent,
-            uintptr_t left_exponents, bool left_each, uintptr_t right_exponents, bool right_each,
-            uintptr_t bias, std::tuple<uintptr_t, uintptr_t, int> bias_codes, uintptr_t passed,
-            uintptr_t out, std::tuple<int64_t, int64_t> out_strides, bool integers, int threads) {
+  Planes(const Torch& torch, nb::handle x) {
+    if (!torch.look(x, at) || at.seen.dims < 2 || at.seen.dims > 3)
+      throw nb::value_error("matmul: two or three dimensions in memory");
+    const int64_t *shape = at.seen.shape, *strides = at.seen.strides;
+    if (at.seen.dims == 3) batch = *shape++, batch_stride = *strides++;
+    rows = shape[0], columns = shape[1], row_stride = strides[0], column_stride = strides[1];
+  }
+};
+
+// Address and number of what a tensor has; null and 0 of None.
+template <class T> std::tuple<T*, int64_t> elements_of(const Torch& torch, nb::handle x) {
+  Torch::Look at;
+  if (x.is_none()) return {nullptr, 0};
+  if (!torch.look(x, at)) throw nb::value_error("a tensor without memory");
+  return {static_cast<T*>(at.data()), at.count()};
+}
+
+// False, and nothing done: there is nothing to sum, or neither of the last two strides of an operand is 1.
+bool matmul(const Torch& torch, nb::handle left, nb::handle right, nb::handle out, int64_t exponent,
+            nb::handle left_exponents, nb::handle right_exponents, nb::handle bias, nb::handle bias_codes,
+            nb::handle bias_exponents, int bias_gap, nb::handle passed, int threads) {
+  const Planes a(torch, left), b(torch, right), to(torch, out);
+  if (!a.columns || (a.row_stride != 1 && a.column_stride != 1) || (b.row_stride != 1 && b.column_stride != 1))
+    return false;
   swalp_matmul t = {};
-  std::tie(t.batch, t.m, t.n, t.k) = sizes;
-  std::tie(t.left_batch, t.left_outer, t.left_inner) = left_strides;
-  std::tie(t.right_batch, t.right_outer, t.right_inner) = right_strides;
-  t.left = at<int8_t>(left);
-  t.right = at<int8_t>(right);
+  t.batch = a.batch, t.m = a.rows, t.n = b.columns, t.k = a.columns;
+  t.left = static_cast<int8_t*>(a.at.data());
+  t.left_batch = a.batch_stride, t.left_outer = a.row_stride, t.left_inner = a.column_stride;
+  t.right = static_cast<int8_t*>(b.at.data());
+  t.right_batch = b.batch_stride, t.right_outer = b.column_stride, t.right_inner = b.row_stride;
   t.exponent = exponent;
-  t.left_exponents = at<int8_t>(left_exponents);
-  t.right_exponents = at<int8_t>(right_exponents);
-  t.left_exponent_each = left_each;
-  t.right_exponent_each = right_each;
-  t.bias = at<float>(bias);
-  t.passed = at<uint8_t>(passed);
-  t.out = at<void>(out);
-  t.integers = integers;
-  std::tie(t.out_batch, t.out_outer) = out_strides;
+  int64_t count;
+  std::tie(t.left_exponents, count) = elements_of<int8_t>(torch, left_exponents);
+  t.left_exponent_each = count > 1;
+  std::tie(t.right_exponents, count) = elements_of<int8_t>(torch, right_exponents);
+  t.right_exponent_each = count > 1;
+  t.bias = std::get<0>(elements_of<float>(torch, bias));
+  t.passed = std::get<0>(elements_of<uint8_t>(torch, passed));
+  t.out = to.at.data();
+  t.out_batch = to.batch_stride, t.out_outer = to.row_stride;
+  t.integers = Torch::is(to.at.seen, 0, 32);
+  const auto [codes, terms] = elements_of<int8_t>(torch, bias_codes);
+  const int8_t* const raised = std::get<0>(elements_of<int8_t>(torch, bias_exponents));
   nb::gil_scoped_release unlocked;
-  std::vector<float> values;
-  if (const auto& [codes, exponent_of_bias, gap] = bias_codes; codes) {
-    values.resize(t.n);
-    const double scale = std::ldexp(1.0, *at<int8_t>(exponent_of_bias) + gap);
-    for (int64_t j = 0; j < t.n; ++j) values[j] = static_cast<float>(at<int8_t>(codes)[j] * scale);
+  std::vector<float> values(codes ? t.n : 0);
+  if (codes) {
+    const double scale = std::ldexp(1.0, (raised ? *raised : 0) + bias_gap);
+    for (int64_t j = 0; j < std::min(terms, t.n); ++j) values[j] = static_cast<float>(codes[j] * scale);
     t.bias = values.data();
   }
   const int status = swalp_multiply(&t, threads);
   if (status < 0) throw std::bad_alloc();
   if (status > 0) throw std::runtime_error("this machine has no integer products");
+  return true;
 }
 
 // Sizes in the order of the struct's fields.
@@ -390,15 +414,19 @@ class Buffers {
   Buffers(int64_t smallest, int64_t region, int64_t window)
       : smallest_(smallest), regions_(std::make_shared<Regions>(region, window)) {}
 
-  // A capsule of a tensor for `torch.from_dlpack`; None: of this size, nothing lies here. No strides:
-  // it is contiguous.
-  nb::object empty(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+  // A tensor, or a capsule of one for `torch.from_dlpack`; None: of this size, nothing lies here. No
+  // strides: it is contiguous.
+  nb::object empty(const Torch& torch, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
                    uint8_t kind, uint8_t itemsize) {
     int64_t bytes = itemsize;
     for (const int64_t size : shape) bytes *= size;
     if (bytes < smallest_) return nb::none();
     const DLDataType type = {kind, static_cast<uint8_t>(8 * itemsize), 1};
-    DLManagedTensor* made = RegionTensor::make(regions_, shape, strides, bytes, type);
+    if (torch.takes()) {
+      auto* const made = RegionTensor<DLManagedTensorVersioned>::make(regions_, shape, strides, bytes, type);
+      return made ? torch.taken(made) : nb::none();
+    }
+    auto* const made = RegionTensor<DLManagedTensor>::make(regions_, shape, strides, bytes, type);
     if (!made) return nb::none();
     return nb::steal(PyCapsule_New(made, kCapsule, [](PyObject* capsule) {
       if (!PyCapsule_IsValid(capsule, kCapsule)) return;  // its tensor has been taken
@@ -555,7 +583,9 @@ NB_MODULE(_kernels, m) {
         nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg());
   m.def("noise", &noise);
-  m.def("matmul", &matmul);
+  m.def("matmul", &matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg().none(),
+        nb::arg());
   m.def("matmul_used", &swalp_multiply_used);
   regions_at_fork();
   nb::class_<Buffers>(m, "Buffers")

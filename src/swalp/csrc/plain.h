@@ -21,7 +21,8 @@ class Torch {
   // tensors from C, where PyTorch lets one.
   Torch(nb::object torch, nb::object forward_ad, nb::tuple watchers, nb::object fresh_seed, bool look)
       : tensor_(torch.attr("Tensor")), parameter_(torch.attr("nn").attr("Parameter")),
-        float32_(torch.attr("float32")), empty_like_(torch.attr("empty_like")),
+        float32_(torch.attr("float32")), int8_(torch.attr("int8")), uint8_(torch.attr("uint8")),
+        int32_(torch.attr("int32")), empty_like_(torch.attr("empty_like")),
         grad_enabled_(torch.attr("is_grad_enabled")), has_storage_(torch.attr("_C").attr("_has_storage")),
         threads_(torch.attr("get_num_threads")),
         written_(torch.attr("autograd").attr("graph").attr("increment_version")),
@@ -58,39 +59,67 @@ class Torch {
 
   // Of what is no subclass, without a look at its signs.
   Memory memory(nb::handle x) const {
-    if (!exchange_) {
-      if (!is_true(PyObject_CallOneArg(has_storage_.ptr(), x.ptr())) || !nb::cast<bool>(x.attr("is_cpu")))
-        return {};
-      if (!x.attr("dtype").is(float32_) || !nb::cast<bool>(x.attr("is_contiguous")())) return {};
-      return {reinterpret_cast<float*>(nb::cast<uintptr_t>(x.attr("data_ptr")())),
-              nb::cast<int64_t>(x.attr("numel")())};
-    }
-    DLTensor seen;
-    if (!look(x, seen)) return {};
-    if (seen.device.type != 1 || seen.type.code != 2 || seen.type.bits != 32 || seen.type.lanes != 1) return {};
+    Look at;
+    const DLTensor& seen = at.seen;
+    if (!look(x, at) || seen.device.type != 1 || !is(seen, 2, 32)) return {};
     int64_t count = 1;
     for (int32_t axis = seen.dims; axis-- > 0; count *= seen.shape[axis])
       if (seen.shape[axis] != 1 && seen.strides[axis] != count) return {};
-    if (!count) return {};
-    return {reinterpret_cast<float*>(static_cast<uint8_t*>(seen.data) + seen.byte_offset), count};
+    return count ? Memory{static_cast<float*>(at.data()), count} : Memory{};
   }
 
   // Writes numbers that say how a tensor lies in memory.
   void layout(nb::handle x, std::vector<int64_t>& to) const {
     to.push_back(is_true(PyObject_CallMethodNoArgs(x.ptr(), is_neg_.ptr())));
-    DLTensor seen;
-    if (!exchange_) {
-      for (const char* each : {"dtype", "device"}) to.push_back(PyObject_Hash(nb::object(x.attr(each)).ptr()));
-      for (const nb::object& each : {nb::object(x.attr(shape_)), nb::object(x.attr("stride")())})
-        for (nb::handle size : each) to.push_back(nb::cast<int64_t>(size));
-      if (is_true(PyObject_CallOneArg(has_storage_.ptr(), x.ptr())))
-        to.push_back(nb::cast<int64_t>(x.attr("data_ptr")()));
-    } else if (look(x, seen)) {
-      to.insert(to.end(), {reinterpret_cast<int64_t>(seen.data) + static_cast<int64_t>(seen.byte_offset),
-                           seen.device.type, seen.device.id, seen.type.code, seen.type.bits, seen.dims});
-      to.insert(to.end(), seen.shape, seen.shape + seen.dims);
-      to.insert(to.end(), seen.strides, seen.strides + seen.dims);
+    Look at;
+    if (!look(x, at)) return;
+    const DLTensor& seen = at.seen;
+    to.insert(to.end(), {reinterpret_cast<int64_t>(at.data()), seen.device.type, seen.device.id,
+                         seen.type.code, seen.type.bits, seen.type.lanes, seen.dims});
+    to.insert(to.end(), seen.shape, seen.shape + seen.dims);
+    to.insert(to.end(), seen.strides, seen.strides + seen.dims);
+  }
+
+  // A tensor as DLPack describes it, for as long as it lives and keeps its layout.
+  struct Look {
+    DLTensor seen = {};
+    std::vector<int64_t> sizes, steps;  // where PyTorch does not show its own
+
+    void* data() const { return static_cast<uint8_t*>(seen.data) + seen.byte_offset; }
+    int64_t count() const {
+      int64_t all = 1;
+      for (int32_t axis = 0; axis < seen.dims; ++axis) all *= seen.shape[axis];
+      return all;
     }
+  };
+
+  static bool is(const DLTensor& seen, uint8_t code, uint8_t bits) {
+    return seen.type.code == code && seen.type.bits == bits && seen.type.lanes == 1;
+  }
+
+  // False: it has no memory, as on the device meta, sparse ones, gradients that are taken back at once.
+  bool look(nb::handle x, Look& at) const {
+    if (exchange_) {
+      if (!exchange_->look(x.ptr(), &at.seen)) return true;
+      PyErr_Clear();
+      return false;
+    }
+    if (!is_true(PyObject_CallOneArg(has_storage_.ptr(), x.ptr()))) return false;
+    for (nb::handle each : x.attr(shape_)) at.sizes.push_back(nb::cast<int64_t>(each));
+    for (nb::handle each : x.attr("stride")()) at.steps.push_back(nb::cast<int64_t>(each));
+    const nb::object type = x.attr("dtype"), device = x.attr("device");
+    const auto bits = static_cast<uint8_t>(8 * nb::cast<int>(type.attr("itemsize")));
+    const auto other = static_cast<uint16_t>(PyObject_Hash(type.ptr()));  // a type that nobody asks for
+    at.seen.type = type.is(float32_) ? DLDataType{2, 32, 1} : type.is(int8_) ? DLDataType{0, 8, 1}
+                   : type.is(uint8_) ? DLDataType{1, 8, 1} : type.is(int32_) ? DLDataType{0, 32, 1}
+                                     : DLDataType{255, bits, other};
+    const bool here = nb::cast<bool>(x.attr("is_cpu"));
+    at.seen.device = {here ? 1 : 2, static_cast<int32_t>(PyObject_Hash(device.ptr()))};
+    at.seen.dims = static_cast<int32_t>(at.sizes.size());
+    at.seen.shape = at.sizes.data();
+    at.seen.strides = at.steps.data();
+    at.seen.data = here ? reinterpret_cast<void*>(nb::cast<uintptr_t>(x.attr("data_ptr")())) : nullptr;
+    return true;
   }
 
   bool of_one_shape(nb::handle x, nb::handle y) const { return x.attr(shape_).equal(y.attr(shape_)); }
@@ -100,6 +129,17 @@ class Torch {
     if (!found && PyErr_Occurred()) throw nb::python_error();
     return found;
   }
+  // Whether tensors made here become PyTorch's in C: by `taken`.
+  bool takes() const { return exchange_ && exchange_->to_object; }
+  nb::object taken(DLManagedTensorVersioned* made) const {
+    void* object = nullptr;
+    if (exchange_->to_object(made, &object)) {
+      made->deleter(made);
+      throw nb::python_error();
+    }
+    return nb::steal(static_cast<PyObject*>(object));
+  }
+
   nb::object empty_like(nb::handle x) const { return empty_like_(x); }
   int threads() const { return nb::cast<int>(threads_()); }
   nb::object fresh_seed() const { return fresh_seed_(); }
@@ -113,17 +153,10 @@ class Torch {
     const void* older;
     void (*allocate)();
     void (*from_object)();
-    void (*to_object)();
+    int (*to_object)(DLManagedTensorVersioned* tensor, void** object);  // 0: well, and the tensor is taken
     int (*look)(void* object, DLTensor* out);  // 0: well
     void (*current_stream)();
   };
-
-  // False: it has no memory, as on the device meta, sparse ones, gradients that are taken back at once.
-  bool look(nb::handle x, DLTensor& seen) const {
-    if (!exchange_->look(x.ptr(), &seen)) return true;
-    PyErr_Clear();
-    return false;
-  }
 
   // Of a new object; null: an error.
   static bool is_true(PyObject* answer) {
@@ -134,7 +167,7 @@ class Torch {
   }
   static nb::object name(const char* text) { return nb::steal(PyUnicode_InternFromString(text)); }
 
-  const nb::object tensor_, parameter_, float32_, empty_like_, grad_enabled_, has_storage_, threads_,
+  const nb::object tensor_, parameter_, float32_, int8_, uint8_, int32_, empty_like_, grad_enabled_, has_storage_, threads_,
       written_, forward_ad_, fresh_seed_;
   const nb::object level_ = name("_current_level"), requires_grad_ = name("requires_grad"),
                    is_neg_ = name("is_neg"), shape_ = name("shape");

@@ -1,9 +1,10 @@
-// Tensors made here, as DLPack describes them (https://dmlc.github.io/dlpack, version 0.8): PyTorch
-// takes one in a capsule, and calls `deleter` when nothing uses its memory, in any thread.
+// Tensors made here, as DLPack describes them (https://dmlc.github.io/dlpack): PyTorch takes one, and
+// calls `deleter` when nothing uses its memory, in any thread.
 #pragma once
 #include <stdint.h>
 
 #include <memory>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -38,17 +39,26 @@ struct DLManagedTensor {
   void (*deleter)(DLManagedTensor*);
 };
 
-constexpr const char* kCapsule = "dltensor";  // while nobody has taken the tensor
+// From version 1 on.
+struct DLManagedTensorVersioned {
+  uint32_t major, minor;
+  void* context;
+  void (*deleter)(DLManagedTensorVersioned*);
+  uint64_t flags;  // 0: it may be written to, and is no copy
+  DLTensor tensor;
+};
 
-// A tensor in memory of `regions`, which outlive it.
-struct RegionTensor {
-  DLManagedTensor managed;
+constexpr const char* kCapsule = "dltensor";  // of a DLManagedTensor, while nobody has taken it
+
+// A tensor in memory of `regions`, which outlive it; `Managed` is one of the two.
+template <class Managed> struct RegionTensor {
+  Managed managed = {};
   std::vector<int64_t> shape, strides;
   std::shared_ptr<Regions> regions;
 
   // Null: there is no memory. `strides`: empty if the tensor is contiguous.
-  static DLManagedTensor* make(const std::shared_ptr<Regions>& regions, std::vector<int64_t> shape,
-                               std::vector<int64_t> strides, size_t bytes, DLDataType type) {
+  static Managed* make(const std::shared_ptr<Regions>& regions, std::vector<int64_t> shape,
+                       std::vector<int64_t> strides, size_t bytes, DLDataType type) {
     auto own = std::make_unique<RegionTensor>();
     own->shape = std::move(shape);
     own->strides = std::move(strides);
@@ -57,9 +67,10 @@ struct RegionTensor {
     uint8_t* data = regions->take(bytes);
     if (!data) return nullptr;
     int64_t* const steps = own->strides.empty() ? nullptr : own->strides.data();
+    if constexpr (std::is_same_v<Managed, DLManagedTensorVersioned>) own->managed.major = 1;
     own->managed.tensor = {data, {1, 0}, dims, type, own->shape.data(), steps, 0};
     own->managed.context = own.get();
-    own->managed.deleter = [](DLManagedTensor* tensor) {
+    own->managed.deleter = [](Managed* tensor) {
       auto* gone = static_cast<RegionTensor*>(tensor->context);
       gone->regions->leave(static_cast<uint8_t*>(tensor->tensor.data));
       delete gone;

@@ -18,6 +18,7 @@ from swalp.quantize import plans
 
 if plans.available:
     from swalp import _kernels
+    from swalp.extension import TORCH
 
 DEEPEST = 1 << 17  # products that fit an int32, unless each of them is -128 * -128: see `deepest`
 EXACT = 1 << 10  # terms whose sums, in any order, are integers up to 2**24: float32 has them all
@@ -167,32 +168,20 @@ def run_codes(
             the bits of what passed it. Then `out` is float32, (m, n), contiguous, and n a multiple
             of 16.
     """
-    left, right = _along_or_across(left), _along_or_across(right)
-    m, k = left.shape[-2:]
-    n = right.shape[-1]
-    if k == 0:
-        out.zero_() if bias is None else out.copy_(floats(bias).expand_as(out))
-        return
-    alone = left.dim() == 2
-    address, codes = 0, (0, 0, 0)
-    if isinstance(bias, Operand):
-        assert bias.exponents is not None
-        codes = bias.codes.data_ptr(), bias.exponents.data_ptr(), bias.gap
-    elif bias is not None:
-        address = bias.data_ptr()
-    _kernels.matmul(
-        (1 if alone else left.shape[0], m, n, k),
-        left.data_ptr(), (0 if alone else left.stride(0), *left.stride()[-2:]),
-        right.data_ptr(), (0 if alone else right.stride(0), right.stride(-1), right.stride(-2)),
-        exponent,
-        0 if left_exponents is None else left_exponents.data_ptr(),
-        left_exponents is not None and left_exponents.numel() > 1,
-        0 if right_exponents is None else right_exponents.data_ptr(),
-        right_exponents is not None and right_exponents.numel() > 1,
-        address, codes, 0 if passed is None else passed.data_ptr(),
-        out.data_ptr(), (0 if alone else out.stride(0), out.stride(-2)), out.dtype == torch.int32,
+    values, codes = (None, bias) if isinstance(bias, Operand) else (bias, (None, None, 0))
+    arguments = (
+        out, exponent, left_exponents, right_exponents, values, *codes, passed,
         torch.get_num_threads(),
     )  # fmt: skip
+    if _kernels.matmul(TORCH, left, right, *arguments):
+        return
+    if left.shape[-1]:
+        left, right = _along_or_across(left), _along_or_across(right)
+        _kernels.matmul(TORCH, left, right, *arguments)
+    elif bias is None:
+        out.zero_()
+    else:
+        out.copy_(floats(bias).expand_as(out))
 
 
 def channel_sums(codes: Tensor, exponents: Tensor | None, gap: int) -> Tensor:

@@ -19,6 +19,7 @@ from swalp.rounding import Stochastic
 
 if plans.available:
     from swalp import _kernels
+    from swalp.extension import TORCH
 
 
 def available() -> bool:
@@ -101,7 +102,7 @@ class Prepared:
         self._kept = list(kept)
         memories = [_memories(tensor) for tensor in kept]
         self._memories = [x for both in memories for x in both if x is not None]
-        self._layouts = _kernels.Layouts(plans.TORCH, self._memories) if plans.available else None
+        self._layouts = _kernels.Layouts(TORCH, self._memories) if plans.available else None
         # Of a packed tensor autograd keeps the whole, others look at its codes.
         whole = (x for tensor, (x, _) in zip(kept, memories, strict=True) for x in (tensor, x))
         self.written = list({id(x): x for x in whole if x is not None}.values())
@@ -144,13 +145,13 @@ class Prepared:
                     if memory is not self._memories[at]:
                         return False
                     at += 1
-        return self._layouts.hold(plans.TORCH, self._memories)
+        return self._layouts.hold(TORCH, self._memories)
 
     def begins(self, state: dict[str, Any], gradient: Tensor) -> bool:
         """Whether it can take the next step, which is of this state and gradient."""
         self.state = state
         kernel = self.kernel
-        return kernel is not None and kernel.bind(plans.TORCH, state.get("step", 0), gradient)
+        return kernel is not None and kernel.bind(TORCH, state.get("step", 0), gradient)
 
 
 def _memories(tensor: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -18,6 +18,7 @@ from swalp.rounding import DETERMINISTIC, Nearest, Rounding, Stochastic, TowardZ
 
 if plans.available:
     from swalp._kernels import quantize_plain
+    from swalp.extension import TORCH
 
 Gradient = Literal["straight-through", "clipped"]
 
@@ -73,12 +74,12 @@ def quantize(
             rows = None if found[0].shapeless else found[0].rows
             if type(rounding) is Stochastic:
                 done = quantize_plain(
-                    plans.TORCH, kernel, rows, x, out,
+                    TORCH, kernel, rows, x, out,
                     4, rounding.random_bits, rounding.seed, rounding.step, rounding.call,
                 )  # fmt: skip
             else:
                 rule = plans.RULES.get(type(rounding), -1)
-                done = quantize_plain(plans.TORCH, kernel, rows, x, out, rule, 16, 0, 0, 0)
+                done = quantize_plain(TORCH, kernel, rows, x, out, rule, 16, 0, 0, 0)
             if done is not None:
                 return done
         check(x, fmt, rounding)

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from swalp.extension import available as available
 from swalp.formats import Binary, BlockFloat, FixedPoint, Format, Microscaling, Minifloat
 from swalp.noise import fresh_seed
 from swalp.quantize import codes as definition
-from swalp.quantize import storage
 from swalp.quantize.blocks import block_extents
 from swalp.quantize.layouts import MAX_AXES, Layout, layout_of
 from swalp.rounding import (
@@ -24,13 +23,9 @@ from swalp.rounding import (
     TowardZero,
 )
 
-try:  # after torch, whose OpenMP runtime they share
+if available:
     from swalp import _kernels
-except ImportError:
-    available = False
-else:
-    available = True
-    TORCH = _kernels.Torch(torch, forward_ad, storage.WATCHERS, fresh_seed, True)
+
     if os.environ.get("SWALP_ISA"):
         _kernels.use(os.environ["SWALP_ISA"])
 

@@ -8,13 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# Each says, when it is called, whether PyTorch must see what is done: for its transformations of
-# functions, its modes, or because it traces.
-WATCHERS = (
-    torch._C._are_functorch_transforms_active,
-    torch._C._len_torch_dispatch_stack,
-    torch._C._is_tracing,
-)
+from swalp.extension import WATCHERS
 
 
 def is_watched() -> bool:
