@@ -656,7 +656,7 @@ class Passing(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("looks", [True, False], ids=["in C", "by attributes"])
 @pytest.mark.parametrize("fmt", [BlockFloat(8), BlockFloat(8, axes=(0,))], ids=str)
 def test_the_short_way_takes_plain_memory_alone(looks, fmt):
-    asked = _kernels.Torch(torch, forward_ad, WATCHERS, fresh_seed, looks)
+    asked = asking(looks)
     x = tame(6, 40)
     plans.plan_of(fmt).rows_of(x.shape)
     want = reference.quantize(x, fmt, Nearest())
@@ -697,6 +697,88 @@ def test_the_short_way_takes_plain_memory_alone(looks, fmt):
     torch.autograd.grad(y, leaf, torch.stack([x, x]), is_grads_batched=True)
     assert len(seen) >= 3
     assert not any(found is not None for found in seen)
+
+
+def asking(looks):
+    return _kernels.Torch(torch, forward_ad, WATCHERS, fresh_seed, looks)
+
+
+@pytest.mark.parametrize("looks", [True, False], ids=["in C", "by attributes"])
+def test_layouts_hold_until_memory_is_another(looks):
+    asked = asking(looks)
+    x, y = torch.zeros(4, 6), torch.zeros(3, dtype=torch.int8)
+    seen = _kernels.Layouts(asked, [x, y])
+    x[0], y[1] = 1.0, 2
+    assert seen.hold(asked, [x, y])
+    assert seen.hold(asked, [x.view(4, 6), y.detach()])  # the same memory in the same order
+    others = [
+        *(x.clone(), x.t(), x.view(6, 4), x.view(4, 6, 1), x[:2], x[1:], x.view(torch.int32)),
+        *(torch._neg_view(x), x.to("meta"), x.to_sparse(), x.as_strided((4, 6), (0, 1))),
+    ]
+    assert not any(seen.hold(asked, [other, y]) for other in others)
+    assert not seen.hold(asked, [x])
+    assert not seen.hold(asked, [x, y.view(torch.uint8)])
+    x.data = torch.zeros(4, 6)
+    assert not seen.hold(asked, [x, y])
+    nowhere = _kernels.Layouts(asked, [x.to("meta")])
+    assert nowhere.hold(asked, [x.to("meta")])
+    assert not nowhere.hold(asked, [x])
+
+
+@pytest.mark.parametrize("looks", [True, False], ids=["in C", "by attributes"])
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+def test_products_of_tensors_as_they_are_seen(looks, batch):
+    asked = asking(looks)
+    generator = torch.Generator().manual_seed(0)
+
+    def codes(*shape):
+        return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+
+    for a in (codes(*batch, 5, 40), codes(*batch, 40, 5).mT, codes(*batch, 5, 80)[..., :40]):
+        for b in (codes(*batch, 40, 7), codes(*batch, 7, 40).mT):
+            sums = torch.empty(*batch, 5, 7, dtype=torch.int32)
+            nothing = (None, None, None, None, None, 0, None, 2)
+            assert _kernels.matmul(asked, a, b, sums, 0, *nothing)
+            assert torch.equal(sums.double(), a.double() @ b.double())
+            left, right = torch.tensor([-3] * (batch or (1,))[0], dtype=torch.int8), codes(1) // 32
+            wide = torch.zeros(*batch, 5, 9)
+            bias, raised = codes(7), torch.tensor([2], dtype=torch.int8)
+            arguments = (left, right, None, bias, raised, -5, None, 2)
+            assert _kernels.matmul(asked, a, b, wide[..., 1:8], 4, *arguments)
+            want = (a.double() @ b.double()) * 2.0 ** (1 + int(right)) + bias.double() / 8
+            assert torch.equal(wide[..., 1:8], want.float())
+            assert not wide[..., [0, 8]].any()
+            if not batch:
+                out = torch.empty(5, 7)
+                arguments = (left, right, bias.float(), None, None, 0, None, 2)
+                assert _kernels.matmul(asked, a, b, out, 4, *arguments)
+    for a, b in ((codes(5, 0), codes(0, 7)), (codes(5, 80)[:, ::2], codes(40, 7))):
+        assert not _kernels.matmul(asked, a, b, torch.empty(5, 7), 0, *nothing)
+
+
+@pytest.mark.parametrize("looks", [True, False], ids=["in C", "by attributes"])
+def test_results_become_pytorchs_either_way(looks):
+    asked, memory = asking(looks), _kernels.Buffers(1 << 10, 1 << 20, 64)
+    assert memory.empty(asked, (4, 8), (), 2, 4) is None  # too small
+    found = memory.empty(asked, (64, 8), (), 2, 4)
+    x = found if looks else torch.utils.dlpack.from_dlpack(found)
+    assert type(x) is torch.Tensor
+    assert (x.shape, x.dtype, x.is_contiguous(), x._is_view()) == (
+        (64, 8),
+        torch.float32,
+        True,
+        False,
+    )
+    assert memory.holds(x.data_ptr())
+    x.fill_(1.0)
+    last = memory.empty(asked, (2, 8, 4, 16), (512, 1, 128, 8), 1, 1)
+    y = last if looks else torch.utils.dlpack.from_dlpack(last)
+    assert y.stride() == (512, 1, 128, 8)
+    assert y.dtype == torch.uint8
+    before = memory.free_bytes()
+    del x, y, found, last
+    assert memory.free_bytes() >= before + 64 * 8 * 4
+    del memory  # and with it all there was
 
 
 def test_what_the_kernels_leave_to_the_reference():
