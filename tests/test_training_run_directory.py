@@ -130,6 +130,14 @@ def test_models_are_stored_packed_and_checked(run):
         run.load_model(path, digest)
 
 
+def test_commands_to_copy_are_quoted(tmp_path):
+    path = tmp_path / "my runs; first"
+    path.mkdir()
+    (path / "there").touch()
+    with pytest.raises(UserError, match=f"swalp resume '{path}'$"):
+        run_directory.create(path, settings())
+
+
 def test_the_summary_marks_the_end(run):
     with pytest.raises(UserError, match="the run is not finished; go on with: swalp resume"):
         run.summary()

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from io import TextIOWrapper
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -201,7 +202,7 @@ def train(
         if directory.finished:
             raise UserError(
                 f"{directory.path}: this run is finished; see it again with: "
-                f"swalp evaluate {directory.path}"
+                f"swalp evaluate {quote(str(directory.path))}"
             )
         try:
             with _watching(display, directory, settings, tensorboard) as watch:
@@ -209,7 +210,7 @@ def train(
                     directory, examples, watch=watch, say=display.say, stop=lambda: bool(asked)
                 )
         except study.Stopped:
-            display.say(f"stopped; go on with: swalp resume {directory.path}")
+            display.say(f"stopped; go on with: swalp resume {quote(str(directory.path))}")
             return 128 + asked[0]
         try:
             directory.save_curves(_curves(directory.metrics(), settings))
@@ -219,7 +220,7 @@ def train(
         directory.finish(summary)
     print(tables.render(summary))
     print(f"\nSaved in {directory.path}; README.txt there says what is what.")
-    print(f"As a page with curves and histograms: swalp report {directory.path} --open")
+    print(f"As a page with curves and histograms: swalp report {quote(str(directory.path))} --open")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from shlex import quote
 from typing import Literal
 
 from swalp import recipes
@@ -162,7 +163,7 @@ def diagnostics(run: Run, prefix: str) -> list[Section]:
         text = (
             "This run recorded no histograms and no errors of rounding: it was made by a swalp "
             "that did not yet. Its settings make the same run again, with them: swalp train "
-            f"{run.path}/config.toml --out DIRECTORY"
+            f"{quote(f'{run.path}/config.toml')} --out DIRECTORY"
         )
         return [Section(f"{prefix}inside", "Inside the networks", [Text(text, "note")])]
     return [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from shlex import quote
 from typing import Any
 
 from swalp.report import tables
@@ -73,7 +74,7 @@ def _unfinished(run: Run) -> Text:
         )
     return Text(
         f"{where} What follows is what there is; there is no verdict. Go on with it: swalp resume "
-        f"{run.path}",
+        f"{quote(str(run.path))}",
         "warning",
         "This run is not finished.",
     )

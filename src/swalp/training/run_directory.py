@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 import safetensors
 import safetensors.torch
@@ -97,7 +98,8 @@ class RunDirectory:
         """
         if not self.finished:
             raise UserError(
-                f"{self.path}: the run is not finished; go on with: swalp resume {self.path}"
+                f"{self.path}: the run is not finished; go on with: "
+                f"swalp resume {quote(str(self.path))}"
             )
         return reading.record(self.summary_path)
 
@@ -248,7 +250,7 @@ def create(path: Path, config: RunConfig) -> RunDirectory:
         except FileExistsError:
             raise UserError(
                 f"{path}: the directory is not empty; choose another with --out, or go on with a "
-                f"run that is there: swalp resume {path}"
+                f"run that is there: swalp resume {quote(str(path))}"
             ) from None
         try:
             write_file(path / "README.txt", _README.encode())
@@ -305,7 +307,7 @@ def require_settings(path: Path, now: Record) -> None:
         )
         raise UserError(
             f"{file}: {', '.join(changes)}; put {'them' if differing[1:] else 'it'} back, or start "
-            f"anew with: swalp train {file} --out DIR"
+            f"anew with: swalp train {quote(str(file))} --out DIR"
         )
 
 

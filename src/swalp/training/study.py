@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def train(
     except OSError as error:
         raise UserError(
             f"{error.filename or run.path}: {error.strerror or error}; {_last_checkpoint(run)}. "
-            f"Mend that and go on with: swalp resume {run.path}"
+            f"Mend that and go on with: swalp resume {quote(str(run.path))}"
         ) from None
     finally:
         seconds = round(time.monotonic() - started, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from statistics import fmean, stdev
 from typing import Any
 
@@ -61,7 +62,7 @@ def run(settings: Settings, context: Context) -> list[Row]:
     if not measured:
         raise UserError(
             f"no finished run on CIFAR in {settings.records}/; make one with: swalp train "
-            f"cifar10-small --data-dir DIR --out {settings.records}/cifar10-small"
+            f"cifar10-small --data-dir DIR --out {quote(f'{settings.records}/cifar10-small')}"
         )
     context.progress(1, 1)
     return rows + measured
