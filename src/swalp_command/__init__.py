@@ -5,6 +5,7 @@ import os
 import signal
 import stat
 import sys
+from collections.abc import Iterator
 
 _WORDS = {"SIGTERM": "terminated", "SIGHUP": "the terminal was closed"}
 
@@ -48,6 +49,26 @@ def ending_signals() -> list[signal.Signals]:
     """What asks a process to end, beside Ctrl-C: SIGTERM; SIGHUP, unless `nohup` has it ignored."""
     known = (signal.Signals[name] for name in _WORDS if hasattr(signal, name))
     return [each for each in known if signal.getsignal(each) is not signal.SIG_IGN]
+
+
+@contextlib.contextmanager
+def asked_to_end() -> Iterator[list[int]]:
+    """Collect SIGINT, SIGTERM and SIGHUP in a list; a second one acts at once."""
+    asked: list[int] = []
+    names = (signal.SIGINT, *ending_signals())
+
+    def handle(number: int, frame: object) -> None:
+        leave_terminal(number)
+        if asked:
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
+        asked.append(number)
+
+    before = [signal.signal(name, handle) for name in names]
+    try:
+        yield asked
+    finally:
+        for name, old in zip(names, before, strict=True):
+            signal.signal(name, old)
 
 
 def leave_terminal(number: int) -> None:

@@ -9,25 +9,21 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import time
 import webbrowser
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from io import TextIOWrapper
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from swalp_command import Terminated, ending_signals, interrupted, leave_terminal
+from swalp_command import asked_to_end, interrupted
 
 if TYPE_CHECKING:
-    from swalp.report.progress import Display, Moment
-    from swalp.training.config import RunConfig
-    from swalp.training.run_directory import RunDirectory
+    pass
 
 _MISTAKE = 2
 _DIFFERENT = 1
@@ -172,72 +168,19 @@ def train(
     tensorboard: TensorBoard = None,
 ) -> int:
     """Train in float and in low precision side by side, and compare SGD with its average."""
-    from swalp.report import tables
-    from swalp.report.progress import Display
-    from swalp.training import config, data, run_directory, study
     from swalp.training.mistakes import UserError
+    from swalp_command import runs
 
-    if tensorboard is not None:
-        _require_tensorboard()
-    if resume is not None:
-        if source is not None or set_ or out is not None:
-            raise UserError(
-                f"--resume {resume} takes the settings of that run: leave out the preset or file, "
-                f"--set and --out"
-            )
-        directory = run_directory.open_run(resume)
-        settings = directory.config()
-        directory.require_settings(settings)
-        examples = data.load(settings.data, data_dir, download=download)
-    else:
-        source = "digits" if source is None else source
-        settings = config.load(source, set_ or [])
-        examples = data.load(settings.data, data_dir, download=download)
-        study.check(settings, examples)
-        if tensorboard is not None:
-            tensorboard.mkdir(parents=True, exist_ok=True)  # or fail before anything is made
-        name = f"{Path(source).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-        directory = run_directory.create(out or Path("runs") / name, settings)
-    with directory.locked(), Display() as display, _signals() as asked:
-        if directory.finished:
-            raise UserError(
-                f"{directory.path}: this run is finished; see it again with: "
-                f"swalp evaluate {quote(str(directory.path))}"
-            )
-        try:
-            with _watching(display, directory, settings, tensorboard) as watch:
-                summary = study.train(
-                    directory, examples, watch=watch, say=display.say, stop=lambda: bool(asked)
-                )
-        except study.Stopped:
-            display.say(f"stopped; go on with: swalp resume {quote(str(directory.path))}")
-            return 128 + asked[0]
-        try:
-            directory.save_curves(_curves(directory.metrics(), settings))
-        except (ImportError, ValueError, RuntimeError) as error:  # of Matplotlib's installation
-            reason = " ".join(str(error).split())
-            display.say(f"curves.png cannot be drawn ({reason}); the run is whole without it")
-        directory.finish(summary)
-    print(tables.render(summary))
-    print(f"\nSaved in {directory.path}; README.txt there says what is what.")
-    print(f"As a page with curves and histograms: swalp report {quote(str(directory.path))} --open")
-    return 0
-
-
-def _curves(metrics: list[dict[str, Any]], settings: RunConfig) -> bytes:
-    """The picture of a run."""
-    _own_style()
-    from swalp.report import curves
-
-    title = f"{settings.data}, {settings.model} of width {settings.width}"
-    return curves.png(metrics, averaging_start=settings.averaging_start, title=title)
-
-
-def _own_style() -> None:
-    """Draw in Matplotlib's own style: a user's may need what is not there."""
-    import matplotlib  # which takes its time
-
-    matplotlib.rcdefaults()
+    if resume is None:
+        return runs.begin(
+            "digits" if source is None else source, set_ or [], data_dir, download, out, tensorboard
+        )
+    if source is not None or set_ or out is not None:
+        raise UserError(
+            f"--resume {resume} takes the settings of that run: leave out the preset or file, "
+            f"--set and --out"
+        )
+    return runs.go_on(resume, data_dir, download, tensorboard)
 
 
 @app.command()
@@ -248,7 +191,9 @@ def resume(
     tensorboard: TensorBoard = None,
 ) -> int:
     """Go on with a run that was stopped or killed: it ends as if it had never been."""
-    return train(resume=run, data_dir=data_dir, download=download, tensorboard=tensorboard)
+    from swalp_command import runs
+
+    return runs.go_on(run, data_dir, download, tensorboard)
 
 
 @app.command()
@@ -319,20 +264,21 @@ def reproduce(
     """Run one of the paper's claims: a table, a plot and a verdict, kept as a record."""
     from swalp.lab import reproduce as lab
     from swalp.report.progress import parts
+    from swalp_command.runs import own_style
 
     if list_ and claim is not None:
         raise typer.BadParameter(f"--list shows all claims; leave {claim!r} away, or --list")
     if list_ or claim is None:
         print(lab.listing())
         return 0
-    _own_style()
+    own_style()
     found = lab.find(claim)
     settings = lab.settings_of(found, quick=quick, seeds=seeds)
     name = f"{claim}-quick" if quick else claim
     words = ["swalp", "reproduce", claim, *(["--quick"] if quick else [])]
     words += [] if seeds is None else ["--seeds", str(seeds)]
     words += [] if data_dir is None else ["--data-dir", "DIR"]  # a path means nothing elsewhere
-    with _signals() as asked, parts(claim) as progress:
+    with asked_to_end() as asked, parts(claim) as progress:
         try:
             verdict = lab.reproduce(
                 found,
@@ -460,7 +406,9 @@ def formats(
     from swalp.report.formats import show_formats
 
     if plot:
-        _own_style()
+        from swalp_command.runs import own_style
+
+        own_style()
     with _mistakes():
         show_formats(name, path, plot=plot)
 
@@ -493,59 +441,6 @@ def _mistakes() -> Iterator[None]:
         raise UserError(str(error)) from None
 
 
-def _require_tensorboard() -> None:
-    try:
-        import torch.utils.tensorboard  # noqa: F401  # what `Scalars` needs
-    except ImportError as error:
-        from swalp.training.mistakes import UserError
-
-        raise UserError(
-            f"--tensorboard needs the package tensorboard ({error}): pip install "
-            f"'swalp[tensorboard]'"
-        ) from None
-
-
-@contextmanager
-def _watching(
-    display: Display, run: RunDirectory, settings: RunConfig, tensorboard: Path | None
-) -> Iterator[Callable[[Moment], None]]:
-    """What is called after each step: the display, and TensorBoard's writer if there is one."""
-    if tensorboard is None:
-        yield display
-        return
-    from swalp.report.scalars import Scalars
-
-    folder = tensorboard / run.path.resolve().name
-    trajectories = len(settings.arms) * settings.seeds
-    with Scalars(folder, run.metrics(), trajectories=trajectories) as scalars:
-
-        def both(moment: Moment) -> None:
-            display(moment)
-            scalars(moment)
-
-        yield both
-
-
 def _fail(message: str) -> int:
     print(f"swalp: {message}", file=sys.stderr)
     return _MISTAKE
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGHUP in a list; a second one acts at once."""
-    asked: list[int] = []
-    names = (signal.SIGINT, *ending_signals())
-
-    def handle(number: int, frame: object) -> None:
-        leave_terminal(number)
-        if asked:
-            raise KeyboardInterrupt if number == signal.SIGINT else Terminated(number)
-        asked.append(number)
-
-    before = [signal.signal(name, handle) for name in names]
-    try:
-        yield asked
-    finally:
-        for name, old in zip(names, before, strict=True):
-            signal.signal(name, old)
