@@ -752,6 +752,13 @@ def test_products_of_tensors_as_they_are_seen(looks, batch):
                 out = torch.empty(5, 7)
                 arguments = (left, right, bias.float(), None, None, 0, None, 2)
                 assert _kernels.matmul(asked, a, b, out, 4, *arguments)
+            one = codes(*batch, 9, 9)[..., ::5, ::5][..., :1, :1]  # its strides mean nothing
+            for left, right in ((a[..., :1], one), (one, b[..., :1, :]), (one, one)):
+                sums = torch.empty(*batch, left.shape[-2], right.shape[-1], dtype=torch.int32)
+                assert _kernels.matmul(asked, left, right, sums, 0, *nothing)
+                assert torch.equal(sums.double(), left.double() @ right.double())
+    left, right = codes(8, 80)[::3, ::2][:0], codes(120, 21)[::3, ::3]  # nothing to write
+    assert _kernels.matmul(asked, left, right.contiguous(), torch.empty(0, 7), 0, *nothing)
     for a, b in ((codes(5, 0), codes(0, 7)), (codes(5, 80)[:, ::2], codes(40, 7))):
         assert not _kernels.matmul(asked, a, b, torch.empty(5, 7), 0, *nothing)
 

@@ -129,12 +129,13 @@ nb::object quantize_plain(const Torch& torch, const swalp_format& f, nb::handle 
   if (rule < 0 || !torch.unwatched()) return nb::none();
   const Memory from = torch.plain(x);
   if (!from.data) return nb::none();
-  const nb::handle known = rows.is_none() ? nb::handle() : torch.at_shape(rows, x);
-  if (!rows.is_none() && !known) return nb::none();
+  const nb::object known = rows.is_none() ? nb::object() : torch.at_shape(rows, x);
+  if (!rows.is_none() && !known.is_valid()) return nb::none();
   const nb::object result = out.is_none() ? torch.empty_like(x) : nb::borrow(out);
   Memory to = from;
   if (out.is_none()) {
     to = torch.memory(result);
+    if (to.count != from.count) return nb::none();  // a mode of PyTorch's gave something else
   } else if (!out.is(x)) {
     to = torch.plain(out);
     const int64_t distance = to.data > from.data ? to.data - from.data : from.data - to.data;
@@ -142,7 +143,7 @@ nb::object quantize_plain(const Torch& torch, const swalp_format& f, nb::handle 
   }
   if (!out.is_none()) torch.note_written(out);
   if (seed.is_none()) seed = torch.fresh_seed();
-  quantize(f, known ? nb::cast<const swalp_layout&>(known) : flat(from.count),
+  quantize(f, known.is_valid() ? nb::cast<const swalp_layout&>(known) : flat(from.count),
            reinterpret_cast<uintptr_t>(from.data), reinterpret_cast<uintptr_t>(to.data), SWALP_FLOAT32, 0, 4,
            rule, bits, nb::cast<uint64_t>(seed), step, call,
            from.count < kHoldLock ? 1 : torch.threads());
@@ -315,6 +316,7 @@ struct Planes {
     const int64_t *shape = at.seen.shape, *strides = at.seen.strides;
     if (at.seen.dims == 3) batch = *shape++, batch_stride = *strides++;
     rows = shape[0], columns = shape[1], row_stride = strides[0], column_stride = strides[1];
+    if (rows == 1 && columns == 1) row_stride = column_stride = 1;  // of one number they mean nothing
   }
 };
 
@@ -331,6 +333,7 @@ bool matmul(const Torch& torch, nb::handle left, nb::handle right, nb::handle ou
             nb::handle left_exponents, nb::handle right_exponents, nb::handle bias, nb::handle bias_codes,
             nb::handle bias_exponents, int bias_gap, nb::handle passed, int threads) {
   const Planes a(torch, left), b(torch, right), to(torch, out);
+  if (!a.batch || !a.rows || !b.columns) return true;  // there is nothing to write
   if (!a.columns || (a.row_stride != 1 && a.column_stride != 1) || (b.row_stride != 1 && b.column_stride != 1))
     return false;
   swalp_matmul t = {};

@@ -123,11 +123,11 @@ class Torch {
   }
 
   bool of_one_shape(nb::handle x, nb::handle y) const { return x.attr(shape_).equal(y.attr(shape_)); }
-  // What a dict has at the shape of a tensor; null: nothing.
-  nb::handle at_shape(nb::handle all, nb::handle x) const {
-    const nb::handle found = PyDict_GetItemWithError(all.ptr(), nb::object(x.attr(shape_)).ptr());
+  // What a dict has at the shape of a tensor, held, as other threads may clear the dict; null: nothing.
+  nb::object at_shape(nb::handle all, nb::handle x) const {
+    PyObject* const found = PyDict_GetItemWithError(all.ptr(), nb::object(x.attr(shape_)).ptr());
     if (!found && PyErr_Occurred()) throw nb::python_error();
-    return found;
+    return nb::borrow(found);
   }
   // Whether tensors made here become PyTorch's in C: by `taken`.
   bool takes() const { return exchange_ && exchange_->to_object; }

@@ -176,8 +176,8 @@ def run_codes(
     if _kernels.matmul(TORCH, left, right, *arguments):
         return
     if left.shape[-1]:
-        left, right = _along_or_across(left), _along_or_across(right)
-        _kernels.matmul(TORCH, left, right, *arguments)
+        done = _kernels.matmul(TORCH, _along_or_across(left), _along_or_across(right), *arguments)
+        assert done
     elif bias is None:
         out.zero_()
     else:
