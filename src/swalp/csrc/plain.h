@@ -123,12 +123,14 @@ class Torch {
   }
 
   bool of_one_shape(nb::handle x, nb::handle y) const { return x.attr(shape_).equal(y.attr(shape_)); }
+
   // What a dict has at the shape of a tensor, held, as other threads may clear the dict; null: nothing.
   nb::object at_shape(nb::handle all, nb::handle x) const {
     PyObject* const found = PyDict_GetItemWithError(all.ptr(), nb::object(x.attr(shape_)).ptr());
     if (!found && PyErr_Occurred()) throw nb::python_error();
     return nb::borrow(found);
   }
+
   // Whether tensors made here become PyTorch's in C: by `taken`.
   bool takes() const { return exchange_ && exchange_->to_object; }
   nb::object taken(DLManagedTensorVersioned* made) const {
@@ -167,8 +169,8 @@ class Torch {
   }
   static nb::object name(const char* text) { return nb::steal(PyUnicode_InternFromString(text)); }
 
-  const nb::object tensor_, parameter_, float32_, int8_, uint8_, int32_, empty_like_, grad_enabled_, has_storage_, threads_,
-      written_, forward_ad_, fresh_seed_;
+  const nb::object tensor_, parameter_, float32_, int8_, uint8_, int32_;
+  const nb::object empty_like_, grad_enabled_, has_storage_, threads_, written_, forward_ad_, fresh_seed_;
   const nb::object level_ = name("_current_level"), requires_grad_ = name("requires_grad"),
                    is_neg_ = name("is_neg"), shape_ = name("shape");
   std::vector<nb::object> watchers_;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -134,18 +135,10 @@ class Prepared:
         """Whether it was made for these tensors, and they still have the memory of then."""
         if self._for[0] is not recipe or self._for[1:] != (roles, seed):
             return False
-        if len(kept) != len(self._kept) or self._layouts is None:
+        memories = [x for tensor in kept for x in _memories(tensor) if x is not None]
+        if not (_same(kept, self._kept) and _same(memories, self._memories)):
             return False
-        at = 0
-        for tensor, known in zip(kept, self._kept, strict=True):
-            if tensor is not known:
-                return False
-            for memory in _memories(tensor):
-                if memory is not None:
-                    if memory is not self._memories[at]:
-                        return False
-                    at += 1
-        return self._layouts.hold(TORCH, self._memories)
+        return self._layouts is None or self._layouts.hold(TORCH, memories)
 
     def begins(self, state: dict[str, Any], gradient: Tensor) -> bool:
         """Whether it can take the next step, which is of this state and gradient."""
@@ -156,9 +149,12 @@ class Prepared:
 
 def _memories(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
     """What a step works on, and the exponents of that."""
-    if isinstance(tensor, PackedTensor):
-        return tensor.codes, tensor.exponents
-    return tensor, None
+    return resident(tensor), tensor.exponents if isinstance(tensor, PackedTensor) else None
+
+
+def _same(these: Sequence[Tensor], those: Sequence[Tensor]) -> bool:
+    """Whether they are the very same tensors."""
+    return len(these) == len(those) and all(map(is_, these, those))
 
 
 def announce(steps: Sequence[Prepared], finite: bool) -> None:
