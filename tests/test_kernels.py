@@ -638,13 +638,11 @@ def test_the_short_way_through_quantize():
     assert not torch.equal(swalp.quantize(x, fmt, Stochastic()), first)
 
 
-def from_c(asked, fmt, x, rule=None, out=None):
+def from_c(asked, fmt, x, rule=0, out=None):
     """What the short way does with a tensor, if it takes it."""
     plan = plans.plan_of(fmt)
     rows = None if plan.shapeless else plan.rows
-    return _kernels.quantize_plain(
-        asked, plan.kernel, rows, x, out, 0 if rule is None else rule, 16, 0, 0, 0
-    )
+    return _kernels.quantize_plain(asked, plan.kernel, rows, x, out, rule, 16, 0, 0, 0)
 
 
 class Passing(torch.utils._python_dispatch.TorchDispatchMode):

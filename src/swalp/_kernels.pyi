@@ -1,4 +1,4 @@
-"""The C++ kernels on raw addresses; `csrc/kernels.h` says what each argument means."""
+"""The C++ kernels: most on raw addresses, as `csrc/kernels.h` describes them, some on tensors."""
 
 from collections.abc import Callable, Sequence
 

@@ -82,6 +82,13 @@ def leave_terminal(number: int) -> None:
                 os.dup2(nowhere, stream)
 
 
+def own_style() -> None:
+    """Draw in Matplotlib's own style: a user's may need what is not there."""
+    import matplotlib  # it may be missing or broken, and takes its time
+
+    matplotlib.rcdefaults()
+
+
 def _terminate(number: int, frame: object) -> None:
     leave_terminal(number)
     raise Terminated(number)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from swalp_command import asked_to_end, interrupted
+from swalp_command import asked_to_end, interrupted, own_style
 
 if TYPE_CHECKING:
     pass
@@ -264,7 +264,6 @@ def reproduce(
     """Run one of the paper's claims: a table, a plot and a verdict, kept as a record."""
     from swalp.lab import reproduce as lab
     from swalp.report.progress import parts
-    from swalp_command.runs import own_style
 
     if list_ and claim is not None:
         raise typer.BadParameter(f"--list shows all claims; leave {claim!r} away, or --list")
@@ -406,8 +405,6 @@ def formats(
     from swalp.report.formats import show_formats
 
     if plot:
-        from swalp_command.runs import own_style
-
         own_style()
     with _mistakes():
         show_formats(name, path, plot=plot)

@@ -15,7 +15,7 @@ from swalp.training import config, data, run_directory, study
 from swalp.training.config import RunConfig
 from swalp.training.mistakes import UserError
 from swalp.training.run_directory import RunDirectory
-from swalp_command import asked_to_end
+from swalp_command import asked_to_end, own_style
 
 
 def begin(
@@ -48,13 +48,6 @@ def go_on(path: Path, data_dir: Path | None, download: bool, tensorboard: Path |
     directory.require_settings(settings)
     examples = data.load(settings.data, data_dir, download=download)
     return _train(directory, settings, examples, tensorboard)
-
-
-def own_style() -> None:
-    """Draw in Matplotlib's own style: a user's may need what is not there."""
-    import matplotlib  # it may be missing or broken, and takes its time
-
-    matplotlib.rcdefaults()
 
 
 def _train(

@@ -201,8 +201,7 @@ class _GELU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         mine = references(grad) == alone()
         result, kept = place(grad, mine), ctx.saved_tensors
-        many = max(1, _PART // grad[0].nbytes)
-        for part in (slice(i, i + many) for i in range(0, len(grad), many)):
+        for part in _parts(grad, _PART):
             torch.ops.aten.gelu_backward.grad_input(
                 grad[part], ctx.compute(*kept, part=part), approximate=ctx.approximate,
                 grad_input=result[part],
@@ -226,7 +225,7 @@ class _LayerNorm(torch.autograd.Function):
         y = buffers.empty(*x.shape)
         rows, results = x.view(-1, *shape), y.view(-1, *shape)
         mean, own_scale = x.new_empty(2, len(rows), *(1 for _ in shape))
-        for band in _bands(rows):
+        for band in _parts(rows, _BAND):
             results[band], mean[band], own_scale[band] = torch.native_layer_norm(
                 rows[band], shape, scale, shift, eps
             )
@@ -249,7 +248,7 @@ class _LayerNorm(torch.autograd.Function):
         if wanted:
             dx = buffers.empty(*x.shape)
             results = dx.view(-1, *shape)
-            for band in _bands(rows):
+            for band in _parts(rows, _BAND):
                 results[band], _, _ = backward(
                     grads[band], rows[band], shape, mean[band], own_scale[band], scale, shift,
                     [True, False, False],
@@ -257,9 +256,10 @@ class _LayerNorm(torch.autograd.Function):
         return dx, dscale, dshift, None, None
 
 
-def _bands(rows: Tensor) -> list[slice]:
-    many = max(1, _BAND // max(1, rows[0].nbytes))
-    return [slice(i, i + many) for i in range(0, len(rows), many)]
+def _parts(x: Tensor, most: int) -> list[slice]:
+    """Of the first dimension, of so many bytes each at most, but of one index at least."""
+    many = max(1, most // x[0].nbytes)
+    return [slice(i, i + many) for i in range(0, len(x), many)]
 
 
 class _MaxPool(torch.autograd.Function):

@@ -105,8 +105,8 @@ class Prepared:
         self._memories = [x for both in memories for x in both if x is not None]
         self._layouts = _kernels.Layouts(TORCH, self._memories) if plans.available else None
         # Of a packed tensor autograd keeps the whole, others look at its codes.
-        whole = (x for tensor, (x, _) in zip(kept, memories, strict=True) for x in (tensor, x))
-        self.written = list({id(x): x for x in whole if x is not None}.values())
+        written = (*kept, *(memory for memory, _ in memories))
+        self.written = list({id(x): x for x in written}.values())
         blocks = fits(recipe, roles, parameter)
         if blocks is None or not all(
             held(tensor, role, recipe, parameter)
