@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import itertools
@@ -28,9 +29,9 @@ from benchmarks.training import _vgg16
 
 RECIPE = swalp.recipes.get("native-8")
 LR = 1e-3
-STEPS = 3  # of which the peak is taken; of these or more, in a process of its own, the median time
-TURNS = 5  # of such processes
-SECONDS = 2  # for which they take steps, at least
+STEPS = 3  # of which the peak is taken, in a process of its own; before each turn of one
+PROCESSES = 5  # of those for the peak
+SECONDS = 1  # of a turn in a process that has its turns beside others
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # PyTorch's large tensors go back to the system
 # Small native steps depend on where the processors lie (`sharing`), which may change by the minute.
 _LONGER = 3
@@ -196,9 +197,9 @@ def _peaks(
     name: str, kinds: list[str], plan: Plan, environment: dict[str, str]
 ) -> dict[str, list[float]]:
     """Peaks of several processes each: what the C library keeps differs from one to the next."""
-    turns = range(min(plan.rounds, TURNS))
+    turns = range(min(plan.rounds, PROCESSES))
     return {
-        kind: [of_a_process("peak", name, kind, plan, environment) for _ in turns] for kind in kinds
+        kind: [peak_of_a_process(name, kind, plan, environment) for _ in turns] for kind in kinds
     }
 
 
@@ -216,12 +217,14 @@ def _peak_row(
 
 
 def _saving_rows(name: str, what: str, goals: dict[str, float], plan: Plan) -> list[Row]:
-    """The time of giving memory back, which is for good in a process: in processes by turns."""
+    """The time of giving memory back, which is for good in a process: each in one, by turns."""
     contenders = {kind: Contender(kind, lambda: None) for kind in (SAVING, NATIVE, *goals)}
     times: dict[str, list[float]] = {kind: [] for kind in contenders}
-    for turn in range(min(plan.rounds, TURNS)):
-        for kind in times if turn % 2 else reversed(times):
-            times[kind].append(of_a_process("seconds", name, kind, plan, {}))
+    with contextlib.ExitStack() as stack:
+        workers = {kind: stack.enter_context(Worker(name, kind, plan)) for kind in times}
+        for turn in range(plan.rounds):
+            for kind in times if turn % 2 else reversed(times):
+                times[kind].append(workers[kind].seconds())
     ours = contenders[SAVING]
     return [
         compared(name, what, times, ours, contenders[NATIVE], "time ratio"),
@@ -309,17 +312,44 @@ def peak(name: str, kind: str, plan: Plan) -> float:
     return int(mark.split()[1]) * 1024 - before
 
 
-def seconds(name: str, kind: str, plan: Plan) -> float:
-    """The median time of a step in this process."""
+def work(name: str, kind: str, plan: Plan) -> None:
+    """For each line of the input, take steps for a turn and print the seconds of one."""
     torch.set_num_threads(plan.threads)
     step = works(plan)[name].step(_saving(kind))
     step()
-    times: list[float] = []
-    while len(times) < STEPS or sum(times) < SECONDS:
-        began = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+    for _ in sys.stdin:
+        # Not of training that is under way: what was given back lies with the host by now, if this
+        # is a virtual machine, from where a page takes ten times as long.
+        for _ in range(STEPS):
+            step()
+        count, began = 0, time.perf_counter()
+        while count == 0 or time.perf_counter() - began < SECONDS:
+            step()
+            count += 1
+        print((time.perf_counter() - began) / count, flush=True)
+
+
+class Worker:
+    """A process that takes steps when asked to, and else waits."""
+
+    def __init__(self, name: str, kind: str, plan: Plan) -> None:
+        self._process = subprocess.Popen(
+            _program(f"work({name!r}, {kind!r}, {plan!r})"), text=True, cwd=ROOT,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def seconds(self) -> float:
+        """A step's, in a turn of some."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(file=self._process.stdin, flush=True)
+        return float(self._process.stdout.readline())
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()  # it reads the end of its input
 
 
 def _saving(kind: str) -> str:
@@ -329,19 +359,20 @@ def _saving(kind: str) -> str:
     return NATIVE
 
 
-def of_a_process(
-    measure: str, name: str, kind: str, plan: Plan, environment: dict[str, str]
-) -> float:
-    """`peak` or `seconds` in a fresh process, with these variables in its environment."""
-    program = (
-        f"from benchmarks.native import {measure}; from benchmarks.plan import Plan; "
-        f"print({measure}({name!r}, {kind!r}, {plan!r}))"
-    )
+def peak_of_a_process(name: str, kind: str, plan: Plan, environment: dict[str, str]) -> float:
+    """`peak` in a fresh process, with these variables in its environment."""
     run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT,
-        env=os.environ | environment,
+        _program(f"print(peak({name!r}, {kind!r}, {plan!r}))"), capture_output=True, text=True,
+        check=True, cwd=ROOT, env=os.environ | environment,
     )  # fmt: skip
     return float(run.stdout)
+
+
+def _program(statement: str) -> list[str]:
+    return [
+        sys.executable, "-c",
+        f"from benchmarks.native import peak, work; from benchmarks.plan import Plan; {statement}",
+    ]  # fmt: skip
 
 
 def _resident() -> int:

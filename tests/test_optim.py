@@ -6,7 +6,16 @@ import torch
 from torch import nn
 
 import swalp
-from swalp import BlockFloat, FixedPoint, Minifloat, Nearest, Stochastic, quantize
+from swalp import (
+    BlockFloat,
+    FixedPoint,
+    Minifloat,
+    Nearest,
+    PackedTensor,
+    Stochastic,
+    pack,
+    quantize,
+)
 from swalp.noise import stream_seed
 from swalp.optim import fused
 from swalp.recipes import Override, Quantizer, Recipe
@@ -512,6 +521,25 @@ def test_compiled_step_does_not_depend_on_threads_or_instructions(name, which, m
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(value, other[key]) for key, value in results[0].items())
+
+
+@pytest.mark.parametrize(
+    "recipe", ["native-8", "paper-small-block-4", "fp8", "mxint8", "mxfp4", "official-8"]
+)
+@pytest.mark.parametrize("shape", [(5,), (7, 33), (64, 40), (4, 3, 3, 3), ()])
+def test_an_empty_state_is_of_packed_zeros(recipe, shape):
+    found = swalp.recipes.get(recipe)
+    assert found.momentum is not None
+    fmt = swalp.recipes.fit(found.momentum.format, shape)
+    expected = pack(torch.zeros(shape), fmt)
+    zeros = fused.empty_state(found, "momentum", pack(torch.ones(shape), fmt))
+    assert isinstance(zeros, PackedTensor)
+    assert (zeros.format, zeros.shape) == (fmt, expected.shape)
+    for ours, theirs in ((zeros.codes, expected.codes), (zeros.exponents, expected.exponents)):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert (ours.dtype, ours.stride()) == (theirs.dtype, theirs.stride())
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -73,30 +73,27 @@ def release() -> None:
         each.release()
 
 
-def save_memory(keep: int = 1 << 24) -> None:
-    """Give memory back to the system as soon as nothing uses it, from now on, in this process.
+def save_memory() -> None:
+    """Hold no more memory than the process needs, from now on.
 
-    The peak of a step falls, by half where layers leave large results of PyTorch's between them.
-    The step may take longer, as memory has to be asked for again: `docs/native.md` says how much.
+    PyTorch and results from here cannot use what the other has left free, so a step holds the most
+    of each, even if they come at different times. After this, memory that no tensor uses goes back
+    to the system as far as the process would hold more than it needed at any one time of late. The
+    step may take longer, as memory has to be asked for again: `docs/native.md` says how much.
+
     It takes least if this is called before the process has made a tensor: then large tensors of
     PyTorch's on the CPU lie on large pages, too (``THP_MEM_ALLOC_ENABLE`` in the environment, if it
     has no value there), which the system hands out in a fraction of the time. Those tensors go
-    back where the C library has `mallopt` (glibc): from 1 MB on it gets each from the system, and
-    of what is smaller it keeps 8 MB. That cannot be undone. To hold less still, let nonlinearities
-    work in place: `inplace = True` on ReLU and on GELU right after a linear layer.
+    back at once where the C library has `mallopt` (glibc): from 1 MB on it gets each from the
+    system, and of what is smaller it keeps 8 MB. That cannot be undone. To hold less still, let
+    nonlinearities work in place: `inplace = True` on ReLU and on GELU right after a linear layer.
 
-    Args:
-        keep: bytes that stay for the next results, of floats and of codes each.
-
-    Raises:
-        ValueError: `keep` is negative.
+    What a process holds, Linux tells; elsewhere results from here leave 16 MB free.
     """
-    if keep < 0:
-        raise ValueError(f"save_memory: keep={keep} must be a number of bytes, at least 0")
     # PyTorch looks at it when it makes its first tensor.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    for each in _all():
-        each.save(keep)
+    if available:
+        _kernels.save_memory()
     with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)

@@ -444,10 +444,6 @@ class Buffers {
     nb::gil_scoped_release unlocked;
     regions_->release();
   }
-  void save(int64_t keep) {
-    nb::gil_scoped_release unlocked;
-    regions_->save(keep);
-  }
 
  private:
   int64_t smallest_;
@@ -590,14 +586,17 @@ NB_MODULE(_kernels, m) {
         nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg().none(),
         nb::arg());
   m.def("matmul_used", &swalp_multiply_used);
-  regions_at_fork();
+  Regions::at_fork();
   nb::class_<Buffers>(m, "Buffers")
       .def(nb::init<int64_t, int64_t, int64_t>())
       .def("empty", &Buffers::empty)
       .def("holds", &Buffers::holds)
       .def("free_bytes", &Buffers::free_bytes)
-      .def("release", &Buffers::release)
-      .def("save", &Buffers::save);
+      .def("release", &Buffers::release);
+  m.def("save_memory", [] {
+    nb::gil_scoped_release unlocked;
+    Regions::save();
+  });
   nb::class_<swalp_convolution>(m, "Convolution")
       .def("__init__", [](swalp_convolution* c, const std::vector<int64_t>& sizes) {
         *c = convolution(sizes);

@@ -1,9 +1,11 @@
 // Memory of large results, used again; swalp/buffers.py says why. Results lie side by side in regions
 // of address space, each on the lowest place that it fits in: what one leaves free joins its free
-// neighbours, so the pages in use are those of the most that ever was alive at once.
+// neighbours, so the pages in use are those of the most that ever was alive at once. To save memory, what
+// is free goes back to the system as far as the process would otherwise hold more than it needed of late.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 
 #include <algorithm>
 #include <list>
@@ -12,8 +14,10 @@
 #include <vector>
 
 #if __has_include(<sys/mman.h>)
+#include <fcntl.h>
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 #define SWALP_HAS_REGIONS
 #endif
@@ -24,11 +28,6 @@ namespace {
 
 // Of all regions. A child of `fork` must not be born with it held by a thread that it does not have.
 std::mutex regions_lock;
-
-inline void regions_at_fork() {
-  pthread_atfork([] { regions_lock.lock(); }, [] { regions_lock.unlock(); },
-                 [] { regions_lock.unlock(); });
-}
 
 constexpr size_t kLargePage = 1 << 21;
 constexpr size_t kLargeResult = 4 * kLargePage;  // from here on, on large pages of its own
@@ -82,8 +81,10 @@ class Region {
     return memory_ + begin;
   }
 
-  void leave(const uint8_t* address) {
+  // Returns how many bytes become free.
+  size_t leave(const uint8_t* address) {
     const auto own = from(taken_, address - memory_);
+    const size_t bytes = own->end - own->begin;
     auto after = spare_.insert(from(spare_, own->begin), *own);
     taken_.erase(own);
     const auto join = [&](auto left, auto right) {
@@ -93,12 +94,14 @@ class Region {
     };
     if (after != spare_.begin()) after = join(after - 1, after);
     if (after + 1 != spare_.end()) join(after, after + 1);
+    return bytes;
   }
 
   // Free memory goes back to the system, the highest first, in units of so many bytes: what lies
-  // beyond `limit`, and all but `keep` bytes.
-  void give_back(size_t keep, size_t limit, size_t unit) {
-    size_t kept = free_bytes();
+  // beyond `limit`, and all but `keep` bytes. Returns how many bytes.
+  size_t give_back(size_t keep, size_t limit, size_t unit) {
+    const size_t before = free_bytes();
+    size_t kept = before;
     std::vector<Stretch> spare;
     for (auto one = spare_.rbegin(); one != spare_.rend(); ++one) {
       const size_t excess = kept > keep ? std::min(kept - keep, one->end - one->begin) : 0;
@@ -114,6 +117,7 @@ class Region {
       }
     }
     spare_.assign(spare.rbegin(), spare.rend());
+    return before - kept;
   }
 
   // What no result has used since the last call goes back.
@@ -154,6 +158,67 @@ class Region {
   size_t used_until_ = 0;       // the highest end in use since the window began
 };
 
+// How much free memory stays: kKept bytes, and more as far as the process holds no more than it needed,
+// without what is free, at any one time of late.
+class Savings {
+ public:
+  // Bytes of `free` ones that are too many. `more`: what is about to be taken beyond these; `left`: what was
+  // in use until now. By who holds the lock.
+  size_t excess(size_t free, size_t more, size_t left) {
+    const size_t resident = held();
+    if (!resident) return free > kKept ? free - kKept : 0;  // unknown
+    const size_t needed = resident - std::min(free, resident) + more;
+    if (++looks_ % kWindow == 0) {
+      before_ = most_;
+      most_ = 0;
+    }
+    most_ = std::max(most_, needed + left);
+    // What others took between two looks, and left, they will take again: there must be room for it then.
+    const size_t peak = peak_bytes(), seen = std::max(resident, resident_);
+    if (peak_ && peak > peak_ && peak > seen) unseen_ = std::max(unseen_, peak - seen);
+    peak_ = peak;
+    const size_t bound = needed + unseen_, most = std::max(most_, before_) + kKept;
+    const size_t room = std::max(kKept, most - std::min(bound, most));
+    const size_t found = free > room ? free - room : 0;
+    resident_ = resident + more - found;
+    return found;
+  }
+
+  // In a child of `fork`: the file is of its parent.
+  void forget() {
+    if (file_ >= 0) close(file_);
+    file_ = -1;
+  }
+
+ private:
+  static constexpr size_t kKept = 1 << 24;
+  static constexpr int64_t kWindow = 1 << 12;
+
+  // Bytes of memory that the process holds; 0: unknown.
+  size_t held() {
+    if (file_ < 0) file_ = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
+    char text[128];
+    const ssize_t length = file_ < 0 ? 0 : pread(file_, text, sizeof text - 1, 0);
+    if (length <= 0) return 0;
+    text[length] = 0;
+    char* end;
+    strtoull(text, &end, 10);  // of address space
+    return strtoull(end, nullptr, 10) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  }
+
+  // The most that it ever held.
+  static size_t peak_bytes() {
+    rusage all;
+    return getrusage(RUSAGE_SELF, &all) ? 0 : static_cast<size_t>(all.ru_maxrss) << 10;
+  }
+
+  size_t most_ = 0, before_ = 0;  // needed since the window began, and in the window before
+  size_t unseen_ = 0;
+  size_t resident_ = 0, peak_ = 0;  // at the last look
+  int64_t looks_ = 0;
+  int file_ = -1;
+};
+
 class Regions {
  public:
   // `size`: of a region, in bytes. `window`: results in which memory that none of them touched goes
@@ -173,28 +238,19 @@ class Regions {
     const std::lock_guard<std::mutex> held(regions_lock);
     if (++results_ % window_ == 0)
       for (Region& region : regions_) region.give_back_unused();
-    for (Region& region : regions_)
-      if (uint8_t* found = region.take(bytes)) return found;
-    regions_.emplace_back(std::max(bytes, size_));
-    if (!regions_.back().exists()) {  // address space is limited, or counted as memory
-      regions_.pop_back();
-      regions_.emplace_back(bytes);
-    }
-    Region& region = regions_.back();
-    if (!region.exists()) {
-      regions_.pop_back();
-      return nullptr;
-    }
-    if (keep_ != SIZE_MAX) region.in_large_pages();
-    return region.take(bytes);
+    const bool looks = saves() && bytes >= kLargePage;
+    const size_t free = looks ? all_free() : 0;
+    uint8_t* const found = place(bytes);
+    if (looks) give_back(bytes - (free - all_free()), 0);
+    return found;
   }
 
   void leave(uint8_t* address) {
     const std::lock_guard<std::mutex> held(regions_lock);
     for (Region& region : regions_) {
       if (!region.holds(address)) continue;
-      region.leave(address);
-      if (keep_ != SIZE_MAX) region.give_back(keep_, SIZE_MAX, kLargePage);
+      const size_t bytes = region.leave(address);
+      if (saves() && bytes >= kLargePage) give_back(0, bytes);
       return;
     }
   }
@@ -213,9 +269,7 @@ class Regions {
 
   size_t free_bytes() const {
     const std::lock_guard<std::mutex> held(regions_lock);
-    size_t all = 0;
-    for (const Region& region : regions_) all += region.free_bytes();
-    return all;
+    return free();
   }
 
   void release() {
@@ -224,20 +278,71 @@ class Regions {
     regions_.remove_if([](const Region& region) { return region.idle(); });
   }
 
-  // From now on, what is free beyond `keep` bytes of each region goes back at once, in large pages.
-  void save(size_t keep) {
+  // From now on, all regions give back what the process does not need, in large pages.
+  static void save() {
     const std::lock_guard<std::mutex> held(regions_lock);
-    keep_ = whole(keep);
-    for (Region& region : regions_) {
-      region.in_large_pages();
-      region.give_back(keep_, SIZE_MAX, kLargePage);
-    }
+    if (saves()) return;
+    savings() = new Savings;
+    for (Regions* const each : all())
+      for (Region& region : each->regions_) region.in_large_pages();
+    give_back(0, 0);
+  }
+
+  static void at_fork() {
+    pthread_atfork([] { regions_lock.lock(); }, [] { regions_lock.unlock(); }, [] {
+      if (saves()) savings()->forget();
+      regions_lock.unlock();
+    });
   }
 
  private:
+  // Once somebody wants to save memory; to the process's end, as tensors may live that long.
+  static Savings*& savings() {
+    static Savings* found = nullptr;
+    return found;
+  }
+  static bool saves() { return savings() != nullptr; }
+
+  static void give_back(size_t more, size_t left) {
+    size_t excess = savings()->excess(all_free(), more, left);
+    for (Regions* const each : all())
+      for (Region& region : each->regions_) {
+        if (excess < kLargePage) return;
+        const size_t free = region.free_bytes();
+        excess -= std::min(excess, region.give_back(free - std::min(free, excess), SIZE_MAX, kLargePage));
+      }
+  }
+
+  uint8_t* place(size_t bytes) {
+    for (Region& region : regions_)
+      if (uint8_t* found = region.take(bytes)) return found;
+    regions_.emplace_back(std::max(bytes, size_));
+    if (!regions_.back().exists()) {  // address space is limited, or counted as memory
+      regions_.pop_back();
+      regions_.emplace_back(bytes);
+    }
+    Region& region = regions_.back();
+    if (!region.exists()) {
+      regions_.pop_back();
+      return nullptr;
+    }
+    if (saves()) region.in_large_pages();
+    return region.take(bytes);
+  }
+
   bool found(const void* address) const {
     return std::any_of(regions_.begin(), regions_.end(),
                        [&](const Region& region) { return region.holds(address); });
+  }
+  size_t free() const {
+    size_t all = 0;
+    for (const Region& region : regions_) all += region.free_bytes();
+    return all;
+  }
+  static size_t all_free() {
+    size_t sum = 0;
+    for (const Regions* const each : all()) sum += each->free();
+    return sum;
   }
   static std::list<Regions*>& all() {  // to the process's end, as tensors may live that long
     static auto* const list = new std::list<Regions*>;
@@ -250,12 +355,9 @@ class Regions {
   const size_t page_;
   std::list<Region> regions_;
   int64_t results_ = 0;
-  size_t keep_ = SIZE_MAX;  // free bytes of a region that stay memory
 };
 
 #else  // the C library's allocator, then
-
-inline void regions_at_fork() {}
 
 class Regions {
  public:
@@ -266,7 +368,8 @@ class Regions {
   static bool any_holds(const void*) { return false; }
   size_t free_bytes() const { return 0; }
   void release() {}
-  void save(size_t) {}
+  static void save() {}
+  static void at_fork() {}
 };
 
 #endif

@@ -171,10 +171,23 @@ def announce(steps: Sequence[Prepared], finite: bool) -> None:
 
 def empty_state(recipe: Recipe, role: str, parameter: Tensor) -> Tensor:
     """Zeros, held as that role is kept beside `parameter`: packed or as floats."""
-    zeros = torch.zeros(parameter.shape, dtype=torch.float32, device="cpu")
+    shape = parameter.shape
     if not isinstance(parameter, PackedTensor):
-        return zeros
-    return pack(zeros, fit(getattr(recipe, role).format, parameter.shape))
+        return torch.zeros(shape, dtype=torch.float32, device="cpu")
+    fmt = fit(getattr(recipe, role).format, shape)
+    # As many as one exponent takes, as others are the same: all of them would be large as floats.
+    few = ones = (1,) * len(shape)
+    extents = block_extents(fmt, shape) if isinstance(fmt, BlockFloat | Microscaling) else ones
+    if isinstance(fmt, Microscaling) or (isinstance(fmt, BlockFloat) and fmt.tile is not None):
+        few = extents
+    one = pack(torch.zeros(few, dtype=torch.float32, device="cpu"), fmt)
+    size = [-(-parameter.numel() // 2)] if joined(fmt) else shape
+    codes = torch.zeros(size, dtype=one.codes.dtype, device="cpu")
+    exponents = one.exponents
+    if exponents is not None:
+        grid = [-(-size // extent) for size, extent in zip(shape, extents, strict=True)]
+        exponents = exponents.expand(grid).clone()
+    return PackedTensor(codes, exponents, fmt, shape)
 
 
 def fits(recipe: Recipe, roles: Sequence[str], parameter: Tensor) -> tuple[int, int] | None:
