@@ -551,7 +551,7 @@ NB_MODULE(_kernels, m) {
   m.attr("SUM") = static_cast<int>(SWALP_SUM);
   m.def("quantize", &quantize);
   nb::class_<Layouts>(m, "Layouts")
-      .def(nb::init<const Torch&, nb::list>())
+      .def(nb::init<const Torch&, nb::handle, nb::list>())
       .def("hold", &Layouts::hold);
   nb::class_<Torch>(m, "Torch").def(nb::init<nb::object, nb::object, nb::tuple, nb::object, bool>());
   m.def("quantize_plain", &quantize_plain, nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),

@@ -68,16 +68,25 @@ class Torch {
     return count ? Memory{static_cast<float*>(at.data()), count} : Memory{};
   }
 
-  // Writes numbers that say how a tensor lies in memory.
-  void layout(nb::handle x, std::vector<int64_t>& to) const {
-    to.push_back(is_true(PyObject_CallMethodNoArgs(x.ptr(), is_neg_.ptr())));
+  // Calls `see` with each of the numbers that say how a tensor lies in memory.
+  template <class See> void layout(nb::handle x, const See& see) const {
+    see(is_true(PyObject_CallMethodNoArgs(x.ptr(), is_neg_.ptr())));
     Look at;
     if (!look(x, at)) return;
     const DLTensor& seen = at.seen;
-    to.insert(to.end(), {reinterpret_cast<int64_t>(at.data()), seen.device.type, seen.device.id,
-                         seen.type.code, seen.type.bits, seen.type.lanes, seen.dims});
-    to.insert(to.end(), seen.shape, seen.shape + seen.dims);
-    to.insert(to.end(), seen.strides, seen.strides + seen.dims);
+    for (const int64_t each : {reinterpret_cast<int64_t>(at.data()), int64_t{seen.device.type},
+                               int64_t{seen.device.id}, int64_t{seen.type.code}, int64_t{seen.type.bits},
+                               int64_t{seen.type.lanes}, int64_t{seen.dims}})
+      see(each);
+    for (int32_t axis = 0; axis < seen.dims; ++axis) see(seen.shape[axis]), see(seen.strides[axis]);
+  }
+
+  // Calls `see` with the tensors that hold one: with a packed one's codes and exponents.
+  template <class See> void parts(nb::handle x, bool packed, const See& see) const {
+    if (!packed) return see(x);
+    see(x.attr(codes_));
+    const nb::object exponents = x.attr(exponents_);
+    if (!exponents.is_none()) see(exponents);
   }
 
   // A tensor as DLPack describes it, for as long as it lives and keeps its layout.
@@ -172,25 +181,49 @@ class Torch {
   const nb::object tensor_, parameter_, float32_, int8_, uint8_, int32_;
   const nb::object empty_like_, grad_enabled_, has_storage_, threads_, written_, forward_ad_, fresh_seed_;
   const nb::object level_ = name("_current_level"), requires_grad_ = name("requires_grad"),
-                   is_neg_ = name("is_neg"), shape_ = name("shape");
+                   is_neg_ = name("is_neg"), shape_ = name("shape"), codes_ = name("codes"),
+                   exponents_ = name("exponents");
   std::vector<nb::object> watchers_;
   const DLExchange* exchange_ = nullptr;
 };
 
-// How tensors lay in memory. It holds none of them, as Python's collector could not see that.
+// Which tensors there were, and how they lay in memory. It holds none of them, as Python's collector could
+// not see that: who asks must, so that no other takes an address.
 class Layouts {
  public:
-  Layouts(const Torch& torch, nb::list tensors) : seen_(of(torch, tensors, 0)) {}
-  bool hold(const Torch& torch, nb::list tensors) const { return of(torch, tensors, seen_.size()) == seen_; }
-
- private:
-  static std::vector<int64_t> of(const Torch& torch, nb::list tensors, size_t size) {
-    std::vector<int64_t> found;
-    found.reserve(size);
-    for (nb::handle each : tensors) torch.layout(each, found);
-    return found;
+  // `packed`: the class of packed tensors.
+  Layouts(const Torch& torch, nb::handle packed, nb::list tensors) {
+    for (nb::handle each : tensors) {
+      tensors_.push_back({each.ptr(), nb::isinstance(each, packed)});
+      torch.parts(each, tensors_.back().packed, [&](nb::handle part) {
+        seen_.push_back(reinterpret_cast<int64_t>(part.ptr()));
+        torch.layout(part, [&](int64_t number) { seen_.push_back(number); });
+      });
+    }
   }
 
+  // Whether these are the same, where they were.
+  bool hold(const Torch& torch, nb::list tensors) const {
+    size_t which = 0, at = 0;
+    bool same = tensors.size() == tensors_.size();
+    for (nb::handle each : tensors) same = same && each.ptr() == tensors_[which++].tensor;
+    const auto check = [&](int64_t number) { same = same && at < seen_.size() && seen_[at++] == number; };
+    for (const Known& each : tensors_) {
+      if (!same) return false;
+      torch.parts(each.tensor, each.packed, [&](nb::handle part) {
+        check(reinterpret_cast<int64_t>(part.ptr()));
+        if (same) torch.layout(part, check);
+      });
+    }
+    return same && at == seen_.size();
+  }
+
+ private:
+  struct Known {
+    PyObject* tensor;
+    bool packed;
+  };
+  std::vector<Known> tensors_;
   std::vector<int64_t> seen_;
 };
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -91,7 +90,7 @@ class Prepared:
         kind: str,
         roles: tuple[str, ...],
         recipe: Recipe,
-        kept: Sequence[Tensor],
+        kept: list[Tensor],
         name: str,
         seed: int,
     ) -> None:
@@ -100,10 +99,12 @@ class Prepared:
         self.kind = isinstance(parameter, PackedTensor), recipe.gradient is not None
         self.kernel: Any = None
         self._for = recipe, roles, seed
-        self._kept = list(kept)
-        memories = [_memories(tensor) for tensor in kept]
-        self._memories = [x for both in memories for x in both if x is not None]
-        self._layouts = _kernels.Layouts(TORCH, self._memories) if plans.available else None
+        memories = [
+            (resident(x), x.exponents if isinstance(x, PackedTensor) else None) for x in kept
+        ]
+        self._held = kept, memories  # so that no other tensor takes the place of one of them
+        # Without the compiled code none is of use, wherever the tensors lie.
+        self._layouts = _kernels.Layouts(TORCH, PackedTensor, kept) if plans.available else None
         # Of a packed tensor autograd keeps the whole, others look at its codes.
         written = (*kept, *(memory for memory, _ in memories))
         self.written = list({id(x): x for x in written}.values())
@@ -129,32 +130,18 @@ class Prepared:
             )  # fmt: skip
         self.kernel.place([0 if x is None else x.data_ptr() for both in memories for x in both])
 
-    def serves(
-        self, recipe: Recipe, roles: tuple[str, ...], kept: Sequence[Tensor], seed: int
-    ) -> bool:
+    def serves(self, recipe: Recipe, roles: tuple[str, ...], kept: list[Tensor], seed: int) -> bool:
         """Whether it was made for these tensors, and they still have the memory of then."""
-        if self._for[0] is not recipe or self._for[1:] != (roles, seed):
+        made = self._for
+        if made[0] is not recipe or made[1] != roles or made[2] != seed:
             return False
-        memories = [x for tensor in kept for x in _memories(tensor) if x is not None]
-        if not (_same(kept, self._kept) and _same(memories, self._memories)):
-            return False
-        return self._layouts is None or self._layouts.hold(TORCH, memories)
+        return self._layouts is None or self._layouts.hold(TORCH, kept)
 
     def begins(self, state: dict[str, Any], gradient: Tensor) -> bool:
         """Whether it can take the next step, which is of this state and gradient."""
         self.state = state
         kernel = self.kernel
         return kernel is not None and kernel.bind(TORCH, state.get("step", 0), gradient)
-
-
-def _memories(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a step works on, and the exponents of that."""
-    return resident(tensor), tensor.exponents if isinstance(tensor, PackedTensor) else None
-
-
-def _same(these: Sequence[Tensor], those: Sequence[Tensor]) -> bool:
-    """Whether they are the very same tensors."""
-    return len(these) == len(those) and all(map(is_, these, those))
 
 
 def announce(steps: Sequence[Prepared], finite: bool) -> None:

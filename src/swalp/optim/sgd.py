@@ -75,6 +75,9 @@ def sgd_step(
     return weight, momentum_buffer, accumulator
 
 
+_ROLES = {False: ("gradient", "weight"), True: ("gradient", "weight", "momentum")}
+
+
 class SGD(LowPrecisionOptimizer):
     """SGD whose gradients, momentum and weights are quantized; `torch.optim.SGD` without a recipe.
 
@@ -151,12 +154,9 @@ class SGD(LowPrecisionOptimizer):
         if recipe is None or recipe.accumulator is not None:
             return None
         state = self.state[parameter]
-        roles: tuple[str, ...] = ("gradient", "weight")
-        kept = [parameter]
-        if group["momentum"]:
-            roles += ("momentum",)
-            if "momentum_buffer" in state:
-                kept.append(state["momentum_buffer"])
+        roles, kept = _ROLES[bool(group["momentum"])], [parameter]
+        if group["momentum"] and "momentum_buffer" in state:
+            kept.append(state["momentum_buffer"])
         prepared = self._prepared("SgdParameter", roles, recipe, name, gradient, state, kept)
         if prepared is None:
             return None
