@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import weakref
 
 import pytest
 import torch
@@ -284,9 +285,7 @@ def test_overrides_per_parameter(kind, compiled, monkeypatch):
             for parameter in model.parameters():
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
             optimizer.step()
-        fast = {
-            n: optimizer._kernels[id(p)].kernel is not None for n, p in model.named_parameters()
-        }
+        fast = {n: id(p) in optimizer._kernels for n, p in model.named_parameters()}
         return dict(model.named_parameters()), fast
 
     together, fast = trained(mixed)
@@ -637,6 +636,63 @@ def test_memory_that_is_replaced_between_steps(packed, kind, monkeypatch):
         results.append([torch.Tensor.detach(p).to(torch.float64) for p in model.parameters()])
         monkeypatch.undo()
     assert same(*results)
+
+
+def test_a_state_that_was_interrupted_begins_anew(monkeypatch):
+    recipe = swalp.recipes.get("native-8")
+    model = network()
+    optimizer = swalp.optim.Adam(model, recipe=recipe)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    make = fused.empty_state
+
+    def interrupted(recipe, role, parameter):
+        if role == "second_moment":
+            raise KeyboardInterrupt
+        return make(recipe, role, parameter)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "empty_state", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    optimizer.step()
+    fresh = network()
+    again = swalp.optim.Adam(fresh, recipe=recipe)
+    for parameter in fresh.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    again.step()
+    assert same(model.parameters(), fresh.parameters())
+
+
+@pytest.mark.parametrize("which", ["parameter", "momentum"])
+def test_what_is_packed_may_become_plain(which):
+    recipe = swalp.recipes.get("native-8")
+    model = swalp.convert(network(), recipe, packed=True)
+    optimizer = swalp.optim.SGD(model, lr=0.1, momentum=0.9, recipe=recipe)
+    train(model, optimizer)
+    for parameter in list(model.parameters()):
+        old = parameter if which == "parameter" else optimizer.state[parameter]["momentum_buffer"]
+        new = old.dequantize()
+        if which == "parameter":
+            new = nn.Parameter(new)
+        torch.utils.swap_tensors(old, new)
+        assert not isinstance(old, PackedTensor)
+    train(model, optimizer)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
+def test_replaced_state_is_not_kept_alive(kind):
+    recipe = dataclasses.replace(swalp.recipes.get("native-8"), momentum=None)
+    model = nn.Linear(7, 4)
+    optimizer = kind(
+        model, lr=0.1, recipe=recipe, **({"momentum": 0.9} if kind is swalp.optim.SGD else {})
+    )
+    name = "momentum_buffer" if kind is swalp.optim.SGD else "exp_avg"
+    train(model, optimizer)
+    old = weakref.ref(optimizer.state[model.weight][name])
+    train(model, optimizer)
+    assert old() is None
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (200, 300)])

@@ -194,7 +194,7 @@ class Layouts {
   // `packed`: the class of packed tensors.
   Layouts(const Torch& torch, nb::handle packed, nb::list tensors) {
     for (nb::handle each : tensors) {
-      tensors_.push_back({each.ptr(), nb::isinstance(each, packed)});
+      tensors_.push_back({each.ptr(), Py_TYPE(each.ptr()), nb::isinstance(each, packed)});
       torch.parts(each, tensors_.back().packed, [&](nb::handle part) {
         seen_.push_back(reinterpret_cast<int64_t>(part.ptr()));
         torch.layout(part, [&](int64_t number) { seen_.push_back(number); });
@@ -206,7 +206,11 @@ class Layouts {
   bool hold(const Torch& torch, nb::list tensors) const {
     size_t which = 0, at = 0;
     bool same = tensors.size() == tensors_.size();
-    for (nb::handle each : tensors) same = same && each.ptr() == tensors_[which++].tensor;
+    for (nb::handle each : tensors) {
+      if (!same) return false;
+      const Known& known = tensors_[which++];
+      same = each.ptr() == known.tensor && Py_TYPE(each.ptr()) == known.type;
+    }
     const auto check = [&](int64_t number) { same = same && at < seen_.size() && seen_[at++] == number; };
     for (const Known& each : tensors_) {
       if (!same) return false;
@@ -221,6 +225,7 @@ class Layouts {
  private:
   struct Known {
     PyObject* tensor;
+    PyTypeObject* type;  // PyTorch can exchange what two objects are
     bool packed;
   };
   std::vector<Known> tensors_;

@@ -6,6 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include <algorithm>
 #include <list>
@@ -17,7 +18,6 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <unistd.h>
 #define SWALP_HAS_REGIONS
 #endif
@@ -159,64 +159,71 @@ class Region {
 };
 
 // How much free memory stays: kKept bytes, and more as far as the process holds no more than it needed,
-// without what is free, at any one time of late.
+// without what is free, at any one time of late. By who holds the lock.
 class Savings {
  public:
-  // Bytes of `free` ones that are too many. `more`: what is about to be taken beyond these; `left`: what was
-  // in use until now. By who holds the lock.
-  size_t excess(size_t free, size_t more, size_t left) {
-    const size_t resident = held();
-    if (!resident) return free > kKept ? free - kKept : 0;  // unknown
-    const size_t needed = resident - std::min(free, resident) + more;
+  // Notes what is taken or left. Returns whether that is so much by now that a look is worth its time.
+  bool note(size_t taken, size_t left) {
+    moved_ += taken + left;
+    left_ += left;
+    return moved_ >= kLook;
+  }
+
+  // Whether all of it may stay.
+  static bool may_stay(size_t bytes) { return bytes <= kKept; }
+
+  // Bytes of `free` ones that are too many. `more`: what is about to be taken beyond these.
+  size_t excess(size_t free, size_t more) {
+    const size_t left = left_;
+    moved_ = left_ = 0;
+    const Held held = look();
+    if (!held.now) return free > kKept ? free - kKept : 0;  // unknown
+    const size_t needed = held.now - std::min(free, held.now) + more;
     if (++looks_ % kWindow == 0) {
       before_ = most_;
       most_ = 0;
     }
     most_ = std::max(most_, needed + left);
     // What others took between two looks, and left, they will take again: there must be room for it then.
-    const size_t peak = peak_bytes(), seen = std::max(resident, resident_);
-    if (peak_ && peak > peak_ && peak > seen) unseen_ = std::max(unseen_, peak - seen);
-    peak_ = peak;
+    const size_t seen = std::max(held.now, seen_);
+    if (peak_ && held.peak > std::max(peak_, seen)) unseen_ = std::max(unseen_, held.peak - seen);
+    peak_ = held.peak;
     const size_t bound = needed + unseen_, most = std::max(most_, before_) + kKept;
     const size_t room = std::max(kKept, most - std::min(bound, most));
     const size_t found = free > room ? free - room : 0;
-    resident_ = resident + more - found;
+    seen_ = held.now + more - std::min(found, held.now);
     return found;
   }
 
-  // In a child of `fork`: the file is of its parent.
-  void forget() {
-    if (file_ >= 0) close(file_);
-    file_ = -1;
-  }
-
  private:
-  static constexpr size_t kKept = 1 << 24;
+  static constexpr size_t kKept = 1 << 24, kLook = kLargePage;
   static constexpr int64_t kWindow = 1 << 12;
 
-  // Bytes of memory that the process holds; 0: unknown.
-  size_t held() {
-    if (file_ < 0) file_ = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
-    char text[128];
-    const ssize_t length = file_ < 0 ? 0 : pread(file_, text, sizeof text - 1, 0);
-    if (length <= 0) return 0;
-    text[length] = 0;
-    char* end;
-    strtoull(text, &end, 10);  // of address space
-    return strtoull(end, nullptr, 10) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  }
+  struct Held {
+    size_t now = 0, peak = 0;
+  };
 
-  // The most that it ever held.
-  static size_t peak_bytes() {
-    rusage all;
-    return getrusage(RUSAGE_SELF, &all) ? 0 : static_cast<size_t>(all.ru_maxrss) << 10;
+  // Bytes of memory that the process holds, and the most that it ever held; 0: unknown. What `getrusage`
+  // knows may be of the program that started this one.
+  static Held look() {
+    const int file = open("/proc/self/status", O_RDONLY | O_CLOEXEC);
+    if (file < 0) return {};
+    char text[4096];
+    const ssize_t length = read(file, text, sizeof text - 1);
+    close(file);
+    text[length < 0 ? 0 : length] = 0;
+    const auto field = [&](const char* name) {
+      const char* const found = strstr(text, name);
+      return found ? static_cast<size_t>(strtoull(found + strlen(name), nullptr, 10)) << 10 : 0;
+    };
+    return {field("\nVmRSS:"), field("\nVmHWM:")};
   }
 
   size_t most_ = 0, before_ = 0;  // needed since the window began, and in the window before
   size_t unseen_ = 0;
-  size_t resident_ = 0, peak_ = 0;  // at the last look
+  size_t seen_ = 0, peak_ = 0;    // at the last look: what the process would hold next, and its peak
+  size_t moved_ = 0, left_ = 0;   // since then
   int64_t looks_ = 0;
-  int file_ = -1;
 };
 
 class Regions {
@@ -238,10 +245,11 @@ class Regions {
     const std::lock_guard<std::mutex> held(regions_lock);
     if (++results_ % window_ == 0)
       for (Region& region : regions_) region.give_back_unused();
-    const bool looks = saves() && bytes >= kLargePage;
-    const size_t free = looks ? all_free() : 0;
+    const size_t free = saves() ? all_free() : 0;
     uint8_t* const found = place(bytes);
-    if (looks) give_back(bytes - (free - all_free()), 0);
+    if (!found) return nullptr;
+    live() += bytes;
+    if (saves() && notes(bytes, 0)) give_back(bytes - (free - all_free()));
     return found;
   }
 
@@ -250,7 +258,8 @@ class Regions {
     for (Region& region : regions_) {
       if (!region.holds(address)) continue;
       const size_t bytes = region.leave(address);
-      if (saves() && bytes >= kLargePage) give_back(0, bytes);
+      live() -= bytes;
+      if (saves() && notes(0, bytes)) give_back(0);
       return;
     }
   }
@@ -285,14 +294,12 @@ class Regions {
     savings() = new Savings;
     for (Regions* const each : all())
       for (Region& region : each->regions_) region.in_large_pages();
-    give_back(0, 0);
+    give_back(0);
   }
 
   static void at_fork() {
-    pthread_atfork([] { regions_lock.lock(); }, [] { regions_lock.unlock(); }, [] {
-      if (saves()) savings()->forget();
-      regions_lock.unlock();
-    });
+    pthread_atfork([] { regions_lock.lock(); }, [] { regions_lock.unlock(); },
+                   [] { regions_lock.unlock(); });
   }
 
  private:
@@ -302,9 +309,18 @@ class Regions {
     return found;
   }
   static bool saves() { return savings() != nullptr; }
+  static size_t& live() {  // bytes in use, of all
+    static size_t bytes = 0;
+    return bytes;
+  }
 
-  static void give_back(size_t more, size_t left) {
-    size_t excess = savings()->excess(all_free(), more, left);
+  // Whether it is time to look at what the process needs.
+  static bool notes(size_t taken, size_t left) {
+    return !Savings::may_stay(live() + all_free()) && savings()->note(taken, left);
+  }
+
+  static void give_back(size_t more) {
+    size_t excess = savings()->excess(all_free(), more);
     for (Regions* const each : all())
       for (Region& region : each->regions_) {
         if (excess < kLargePage) return;

@@ -183,9 +183,9 @@ class Adam(LowPrecisionOptimizer):
         if prepared is None:
             return None
         if len(kept) == 1:
-            state["exp_avg"] = fused.empty_state(recipe, "momentum", parameter)
-            state["root"] = fused.empty_state(recipe, "second_moment", parameter)
-            kept += [state["exp_avg"], state["root"]]
+            empty = [fused.empty_state(recipe, role, parameter) for role in roles[2:]]
+            state.update(zip(("exp_avg", "root"), empty, strict=True))  # both, or none
+            kept += empty
             prepared = self._prepared("AdamParameter", roles, recipe, name, gradient, state, kept)
             assert prepared is not None
         prepared.kernel.step = state.setdefault("step", 0) + 1

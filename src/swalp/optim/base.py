@@ -202,7 +202,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         own.
 
         Returns:
-            The hooks' handles; `remove()` each to go back to `step()`.
+            The hooks' handles; `remove()` each to go back to `step()`. Until then the optimizer
+            lives as long as the process, as PyTorch does not show Python's collector what a hook
+            refers to.
         """
 
         def hook(parameter: Tensor, name: str, number: int) -> None:
@@ -302,6 +304,9 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         prepared = self._kernels.get(id(kept[0]))
         if prepared is None or not prepared.serves(recipe, roles, kept, self.seed):
             prepared = fused.Prepared(kind, roles, recipe, kept, name, self.seed)
+            if prepared.kernel is None:
+                self._kernels.pop(id(kept[0]), None)
+                return None
             self._kernels[id(kept[0])] = prepared
         return prepared if prepared.begins(state, gradient) else None
 

@@ -80,7 +80,8 @@ class Prepared:
     Attributes:
         parameter: which it is.
         state: its state in the optimizer, of now.
-        kernel: of that kind, with its roles; None if the compiled step cannot take the tensors.
+        kernel: of that kind, with its roles; None if the compiled step cannot take the tensors, and
+            this is of no use.
         kind: whether the parameter is packed, and whether gradients are rounded.
         written: the tensors whose memory a step writes to, each once.
     """
@@ -103,17 +104,17 @@ class Prepared:
             (resident(x), x.exponents if isinstance(x, PackedTensor) else None) for x in kept
         ]
         self._held = kept, memories  # so that no other tensor takes the place of one of them
-        # Without the compiled code none is of use, wherever the tensors lie.
-        self._layouts = _kernels.Layouts(TORCH, PackedTensor, kept) if plans.available else None
         # Of a packed tensor autograd keeps the whole, others look at its codes.
         written = (*kept, *(memory for memory, _ in memories))
         self.written = list({id(x): x for x in written}.values())
         blocks = fits(recipe, roles, parameter)
-        if blocks is None or not all(
-            held(tensor, role, recipe, parameter)
-            for role, tensor in zip(roles[1:], kept, strict=False)
+        if blocks is None or len(kept) not in (1, len(roles) - 1):
+            return
+        if not all(
+            held(x, role, recipe, parameter) for x, role in zip(kept, roles[1:], strict=False)
         ):
             return
+        self._layouts = _kernels.Layouts(TORCH, PackedTensor, kept)
         self.kernel = getattr(_kernels, kind)(*blocks)
         for role in roles:
             quantizer = getattr(recipe, role)
@@ -135,13 +136,13 @@ class Prepared:
         made = self._for
         if made[0] is not recipe or made[1] != roles or made[2] != seed:
             return False
-        return self._layouts is None or self._layouts.hold(TORCH, kept)
+        return self._layouts.hold(TORCH, kept)
 
     def begins(self, state: dict[str, Any], gradient: Tensor) -> bool:
         """Whether it can take the next step, which is of this state and gradient."""
         self.state = state
-        kernel = self.kernel
-        return kernel is not None and kernel.bind(TORCH, state.get("step", 0), gradient)
+        begins: bool = self.kernel.bind(TORCH, state.get("step", 0), gradient)
+        return begins
 
 
 def announce(steps: Sequence[Prepared], finite: bool) -> None:
