@@ -124,9 +124,10 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(scores.mask, *parts)
         ctx.settings, ctx.room = (probabilities, errors, scores[3:], guesses), room
         out = buffers.empty(*query.shape[:-1], value.shape[-1])
+        codes = _codes_of_sample(q, k)
 
         def run(i: int, guess: int) -> int:
-            block = _Block(probabilities, q, k, i, guess)
+            block = _Block(probabilities, codes, i, guess)
             own = []
             for rows in _bands(q):
                 columns = _seen(rows, k, scores.causal)
@@ -154,10 +155,11 @@ class _Attention(torch.autograd.Function):
         assert gap is not None
         e = Operand(codes, exponents, gap)
         narrow = scores.causal and not _may_be_large(e, v, 1.0)  # 0 * infinity is NaN
+        p_codes, s_codes = _codes_of_sample(q, k), _codes_of_sample(q, k)
 
         def run(i: int, guess: int) -> int:
-            p_block = _Block(probabilities, q, k, i, ctx.exponent)
-            s_block = _Block(score_error, q, k, i, guess)
+            p_block = _Block(probabilities, p_codes, i, ctx.exponent)
+            s_block = _Block(score_error, s_codes, i, guess)
             own = []
             for rows in _bands(q):
                 columns = _seen(rows, k, narrow)
@@ -316,24 +318,25 @@ class _Scores(NamedTuple):
         return p if hidden is None or not bool(hidden.any()) else p.masked_fill_(hidden, 0.0)
 
 
+def _codes_of_sample(q: Operand, k: Operand) -> Tensor:
+    """Room for the codes of a sample's probabilities: (heads, rows, columns)."""
+    return buffers.empty(*q.codes.shape[1:3], k.codes.shape[2], dtype=torch.int8)
+
+
 class _Block:
     """Codes of probabilities, or of their errors, of a sample: rounded part by part.
 
     Args:
         quantization: how the whole, all samples, is rounded: one exponent.
-        q: queries.
-        k: keys.
+        codes: where they go.
         i: the sample.
         guess: the exponent to round with.
     """
 
-    def __init__(
-        self, quantization: Quantization, q: Operand, k: Operand, i: int, guess: int
-    ) -> None:
+    def __init__(self, quantization: Quantization, codes: Tensor, i: int, guess: int) -> None:
         self._format, self._rounding = quantization
-        heads, rows, columns = q.codes.shape[1], q.codes.shape[2], k.codes.shape[2]
-        self._codes = buffers.empty(heads, rows, columns, dtype=torch.int8)
-        self._start, self._columns, self._guess = i * heads * rows * columns, columns, guess
+        self._codes, self._guess = codes, guess
+        self._start, self._columns = i * codes.numel(), codes.shape[2]
         gap = gap_of(self._format)
         assert gap is not None
         exponents = torch.tensor([guess], dtype=torch.int8, device="cpu")
