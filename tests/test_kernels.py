@@ -712,14 +712,22 @@ def test_layouts_hold_until_memory_is_another(looks):
     assert not seen.hold(asked, [same, y])
     assert not seen.hold(asked, [x])
     assert not seen.hold(asked, [y, x])
-    for other in (
-        *(x.clone(), x.t(), x.view(6, 4), x.view(4, 6, 1), x[:2], x[1:], torch._neg_view(x)),
-        x.as_strided((4, 6), (0, 1)),
+    for tensor, other in (
+        *((x, each) for each in (x.clone(), x.t(), x.view(6, 4), x.view(4, 6, 1), x[:2], x[1:])),
+        *((x, each) for each in (torch._neg_view(x), x.as_strided((4, 6), (0, 1)))),
+        *((x, x.view(torch.int32)), (y, y.view(torch.uint8)), (x, torch.zeros(4, 6))),
     ):
-        before, x.data = x.data, other
+        before, tensor.data = tensor.data, other
         assert not seen.hold(asked, [x, y])
-        x.data = before
+        tensor.data = before
         assert seen.hold(asked, [x, y])
+    for elsewhere in (torch.zeros(4, 6, device="meta"), torch.zeros(4, 6).to_sparse()):
+        z = torch.zeros(4, 6)
+        known = _kernels.Layouts(asked, PackedTensor, [z])
+        torch.utils.swap_tensors(z, elsewhere)  # the same object, another tensor
+        assert not known.hold(asked, [z])
+        torch.utils.swap_tensors(z, elsewhere)
+        assert known.hold(asked, [z])
     nowhere = torch.zeros(4, 6, device="meta")
     assert _kernels.Layouts(asked, PackedTensor, [nowhere]).hold(asked, [nowhere])
 

@@ -586,7 +586,7 @@ NB_MODULE(_kernels, m) {
         nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg().none(),
         nb::arg());
   m.def("matmul_used", &swalp_multiply_used);
-  Regions::at_fork();
+  regions_at_fork();
   nb::class_<Buffers>(m, "Buffers")
       .def(nb::init<int64_t, int64_t, int64_t>())
       .def("empty", &Buffers::empty)

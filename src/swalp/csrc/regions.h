@@ -29,6 +29,11 @@ namespace {
 // Of all regions. A child of `fork` must not be born with it held by a thread that it does not have.
 std::mutex regions_lock;
 
+inline void regions_at_fork() {
+  pthread_atfork([] { regions_lock.lock(); }, [] { regions_lock.unlock(); },
+                 [] { regions_lock.unlock(); });
+}
+
 constexpr size_t kLargePage = 1 << 21;
 constexpr size_t kLargeResult = 4 * kLargePage;  // from here on, on large pages of its own
 
@@ -245,11 +250,14 @@ class Regions {
     const std::lock_guard<std::mutex> held(regions_lock);
     if (++results_ % window_ == 0)
       for (Region& region : regions_) region.give_back_unused();
-    const size_t free = saves() ? all_free() : 0;
+    const size_t before = saves() ? all_free() : 0;
     uint8_t* const found = place(bytes);
     if (!found) return nullptr;
     live() += bytes;
-    if (saves() && notes(bytes, 0)) give_back(bytes - (free - all_free()));
+    if (saves()) {
+      const size_t free = all_free();
+      if (notes(free, bytes, 0)) give_back(free, bytes - (before - free));
+    }
     return found;
   }
 
@@ -259,7 +267,10 @@ class Regions {
       if (!region.holds(address)) continue;
       const size_t bytes = region.leave(address);
       live() -= bytes;
-      if (saves() && notes(0, bytes)) give_back(0);
+      if (saves()) {
+        const size_t free = all_free();
+        if (notes(free, 0, bytes)) give_back(free, 0);
+      }
       return;
     }
   }
@@ -294,12 +305,7 @@ class Regions {
     savings() = new Savings;
     for (Regions* const each : all())
       for (Region& region : each->regions_) region.in_large_pages();
-    give_back(0);
-  }
-
-  static void at_fork() {
-    pthread_atfork([] { regions_lock.lock(); }, [] { regions_lock.unlock(); },
-                   [] { regions_lock.unlock(); });
+    give_back(all_free(), 0);
   }
 
  private:
@@ -314,18 +320,18 @@ class Regions {
     return bytes;
   }
 
-  // Whether it is time to look at what the process needs.
-  static bool notes(size_t taken, size_t left) {
-    return !Savings::may_stay(live() + all_free()) && savings()->note(taken, left);
+  // Whether it is time to look at what the process needs. `free`: `all_free` now, as below.
+  static bool notes(size_t free, size_t taken, size_t left) {
+    return !Savings::may_stay(live() + free) && savings()->note(taken, left);
   }
 
-  static void give_back(size_t more) {
-    size_t excess = savings()->excess(all_free(), more);
+  static void give_back(size_t free, size_t more) {
+    size_t excess = savings()->excess(free, more);
     for (Regions* const each : all())
       for (Region& region : each->regions_) {
         if (excess < kLargePage) return;
-        const size_t free = region.free_bytes();
-        excess -= std::min(excess, region.give_back(free - std::min(free, excess), SIZE_MAX, kLargePage));
+        const size_t own = region.free_bytes();
+        excess -= std::min(excess, region.give_back(own - std::min(own, excess), SIZE_MAX, kLargePage));
       }
   }
 
@@ -375,6 +381,8 @@ class Regions {
 
 #else  // the C library's allocator, then
 
+inline void regions_at_fork() {}
+
 class Regions {
  public:
   Regions(size_t, int64_t) {}
@@ -385,7 +393,6 @@ class Regions {
   size_t free_bytes() const { return 0; }
   void release() {}
   static void save() {}
-  static void at_fork() {}
 };
 
 #endif

@@ -303,10 +303,11 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             return None
         prepared = self._kernels.get(id(kept[0]))
         if prepared is None or not prepared.serves(recipe, roles, kept, self.seed):
-            prepared = fused.Prepared(kind, roles, recipe, kept, name, self.seed)
-            if prepared.kernel is None:
+            blocks = fused.takes(recipe, roles, kept)
+            if blocks is None:
                 self._kernels.pop(id(kept[0]), None)
                 return None
+            prepared = fused.Prepared(kind, blocks, roles, recipe, kept, name, self.seed)
             self._kernels[id(kept[0])] = prepared
         return prepared if prepared.begins(state, gradient) else None
 

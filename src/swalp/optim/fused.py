@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from swalp.formats import BlockFloat, FixedPoint, Format, Microscaling, Minifloat
-from swalp.packed import PackedTensor, joined, pack
+from swalp.packed import PackedTensor, joined
 from swalp.quantize import plans, storage
 from swalp.quantize.blocks import block_extents
+from swalp.quantize.codes import code_dtype, exponent_dtype
 from swalp.recipes import Quantizer, Recipe, fit
 from swalp.rounding import Stochastic
 
@@ -71,6 +72,7 @@ class Prepared:
 
     Args:
         kind: "SgdParameter" or "AdamParameter", of `_kernels`.
+        blocks: what `takes` found.
         roles: "gradient", then that of each tensor kept.
         recipe: of the parameter.
         kept: the parameter, then its state as far as there is any.
@@ -80,8 +82,7 @@ class Prepared:
     Attributes:
         parameter: which it is.
         state: its state in the optimizer, of now.
-        kernel: of that kind, with its roles; None if the compiled step cannot take the tensors, and
-            this is of no use.
+        kernel: of that kind, with its roles.
         kind: whether the parameter is packed, and whether gradients are rounded.
         written: the tensors whose memory a step writes to, each once.
     """
@@ -89,6 +90,7 @@ class Prepared:
     def __init__(
         self,
         kind: str,
+        blocks: tuple[int, int],
         roles: tuple[str, ...],
         recipe: Recipe,
         kept: list[Tensor],
@@ -98,7 +100,6 @@ class Prepared:
         self.parameter = parameter = kept[0]
         self.state: dict[str, Any] = {}
         self.kind = isinstance(parameter, PackedTensor), recipe.gradient is not None
-        self.kernel: Any = None
         self._for = recipe, roles, seed
         memories = [
             (resident(x), x.exponents if isinstance(x, PackedTensor) else None) for x in kept
@@ -107,15 +108,8 @@ class Prepared:
         # Of a packed tensor autograd keeps the whole, others look at its codes.
         written = (*kept, *(memory for memory, _ in memories))
         self.written = list({id(x): x for x in written}.values())
-        blocks = fits(recipe, roles, parameter)
-        if blocks is None or len(kept) not in (1, len(roles) - 1):
-            return
-        if not all(
-            held(x, role, recipe, parameter) for x, role in zip(kept, roles[1:], strict=False)
-        ):
-            return
         self._layouts = _kernels.Layouts(TORCH, PackedTensor, kept)
-        self.kernel = getattr(_kernels, kind)(*blocks)
+        self.kernel: Any = getattr(_kernels, kind)(*blocks)
         for role in roles:
             quantizer = getattr(recipe, role)
             if quantizer is None:
@@ -163,19 +157,26 @@ def empty_state(recipe: Recipe, role: str, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, PackedTensor):
         return torch.zeros(shape, dtype=torch.float32, device="cpu")
     fmt = fit(getattr(recipe, role).format, shape)
-    # As many as one exponent takes, as others are the same: all of them would be large as floats.
-    few = ones = (1,) * len(shape)
-    extents = block_extents(fmt, shape) if isinstance(fmt, BlockFloat | Microscaling) else ones
-    if isinstance(fmt, Microscaling) or (isinstance(fmt, BlockFloat) and fmt.tile is not None):
-        few = extents
-    one = pack(torch.zeros(few, dtype=torch.float32, device="cpu"), fmt)
     size = [-(-parameter.numel() // 2)] if joined(fmt) else shape
-    codes = torch.zeros(size, dtype=one.codes.dtype, device="cpu")
-    exponents = one.exponents
-    if exponents is not None:
-        grid = [-(-size // extent) for size, extent in zip(shape, extents, strict=True)]
-        exponents = exponents.expand(grid).clone()
+    dtype = torch.uint8 if joined(fmt) else code_dtype(fmt)
+    codes = torch.zeros(size, dtype=dtype, device="cpu")
+    exponents = None
+    if isinstance(fmt, BlockFloat | Microscaling):
+        blocks = [n // extent for n, extent in zip(shape, block_extents(fmt, shape), strict=True)]
+        least = fmt.min_exponent
+        exponents = torch.full(blocks, least, dtype=exponent_dtype(fmt), device="cpu")
     return PackedTensor(codes, exponents, fmt, shape)
+
+
+def takes(recipe: Recipe, roles: Sequence[str], kept: list[Tensor]) -> tuple[int, int] | None:
+    """What `fits` finds, if memory holds the parameter and all or none of its state as steps do."""
+    if len(kept) not in (1, len(roles) - 1):
+        return None
+    blocks = fits(recipe, roles, kept[0])
+    if blocks is None:
+        return None
+    each = zip(kept, roles[1:], strict=False)
+    return blocks if all(held(x, role, recipe, kept[0]) for x, role in each) else None
 
 
 def fits(recipe: Recipe, roles: Sequence[str], parameter: Tensor) -> tuple[int, int] | None:
