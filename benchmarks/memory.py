@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 import swalp
-from benchmarks import optimizer
-from benchmarks.environment import ROOT
+from benchmarks import optimizer, process
 from benchmarks.harness import Spread
 from benchmarks.plan import QUICK, Plan
 from benchmarks.records import Row, at_most
@@ -26,7 +20,9 @@ KINDS: tuple[Kind, Kind] = ("packed", "plain")  # ours, theirs
 def held(plan: Plan) -> list[Row]:
     """Bytes of the tensors, and, to find what they do not show, of the whole process."""
     tensors = [tensor_bytes(_stepped(kind, plan)) for kind in KINDS]
-    process = [_growth_of_a_process(kind, plan) for kind in KINDS]
+    growths = [
+        int(process.result(__name__, f"process_growth({kind!r}, {plan!r})")) for kind in KINDS
+    ]
     return [
         Row(
             benchmark="memory",
@@ -40,7 +36,7 @@ def held(plan: Plan) -> list[Row]:
         )
         for what, (ours, theirs) in (
             ("weights and momentum: tensors", tensors),
-            ("weights and momentum: growth of a process", process),
+            ("weights and momentum: growth of a process", growths),
         )
     ]
 
@@ -59,9 +55,9 @@ def tensor_bytes(trained: torch.optim.Optimizer) -> int:
 def process_growth(kind: Kind, plan: Plan) -> int:
     """Bytes by which this process grows with the parameters and state of an optimizer."""
     _stepped(kind, QUICK)  # what is loaded or allocated only once
-    before = _resident_bytes()
+    before = process.resident_bytes()
     trained = _stepped(kind, plan)
-    growth = _resident_bytes() - before
+    growth = process.resident_bytes() - before
     del trained
     return growth
 
@@ -73,26 +69,6 @@ def _stepped(kind: Kind, plan: Plan) -> torch.optim.Optimizer:
     trained.step()
     trained.zero_grad()
     return trained
-
-
-def _growth_of_a_process(kind: Kind, plan: Plan) -> int:
-    """`process_growth` in a fresh process."""
-    program = (
-        "from benchmarks.memory import process_growth; from benchmarks.plan import Plan; "
-        f"print(process_growth({kind!r}, {plan!r}))"
-    )
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
-    )
-    return int(run.stdout)
-
-
-def _resident_bytes() -> int:
-    """Memory of this process that is in use, once free memory is given back."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
 
 
 def _tensors(values: list[Any]) -> list[Tensor]:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import itertools
-import os
 import statistics
 import subprocess
 import sys
@@ -20,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import swalp
-from benchmarks import peers
+from benchmarks import peers, process
 from benchmarks.environment import ROOT
 from benchmarks.harness import Contender, Spread, contender, interleave
 from benchmarks.plan import Plan
@@ -199,7 +196,11 @@ def _peaks(
     """Peaks of several processes each: what the C library keeps differs from one to the next."""
     turns = range(min(plan.rounds, PROCESSES))
     return {
-        kind: [peak_of_a_process(name, kind, plan, environment) for _ in turns] for kind in kinds
+        kind: [
+            process.result(__name__, f"peak({name!r}, {kind!r}, {plan!r})", environment)
+            for _ in turns
+        ]
+        for kind in kinds
     }
 
 
@@ -299,11 +300,11 @@ def peak(name: str, kind: str, plan: Plan) -> float:
         warm.step(kind)()  # what is loaded or allocated only once
     work = works(plan)[name]
     batch = work.batch()  # as large as the one that the step holds
-    before = _resident()
+    before = process.resident_bytes()
     del batch
     step = work.step(kind)
     step()
-    _resident()
+    process.resident_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
     for _ in range(STEPS):
         step()
@@ -334,7 +335,7 @@ class Worker:
 
     def __init__(self, name: str, kind: str, plan: Plan) -> None:
         self._process = subprocess.Popen(
-            _program(f"work({name!r}, {kind!r}, {plan!r})"), text=True, cwd=ROOT,
+            process.command(__name__, f"work({name!r}, {kind!r}, {plan!r})"), text=True, cwd=ROOT,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
@@ -359,26 +360,3 @@ def _saving(kind: str) -> str:
         return kind
     swalp.buffers.save_memory()
     return NATIVE
-
-
-def peak_of_a_process(name: str, kind: str, plan: Plan, environment: dict[str, str]) -> float:
-    """`peak` in a fresh process, with these variables in its environment."""
-    run = subprocess.run(
-        _program(f"print(peak({name!r}, {kind!r}, {plan!r}))"), capture_output=True, text=True,
-        check=True, cwd=ROOT, env=os.environ | environment,
-    )  # fmt: skip
-    return float(run.stdout)
-
-
-def _program(statement: str) -> list[str]:
-    return [
-        sys.executable, "-c",
-        f"from benchmarks.native import peak, work; from benchmarks.plan import Plan; {statement}",
-    ]  # fmt: skip
-
-
-def _resident() -> int:
-    """Memory of this process that is in use, once free memory is given back."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
