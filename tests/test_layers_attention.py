@@ -121,8 +121,8 @@ def test_multi_head_attention_with_lossless_operands_is_pytorchs(layer, call):
         q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     for given, expected in zip(*(f(q, k, v, **CALLS[call]) for f in (model, plain)), strict=True):
         assert (given is None) == (expected is None)
-        if given is not None:
-            torch.testing.assert_close(given, expected, rtol=0, atol=1e-6)
+        if given is not None:  # float32 sums in another order, which depends on the processor
+            torch.testing.assert_close(given, expected, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("training", [True, False])
