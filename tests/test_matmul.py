@@ -1,5 +1,6 @@
 """Products of codes: exact, equal to the simulation, refused where the machine is wrong."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -38,18 +39,41 @@ if kernels.exact(kernels.multiply_int_mm):
     KERNELS.append(kernels.multiply_int_mm)
 
 
-def with_avx2(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """`multiply_codes` as a processor without VNNI runs it."""
+@contextlib.contextmanager
+def running(build: str):
+    """The kernels on those instructions: those of this machine that are not its best, too."""
     before = _kernels.used()
-    _kernels.use("avx2")
+    _kernels.use(build)
     try:
-        return kernels.multiply_codes(left, right)
+        yield
     finally:
         _kernels.use(before)
 
 
-if kernels.kernel().multiply is kernels.multiply_codes:
-    KERNELS += [kernels.multiply_codes, with_avx2]
+def has(build: str) -> bool:
+    try:
+        with running(build):
+            return True
+    except ValueError:
+        return False
+
+
+BUILDS = [b for b in ("avx2", "avx512", "amx") if has(b)] if plans.available else []
+
+
+def on(build: str) -> kernels.Multiply:
+    """`multiply_codes` as a processor with these instructions runs it."""
+
+    def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        with running(build):
+            return kernels.multiply_codes(left, right)
+
+    multiply.__name__ = build
+    return multiply
+
+
+ON_BUILDS = [on(build) for build in BUILDS]
+KERNELS += ON_BUILDS
 
 
 @pytest.mark.parametrize("multiply", KERNELS)
@@ -118,14 +142,8 @@ def test_results_lie_in_larger_tensors(multiply, shape, monkeypatch):
         monkeypatch.setattr(kernels, "kernel", lambda: chosen)
     left, right = plain(codes(batch, m, k), gap=-3), plain(codes(batch, k, n, seed=1), gap=1)
     around = torch.full((batch, m + 2, 3, n), 7.0)
-    before = _kernels.used() if plans.available else ""
-    try:
-        if multiply is with_avx2:
-            _kernels.use("avx2")
+    with running(multiply.__name__) if multiply in ON_BUILDS else contextlib.nullcontext():
         products.product_into(around[:, 1:-1, 1], left, right)
-    finally:
-        if plans.available:
-            _kernels.use(before)
     assert torch.equal(around[:, 1:-1, 1].double(), exact(left, right))
     around[:, 1:-1, 1] = 7.0
     assert bool((around == 7.0).all())
@@ -360,8 +378,7 @@ def test_a_bias_in_codes(k, exponent):
     assert torch.equal(products.product(floats, operands.floats(right), bias), expected)
 
 
-@pytest.mark.skipif(not plans.available, reason="swalp was built without C++ kernels")
-@pytest.mark.parametrize("build", ["avx512", "avx2"])
+@pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize(
     "shape", [(7, 16, 40), (600, 48, 2000), (20, 512, 700), (513, 1040, 130), (9, 40, 50)]
@@ -371,20 +388,19 @@ def test_relu_of_a_product_is_relu_of_its_result(shape, threads, build):
     left, right = plain(codes(m, k), -9), plain(codes(k, n, seed=1), -5)
     right.codes[:, 3] = 0  # zeros, of which a bias below 0 makes others
     bias = torch.randn(n, generator=torch.Generator().manual_seed(2)).mul_(8)
-    before = torch.get_num_threads(), _kernels.used()
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    _kernels.use(build)
     try:
         for added in (None, bias, -bias.abs()):
-            y = products.product(left, right, added)
-            z, passed = products.rectified(left, right, added)
+            with running(build):
+                y = products.product(left, right, added)
+                z, passed = products.rectified(left, right, added)
             assert torch.equal(z, y.relu())
             bits = (passed.reshape(-1, 1) >> torch.arange(8)) & 1
             assert torch.equal(bits.reshape(-1)[: m * n].bool(), (y > 0).reshape(-1))
             assert bool((z.view(torch.int32) >= 0).all())  # no -0
     finally:
-        torch.set_num_threads(before[0])
-        _kernels.use(before[1])
+        torch.set_num_threads(before)
 
 
 def test_float_sums_are_exact_under_autocast():

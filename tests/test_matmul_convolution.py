@@ -10,7 +10,7 @@ from swalp.matmul import convolution
 from swalp.matmul.convolution import Weight, Window
 from swalp.matmul.operands import Operand
 
-BUILDS = ["scalar", "avx2", "avx512"]
+BUILDS = ["scalar", "avx2", "avx512", "amx"]
 
 
 def codes(*shape: int, seed: int, low: int = -128) -> torch.Tensor:

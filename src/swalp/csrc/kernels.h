@@ -216,6 +216,8 @@ int swalp_use(const char* name);
 const char* swalp_used(void);
 // Whether that is AVX-512 on a processor with VNNI.
 int swalp_uses_vnni(void);
+// Whether that is AVX-512 on a processor with VNNI, and with AMX for products of 8 bits.
+int swalp_uses_amx(void);
 int swalp_has_threads(void);
 
 #ifdef __cplusplus

@@ -5,6 +5,9 @@
 
 #include "kernels.h"
 
+#ifdef SWALP_HAS_AMX
+int swalp_matmul_amx(const swalp_matmul*, int threads);
+#endif
 #ifdef SWALP_HAS_AVX512
 int swalp_matmul_vnni(const swalp_matmul*, int threads);
 #endif
@@ -21,6 +24,9 @@ struct Choice {
 
 // The choice of `swalp_use` holds here too.
 Choice chosen() {
+#ifdef SWALP_HAS_AMX
+  if (swalp_uses_amx()) return {"AMX", swalp_matmul_amx};
+#endif
 #ifdef SWALP_HAS_AVX512
   if (swalp_uses_vnni()) return {"AVX-512 VNNI", swalp_matmul_vnni};
 #endif

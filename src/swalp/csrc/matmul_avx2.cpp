@@ -99,8 +99,8 @@ void store(void* at, Sums x, int64_t count) {
 
 // A tile of up to 6 x 16: R rows, Z registers of columns of which the last may be cut.
 template <int R, int Z>
-void tile(int64_t depth, const int8_t* const* rows, int64_t, const uint8_t* panel, const int32_t*,
-          void* out, int64_t stride, int64_t columns, const Finish& f) {
+void tile(int64_t depth, const int8_t* const* rows, int64_t, int64_t, const uint8_t* panel,
+          const int32_t*, void* out, int64_t stride, int64_t columns, const Finish& f) {
   Sums sum[R][Z];
   unrolled<R>([&](auto r) SWALP_INLINE {
     unrolled<Z>([&](auto z) SWALP_INLINE { sum[r][z] = zeros(); });
@@ -142,6 +142,7 @@ struct Avx2 {
   static constexpr int64_t kRows = 6, kWide = ::kWide;  // a tile of the result: 12 registers of sums
   static constexpr int64_t kTall = ::kTall;             // rows of a panel of the left operand
   static constexpr int64_t kDepth = 1024, kAlign = 16;  // a panel is 32 KB
+  static constexpr int64_t kStep = 4;  // bytes of a row side by side in a panel
   static constexpr int64_t kRowBlock = 96, kColumnBlock = 256;  // of a thread's piece of work
   static constexpr bool kSums = false;
 
@@ -161,7 +162,7 @@ struct Avx2 {
     pack(x, depth, count, 4 * kTall, panel);
   }
 
-  static Tile tile_of(int64_t rows, int64_t columns) {
+  Tile tile_of(int64_t rows, int64_t columns) const {
     static constexpr Tile all[] = {tile<1, 1>, tile<2, 1>, tile<3, 1>, tile<4, 1>,
                                    tile<5, 1>, tile<6, 1>, tile<1, 2>, tile<2, 2>,
                                    tile<3, 2>, tile<4, 2>, tile<5, 2>, tile<6, 2>};

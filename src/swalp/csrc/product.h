@@ -44,11 +44,11 @@ template <int n, class Body> inline __attribute__((always_inline)) void unrolled
 }
 #define SWALP_INLINE __attribute__((always_inline))
 
-// A tile of the result: the depth of the contraction, the rows of the left operand and the bytes from
-// one step of it to the next, the panel of the right operand, what to take off each row's sums, where
-// the result goes, its rows' stride, its columns.
-using Tile = void (*)(int64_t, const int8_t* const*, int64_t, const uint8_t*, const int32_t*, void*,
-                      int64_t, int64_t, const Finish&);
+// A tile of the result: the depth of the contraction, the rows of the left operand, how many, and the
+// bytes from one step of it to the next, the panel of the right operand, what to take off each row's
+// sums, where the result goes, its rows' stride, its columns.
+using Tile = void (*)(int64_t, const int8_t* const*, int64_t, int64_t, const uint8_t*,
+                      const int32_t*, void*, int64_t, int64_t, const Finish&);
 
 thread_local Workspace workspace;
 
@@ -114,12 +114,13 @@ template <class Isa> struct Product {
 
   const int8_t* row_in(uint8_t* memory, int64_t row, int64_t depth) const {
     const uint8_t* panel = left_in(memory, row / Isa::kTall, depth);
-    return reinterpret_cast<const int8_t*>(panel + row % Isa::kTall * 4);
+    return reinterpret_cast<const int8_t*>(panel + row % Isa::kTall * Isa::kStep);
   }
 
   // One of `team` equal shares of a part: block of columns after block, in each some rows of tiles.
   void share(int64_t mine, int64_t team, const Part& part, const Finish& f, uint8_t* memory) const {
     const int64_t tiles = ceil_div(p.m, Isa::kRows), end = part.n + part.columns;
+    Isa isa;  // what the processor holds for it, as long as this lives
     int64_t from = tiles * part.columns * mine / team, to = tiles * part.columns * (mine + 1) / team;
     for (int64_t n = part.n; n < end; n += Isa::kColumnBlock) {
       const int64_t width = smaller(Isa::kColumnBlock, end - n);
@@ -128,15 +129,15 @@ template <class Isa> struct Product {
       };
       const int64_t last = row_of(to);
       for (int64_t m = row_of(from); m < last; m += Isa::kRowBlock)
-        block(m, smaller(last, m + Isa::kRowBlock), n, n + width, part, f, memory);
+        block(isa, m, smaller(last, m + Isa::kRowBlock), n, n + width, part, f, memory);
       from -= tiles * width;
       to -= tiles * width;
     }
   }
 
   // Rows m0 to m1 and columns n0 to n1 of the result.
-  void block(int64_t m0, int64_t m1, int64_t n0, int64_t n1, const Part& part, const Finish& f,
-             uint8_t* memory) const {
+  void block(Isa& isa, int64_t m0, int64_t m1, int64_t n0, int64_t n1, const Part& part,
+             const Finish& f, uint8_t* memory) const {
     const int64_t k = part.k, depth = part.depth;
     const int32_t* sums = sums_in(memory);
     for (int64_t n = n0; n < n1; n += Isa::kWide) {
@@ -151,8 +152,9 @@ template <class Isa> struct Product {
           rows[r] = pack_left ? row_in(memory, m + r, depth) : left.data + (m + r) * left.outer + k;
         void* to = static_cast<int32_t*>(out) + m * p.out_outer + n;
         if (f.passed) here.passed = f.passed + (m * p.out_outer + n) / 8;
-        Isa::tile_of(height, width)(depth, rows, pack_left ? 4 * Isa::kTall : 4, panel, sums + m, to,
-                                    p.out_outer, width, here);
+        isa.tile_of(height, width)(depth, rows, height,
+                                   pack_left ? Isa::kStep * Isa::kTall : Isa::kStep, panel, sums + m,
+                                   to, p.out_outer, width, here);
       }
     }
   }
