@@ -9,6 +9,9 @@ extern const swalp_convolution_build swalp_convolution_scalar;
 #ifdef SWALP_HAS_AVX2
 extern const swalp_convolution_build swalp_convolution_avx2;
 #endif
+#ifdef SWALP_HAS_AMX
+extern const swalp_convolution_build swalp_convolution_amx;
+#endif
 #ifdef SWALP_HAS_AVX512
 extern const swalp_convolution_build swalp_convolution_vnni;
 #endif
@@ -17,6 +20,9 @@ namespace {
 
 // The choice of `swalp_use` holds here too.
 const swalp_convolution_build& chosen() {
+#ifdef SWALP_HAS_AMX
+  if (swalp_uses_amx()) return swalp_convolution_amx;
+#endif
 #ifdef SWALP_HAS_AVX512
   if (swalp_uses_vnni()) return swalp_convolution_vnni;
 #endif

@@ -55,7 +55,7 @@ void pack(const swalp_convolution* c, int32_t backward, int32_t channels_last, c
       const int64_t width = smaller(kWide, w.dest - first);
       const int8_t* from = weight + g * (c->out_channels / c->groups) * out_stride + first * dest_stride;
       uint8_t* to = bytes + begin * w.block_bytes();
-      if (width < kWide || w.source % kTerms) memset(to, 0, static_cast<size_t>(w.block_bytes()));
+      if (width < kWide || w.source < kTerms * w.steps) memset(to, 0, static_cast<size_t>(w.block_bytes()));
       const int64_t tap_bytes = w.steps * kPanel;
       for (int64_t s = 0; s < w.source; s += kTerms)
         for (int64_t d = 0; d < width; ++d) {

@@ -53,7 +53,7 @@ Axis axis_of(const swalp_convolution& c, int axis, bool backward) {
 // each tap 128 times the sums of the kWide channels.
 struct Weights {
   int64_t groups, source, dest, taps;  // channels of a group
-  int64_t steps, blocks;
+  int64_t steps, blocks, together;     // steps that one instruction takes
 
   Weights(const swalp_convolution& c, bool backward)
       : groups(c.groups), source(c.in_channels / c.groups), dest(c.out_channels / c.groups),
@@ -64,6 +64,12 @@ struct Weights {
       source = out;
     }
     steps = ceil_div(source, kTerms);
+    together = 1;
+#if defined(__AMX_INT8__)
+    const int64_t pieces = ceil_div(steps, kQuads);
+    together = ceil_div(steps, pieces);
+    steps = pieces * together;
+#endif
     blocks = ceil_div(dest, kWide);
   }
   int64_t block_bytes() const { return taps * steps * kPanel; }
@@ -74,7 +80,8 @@ struct Weights {
 // A tile's taps, and what becomes of its sums.
 struct Tile {
   std::vector<int64_t> source, weight;  // for each tap: offset in bytes, index
-  int64_t steps, row;                   // of the contraction; bytes from one position to the next
+  int64_t steps, together;              // of the contraction; of them, that one instruction takes
+  int64_t row;                          // bytes from one position to the next
   const uint8_t* weights;
   const int32_t* sums;
   int columns;
@@ -83,6 +90,42 @@ struct Tile {
   const float* bias;
 };
 
+#if defined(__AMX_INT8__)
+// Of the positions those that are missing are read, too: what lies there is not used.
+template <int R, int V> void tile(const Tile& t, const uint8_t* from, int64_t rows, float* out) {
+  written();
+  clear_sums<R, V>();
+  for (size_t tap = 0; tap < t.source.size(); ++tap) {
+    const uint8_t* a = from + t.source[tap];
+    const uint8_t* b = t.weights + t.weight[tap] * t.steps * kPanel;
+    for (int64_t k = 0; k < t.steps; k += t.together, a += 4 * t.together, b += t.together * kPanel)
+      add_products<R, V>(a, a + 16 * t.row, t.row, b);
+  }
+  alignas(64) int32_t sums[16 * R * kSide];
+  store_sums<R, V>(sums);
+  for (int v = 0; v < V; ++v) {
+    const int left = t.columns - v * kLanes, count = left < kLanes ? left : kLanes;
+    const Floats bias = t.bias ? load_floats(t.bias + v * kLanes, count) : t.scale(zeros());
+    for (int64_t r = 0; r < rows; ++r) {
+      Floats y = t.scale(load(sums + r * kSide + v * kLanes));
+      if (t.bias) y = add(y, bias);
+      float* to = out + r * t.out_row + v * kLanes;
+      if (count == kLanes) store(to, y);
+      else store(to, y, count);
+    }
+  }
+}
+
+// `count` positions.
+void tiles(const Tile& t, int64_t count, const uint8_t* from, float* out) {
+  for (int64_t at = 0; at < count; at += kRows) {
+    const int64_t rows = smaller(kRows, count - at);
+    const auto run = rows > 16 ? t.columns > kLanes ? tile<2, 2> : tile<2, 1>
+                               : t.columns > kLanes ? tile<1, 2> : tile<1, 1>;
+    run(t, from + at * t.row, rows, out + at * t.out_row);
+  }
+}
+#else
 // Keeps the compiler from making one pointer of each row: there are not as many registers.
 #define SWALP_ONE_POINTER(p) __asm__("" : "+r"(p))
 
@@ -156,7 +199,7 @@ void tiles(const Tile& t, int64_t count, const uint8_t* from, float* out) {
     at = end;
   }
 }
-
+#endif
 
 // y = correlation of the source codes with packed weights.
 class Correlation {
@@ -190,21 +233,24 @@ class Correlation {
   // 8 lose, whose taps into the padding are then multiplied.
   bool by_rows() const {
     const int64_t in_row = ceil_div(width_.dest, width_.phases);
-    return in_row >= kRows || in_row > batch_;
+    return in_row >= smaller(kRows, 16) || in_row > batch_;
   }
+
+  // Bytes beyond the last position that a tile reads and does not use, of rows of `row` bytes.
+  static int64_t slack(int64_t row) { return kRows * row + 64; }
 
   Tile tile_for(int64_t group, int64_t block, int64_t row, int64_t out_row) const {
     const int64_t first = block * kWide, all = group * w_.blocks + block;
     const int32_t* sums = reinterpret_cast<const int32_t*>(packed_ + w_.sums_at());
-    return {{}, {}, w_.steps, row, packed_ + all * w_.block_bytes(), sums + all * w_.taps * kWide,
-            static_cast<int>(smaller(kWide, w_.dest - first)), out_row, Scale(Factors(exponent_)),
-            bias_ ? bias_ + group * w_.dest + first : nullptr};
+    return {{}, {}, w_.steps, w_.together, row, packed_ + all * w_.block_bytes(),
+            sums + all * w_.taps * kWide, static_cast<int>(smaller(kWide, w_.dest - first)), out_row,
+            Scale(Factors(exponent_)), bias_ ? bias_ + group * w_.dest + first : nullptr};
   }
 
   // The channels of a stretch of positions, shifted.
   void copy(const int8_t* from, int64_t positions, uint8_t* bytes) const {
     Shifted* to = reinterpret_cast<Shifted*>(bytes);
-    if (w_.source % kTerms == 0) {
+    if (w_.source == kTerms * w_.steps) {
       for (int64_t i = 0; i < positions * w_.source * w_.groups; ++i) to[i] = shifted(from[i]);
       return;
     }
@@ -234,6 +280,8 @@ class Correlation {
     const int64_t bands = ceil_div(height_.dest, band);
     bool failed = false;
     failed |= parallel(batch_ * bands, threads, [&](int64_t begin, int64_t end) {
+      Registers registers;
+      registers.shape(kRows, w_.together);
       for (; begin < end; ++begin) {
         const int64_t first = begin % bands * band;
         if (!run_band(begin / bands, first, smaller(first + band, height_.dest), left, right, row))
@@ -252,7 +300,7 @@ class Correlation {
         low = smaller(low, s);
         high = high > s + 1 ? high : s + 1;
       });
-    uint8_t* strip = own.at_least((high > low ? high - low : 0) * row + 64);
+    uint8_t* strip = own.at_least((high > low ? high - low : 0) * row + slack(width_.step * pixel_));
     if (!strip) return false;
     const int64_t channels = w_.source * w_.groups;
     for (int64_t s = low; s < high; ++s) {
@@ -294,7 +342,7 @@ class Correlation {
 
   int run_by_images(int threads) const {
     const int64_t sources = height_.source * width_.source, channels = w_.source * w_.groups;
-    uint8_t* source = shared.at_least(sources * batch_ * pixel_ + 64);
+    uint8_t* source = shared.at_least(sources * batch_ * pixel_ + slack(pixel_));
     if (!source) return -1;
     parallel(sources, threads, [&](int64_t begin, int64_t end) {
       for (; begin < end; ++begin)
@@ -304,6 +352,8 @@ class Correlation {
     });
     const int64_t positions = height_.dest * width_.dest, out = w_.dest * w_.groups;
     parallel(w_.groups * w_.blocks * positions, threads, [&](int64_t begin, int64_t end) {
+      Registers registers;
+      registers.shape(kRows, w_.together);
       for (; begin < end; ++begin) {
         const int64_t block = begin / positions % w_.blocks, g = begin / positions / w_.blocks;
         const int64_t position = begin % positions;

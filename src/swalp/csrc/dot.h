@@ -1,8 +1,8 @@
 // int32 sums of products of codes, `kLanes` sums at a time of `kTerms` neighbours each: AVX-512 VNNI,
-// AVX2, or plain C++ that the compiler makes of what there is.
+// AVX2, or plain C++ that the compiler makes of what there is. (AMX: amx.h.)
 //
 // A lane has 4 bytes: four codes, or with AVX2, whose products of bytes saturate, two of 16 bits. One
-// operand of bytes is unsigned and has 128 added; of 16 bits both are signed (`kShifted`).
+// operand of bytes is unsigned and has 128 added (`kShifted`); of 16 bits, or with AMX, both are signed.
 // Sums are modulo 2**32, so that they are right whenever the true sum fits.
 #pragma once
 #include <stdint.h>
@@ -22,8 +22,13 @@ using Shifted = int16_t;  // a code of the operand that may have 128 added
 using Plain = int16_t;    // of the other
 #else
 constexpr int kLanes = 16, kTerms = 4;
+#if defined(__AMX_INT8__)
+constexpr bool kShifted = false;
+using Shifted = int8_t;
+#else
 constexpr bool kShifted = true;
 using Shifted = uint8_t;
+#endif
 using Plain = int8_t;
 #endif
 static_assert(kTerms * sizeof(Plain) == 4 && sizeof(Shifted) == sizeof(Plain), "a lane has 4 bytes");

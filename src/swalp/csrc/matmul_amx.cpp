@@ -1,36 +1,13 @@
 // Products of int8 codes with AMX: exact int32 sums, applied exponents, float32 or int32 out.
-//
-// The instruction multiplies 16 rows of 64 signed bytes with 64 rows of 16 columns, four neighbours of
-// the contraction side by side, and adds to int32 modulo 2**32. Of the eight registers four are sums,
-// of 32 x 32 elements; a step loads two of the left and two of the right operand for four products.
+#include "amx.h"
 #include "matmul_avx512.h"
 
 namespace {
 
-constexpr int64_t kSide = 32;  // rows and columns of a tile of the result: two registers each
-constexpr int64_t kDeep = 64;  // of the contraction, that a register has
-constexpr int64_t kPanel = kDeep * kSide;  // bytes of a panel for each kDeep of the contraction
-
-// What is in memory is there: GCC does not know that loading a tile, or the shapes, reads it.
-inline void written(const void* memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+constexpr int64_t kDeep = 4 * kQuads;      // of the contraction at a time
+constexpr int64_t kPanel = kDeep * kSide;  // bytes of a panel for that
 
 int64_t padded(int64_t depth) { return ceil_div(depth, kDeep) * kDeep; }
-
-// How the processor's eight registers are cut: rows, and bytes of a row, of each.
-struct __attribute__((packed)) Shapes {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16];
-
-  // Sums 0, 1 of the upper rows, 2, 3 of the lower; left operand 4, 5; right operand 6, 7.
-  explicit Shapes(int64_t height) {
-    const uint8_t upper = static_cast<uint8_t>(smaller(height, 16));
-    const uint8_t lower = static_cast<uint8_t>(height > 16 ? height - 16 : 16);
-    const uint8_t all[16] = {upper, upper, lower, lower, upper, lower, 16, 16};
-    memcpy(rows, all, sizeof rows);
-  }
-};
-static_assert(sizeof(Shapes) == 64, "as the processor reads them");
 
 // A tile of up to R * 16 rows x Z * 16 columns.
 template <int R, int Z>
@@ -38,37 +15,22 @@ void tile(int64_t depth, const int8_t* const* rows, int64_t height, int64_t step
           const int32_t*, void* out, int64_t stride, int64_t columns, const Finish& f) {
   const int8_t *upper = rows[0], *lower = rows[R == 2 ? 16 : 0];
   const int64_t row = height > 1 ? rows[1] - rows[0] : 0;
-  written(panel);
-  _tile_zero(0);
-  if (Z == 2) _tile_zero(1);
-  if (R == 2) _tile_zero(2);
-  if (R == 2 && Z == 2) _tile_zero(3);
-  for (int64_t k = 0; k < depth; k += kDeep, upper += step, lower += step, panel += kPanel) {
-    _tile_loadd(4, upper, row);
-    _tile_loadd(6, panel, 4 * kSide);
-    _tile_dpbssd(0, 4, 6);
-    if (Z == 2) {
-      _tile_loadd(7, panel + 64, 4 * kSide);
-      _tile_dpbssd(1, 4, 7);
-    }
-    if (R == 2) {
-      _tile_loadd(5, lower, row);
-      _tile_dpbssd(2, 5, 6);
-      if (Z == 2) _tile_dpbssd(3, 5, 7);
-    }
-  }
-  alignas(64) int32_t sums[16 * R][kSide];
-  _tile_stored(0, sums[0], 4 * kSide);
-  if (Z == 2) _tile_stored(1, sums[0] + 16, 4 * kSide);
-  if (R == 2) _tile_stored(2, sums[16 * R - 16], 4 * kSide);
-  if (R == 2 && Z == 2) _tile_stored(3, sums[16 * R - 16] + 16, 4 * kSide);
+  for (int64_t r = 0; r < height; ++r)  // on their way here while their sums are made
+    for (int z = 0; z < Z; ++z)
+      __builtin_prefetch(static_cast<int32_t*>(out) + r * stride + 16 * z, 1);
+  written();
+  clear_sums<R, Z>();
+  for (int64_t k = 0; k < depth; k += kDeep, upper += step, lower += step, panel += kPanel)
+    add_products<R, Z>(upper, lower, row, panel);
+  alignas(64) int32_t sums[16 * R * kSide];
+  store_sums<R, Z>(sums);
   const __mmask16 last = static_cast<__mmask16>(0xffff >> (-columns & 15));
   const Sixteen sixteen(f);
   for (int64_t r = 0; r < height; ++r)
     unrolled<Z>([&](auto z) SWALP_INLINE {
       const int64_t element = r * stride + 16 * z;
       const __mmask16 there = z == Z - 1 ? last : static_cast<__mmask16>(0xffff);
-      sixteen.store(_mm512_load_si512(sums[r] + 16 * z), there, 16 * z, element,
+      sixteen.store(_mm512_load_si512(sums + r * kSide + 16 * z), there, 16 * z, element,
                     static_cast<int32_t*>(out) + element);
     });
 }
@@ -81,13 +43,6 @@ class Amx {
   static constexpr int64_t kStep = kDeep;  // bytes of a row side by side in a panel
   static constexpr int64_t kRowBlock = 128, kColumnBlock = 512;  // of a thread's piece of work
   static constexpr bool kSums = false;
-
-  Amx() = default;
-  Amx(const Amx&) = delete;
-  Amx& operator=(const Amx&) = delete;
-  ~Amx() {
-    if (height_) _tile_release();
-  }
 
   static int64_t right_bytes(int64_t depth) { return padded(depth) * kSide; }
   static int64_t left_bytes(int64_t depth) { return padded(depth) * kSide; }
@@ -130,18 +85,13 @@ class Amx {
   }
 
   Tile tile_of(int64_t rows, int64_t columns) {
-    if (rows != height_) {
-      const Shapes shapes(rows);
-      written(&shapes);
-      _tile_loadconfig(&shapes);
-      height_ = rows;
-    }
+    registers_.shape(rows, kQuads);
     if (rows <= 16) return columns <= 16 ? tile<1, 1> : tile<1, 2>;
     return columns <= 16 ? tile<2, 1> : tile<2, 2>;
   }
 
  private:
-  int64_t height_ = 0;  // rows that the registers are cut for
+  Registers registers_;
 };
 
 }  // namespace

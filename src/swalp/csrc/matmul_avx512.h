@@ -1,9 +1,8 @@
 // What the kernels of AVX-512 VNNI and of AMX share: packed operands, four neighbours of the
 // contraction side by side, and what becomes of sixteen sums.
 #pragma once
-#include <immintrin.h>
-
 #include "product.h"
+#include "transpose.h"
 
 namespace {
 
@@ -47,36 +46,6 @@ void pack_across(const Operand& x, int64_t depth, int64_t count, bool flip, uint
     _mm512_storeu_si512(out + 64, _mm512_shuffle_i32x4(odd0, odd1, 0x88));
     _mm512_storeu_si512(out + 128, _mm512_shuffle_i32x4(even0, even1, 0xdd));
     _mm512_storeu_si512(out + 192, _mm512_shuffle_i32x4(odd0, odd1, 0xdd));
-  }
-}
-
-void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
   }
 }
 

@@ -3,13 +3,19 @@
 #include <utility>
 #include <vector>
 
+#if defined(__AMX_INT8__)
+#include "amx.h"
+#include "transpose.h"
+#endif
 #include "convolution.h"
 #include "dot.h"
 #include "parallel.h"
 
 namespace {
 
-#if defined(__AVX512VNNI__)
+#if defined(__AMX_INT8__)
+constexpr int kRows = kSide;  // positions of a tile
+#elif defined(__AVX512VNNI__)
 constexpr int kRows = 12;  // positions of a tile: 24 registers of sums
 #elif defined(__AVX2__)
 constexpr int kRows = 6;  // 12 registers of sums
@@ -24,6 +30,13 @@ constexpr int64_t kFewProducts = 1 << 20;         // below which a second thread
 
 thread_local Workspace shared, own;  // of a call; of each thread that works on it
 
+#if !defined(__AMX_INT8__)
 using Heights = std::make_integer_sequence<int, kRows>;
+
+// Of the processor nothing is held beyond an instruction.
+struct Registers {
+  void shape(int64_t, int64_t) {}
+};
+#endif
 
 }  // namespace

@@ -2,12 +2,44 @@
 //
 // kTerms images, a bundle, lie side by side, so that any tap, stride and dilation is an offset into the
 // same memory. A tile is up to kRows output channels by kWide input channels of one tap. Where images
-// have 128 added, 128 times the sum of the output gradients that a tap meets is taken off.
+// have 128 added, 128 times the sum of the output gradients that a tap meets is taken off. With AMX an
+// instruction takes up to sixteen bundles, and a part of the work is a band of rows: what it reads of
+// so many images would fill no cache.
 #pragma once
 #include "tiles.h"
 
 namespace {
 
+#if defined(__AMX_INT8__)
+constexpr int64_t kBlock = 64 * kSide;   // bytes of a block of dy: up to sixteen bundles of 32 channels
+constexpr int64_t kBand = 768 << 10;     // of blocks of x and of dy, that a part of the work reads
+
+// x: for each group and each kWide input channels [rows][width][bundle][kWide][kTerms] codes;
+// dy: for each group and each kSide output channels [rows][width][kSide][64], of which `together`
+// bundles of kTerms are used.
+template <int R, int V>
+void accumulate(const int64_t* run, int64_t runs, int64_t together, const uint8_t* a,
+                const uint8_t* b, int32_t* sums, bool first) {
+  written();
+  if (first) clear_sums<R, V>();
+  else load_sums<R, V>(sums);
+  for (; runs > 0; --runs, run += 3) {
+    const uint8_t* x = a + run[0] / together * kBlock;
+    const uint8_t* y = b + run[1] * kPanel;
+    for (int64_t k = run[2]; k > 0; k -= together, x += kBlock, y += together * kPanel)
+      add_products<R, V>(x, x + kBlock / 2, 64, y);
+  }
+  store_sums<R, V>(sums);
+}
+
+// Of `width` input and `height` output channels.
+void accumulate(int64_t height, int64_t width, const std::vector<int64_t>& steps, int64_t together,
+                const uint8_t* a, const uint8_t* b, int32_t* sums, bool first) {
+  const auto run = height > 16 ? width > kLanes ? accumulate<2, 2> : accumulate<2, 1>
+                               : width > kLanes ? accumulate<1, 2> : accumulate<1, 1>;
+  run(steps.data(), static_cast<int64_t>(steps.size()) / 3, together, a, b, sums, first);
+}
+#else
 // Of the images a chunk is taken at a time, in bundles.
 // x: for each group and each kWide input channels [height][width][bundle][kWide][kTerms] shifted codes;
 // dy: for each group and each R <= kRows output channels [height][width][bundle][R][kTerms] plain ones.
@@ -49,6 +81,15 @@ Accumulate accumulate_of(int64_t rows, std::integer_sequence<int, R...>) {
   return all[rows - 1];
 }
 
+// Of `width` input channels and a tile's rows.
+void accumulate(int64_t rows, int64_t width, const std::vector<int64_t>& steps, int64_t,
+                const uint8_t* a, const uint8_t* b, int32_t* sums, bool first) {
+  const Accumulate run = width > kLanes ? accumulate_of<2>(rows, Heights())
+                                        : accumulate_of<1>(rows, Heights());
+  run(steps.data(), static_cast<int64_t>(steps.size()) / 3, a, b, sums, first);
+}
+#endif
+
 // [count][kTerms] codes, shifted if `shift`, of the same channels of kTerms images `stride` apart, of
 // which `images` are there.
 template <bool shift>
@@ -64,7 +105,7 @@ void side_by_side(const int8_t* from, int64_t stride, int64_t images, int count,
         const __m128i bytes = _mm_maskz_loadu_epi8(there, from + i * stride + c);
         quad = _mm512_or_si512(quad, _mm512_slli_epi32(_mm512_cvtepu8_epi32(bytes), 8 * i));
       }
-    if (shift) quad = _mm512_xor_si512(quad, _mm512_set1_epi8(-128));
+    if (shift && kShifted) quad = _mm512_xor_si512(quad, _mm512_set1_epi8(-128));
     _mm512_mask_storeu_epi32(to + 4 * c, there, quad);
   }
 #else
@@ -96,29 +137,37 @@ class WeightGradient {
  public:
   explicit WeightGradient(const swalp_convolution& c)
       : c_(c), in_(c.in_channels / c.groups), out_(c.out_channels / c.groups),
-        taps_(c.kernel[0] * c.kernel[1]), sources_(c.in_size[0] * c.in_size[1]),
-        dests_(c.out_size[0] * c.out_size[1]), blocks_(ceil_div(in_, kWide)),
-        tiles_(ceil_div(out_, kRows)), rows_(ceil_div(out_, tiles_)) {
-    // Rounded up, the last tile may be left without rows.
-    tiles_ = ceil_div(out_, rows_);
+        taps_(c.kernel[0] * c.kernel[1]), blocks_(ceil_div(in_, kWide)),
+        tiles_(ceil_div(out_, kRows)), runs_(static_cast<size_t>(taps_)) {
     const int64_t bundles = ceil_div(c.batch, kTerms);
-    bundles_ = kImages / (sources_ * kPanel);
+#if defined(__AMX_INT8__)
+    rows_ = kRows;
+    bundles_ = bundles == 0 ? 1 : ceil_div(bundles, ceil_div(bundles, kQuads));
+    band_ = kBand / ((c.in_size[1] * c.stride[0] + c.out_size[1]) * kBlock + 1);
+    band_ = band_ < 1 ? 1 : smaller(band_, c.out_size[0]);
+#else
+    rows_ = ceil_div(out_, tiles_);
+    tiles_ = ceil_div(out_, rows_);  // rounded up, the last tile may be left without rows
+    bundles_ = kImages / (c.in_size[0] * c.in_size[1] * kPanel);
     bundles_ = bundles_ < 1 ? 1 : bundles_ > bundles ? bundles : bundles_;
-    for (int64_t kh = 0; kh < c.kernel[0]; ++kh)
-      for (int64_t kw = 0; kw < c.kernel[1]; ++kw) runs_.push_back(runs_of(kh, kw));
+    band_ = c.out_size[0];
+#endif
+    const int64_t reach = (band_ - 1) * c.stride[0] + (c.kernel[0] - 1) * c.dilation[0] + 1;
+    sources_ = (band_ < c.out_size[0] ? smaller(reach, c.in_size[0]) : c.in_size[0]) * c.in_size[1];
+    dests_ = band_ * c.out_size[1];
   }
 
   int run(const int8_t* x, const int8_t* dy, int64_t exponent, bool channels_last, float* dw,
           int threads) {
-    const int64_t products = c_.batch * dests_ * c_.out_channels * in_ * taps_;
+    const int64_t products = c_.batch * c_.out_size[0] * c_.out_size[1] * c_.out_channels * in_ * taps_;
     if (c_.out_channels * in_ * taps_ == 0) return 0;
     if (products < kFewProducts) threads = 1;
     const int64_t x_bytes = c_.groups * blocks_ * sources_ * bundles_ * kPanel;
-    const int64_t dy_bytes = round(c_.groups * tiles_ * dests_ * bundles_ * rows_ * 4 + 64);
+    const int64_t dy_bytes = round(c_.groups * tiles_ * dests_ * place_bytes(bundles_) + 64);
     const int64_t sum_bytes = c_.groups * blocks_ * tiles_ * taps_ * rows_ * kWide * 4;
     const int64_t sign_bytes = !kShifted ? 0 : c_.groups * tiles_ * taps_ * kLanes * 4;
-    const int64_t place_bytes = !kShifted ? 0 : c_.groups * tiles_ * dests_ * kLanes * 4;
-    uint8_t* memory = shared.at_least(x_bytes + dy_bytes + sum_bytes + sign_bytes + place_bytes);
+    const int64_t sums_of_places = !kShifted ? 0 : c_.groups * tiles_ * dests_ * kLanes * 4;
+    uint8_t* memory = shared.at_least(x_bytes + dy_bytes + sum_bytes + sign_bytes + sums_of_places);
     if (!memory) return -1;
     bundle_x_ = memory;
     bundle_dy_ = memory + x_bytes;
@@ -127,27 +176,26 @@ class WeightGradient {
     places_ = signs_ + sign_bytes / 4;
     bool failed = false;
     const int64_t all = ceil_div(c_.batch, kTerms);
-    for (int64_t bundle = 0; bundle == 0 || bundle < all; bundle += bundles_) {
-      const int64_t count = smaller(bundles_, all - bundle);
-      const bool first = bundle == 0, last = bundle + bundles_ >= all;
-      const int64_t of_x = c_.groups * blocks_ * c_.in_size[0];
-      parallel(of_x + c_.groups * tiles_, threads, [&](int64_t begin, int64_t end) {
-        for (; begin < end; ++begin)
-          if (begin < of_x) pack_x(x, begin, bundle, count);
-          else pack_dy(dy, begin - of_x, bundle, count, first);
-        return false;
-      });
-      failed |= parallel(c_.groups * blocks_ * tiles_, threads, [&](int64_t begin, int64_t end) {
-        float* buffer = nullptr;
-        if (last) buffer = reinterpret_cast<float*>(own.at_least(taps_ * kWide * 4));
-        if (last && !buffer) return true;
-        for (; begin < end; ++begin) {
-          add_up(begin, count, first);
-          if (last) finish(begin, Scale(Factors(exponent)), channels_last, buffer, dw);
-        }
-        return false;
-      });
-    }
+    for (int64_t bundle = 0; bundle == 0 || bundle < all; bundle += bundles_)
+      for (int64_t row = 0; row == 0 || row < c_.out_size[0]; row += band_) {
+        const Part part = part_of(bundle, row);
+        const bool first = bundle == 0 && row == 0;
+        const bool last = bundle + bundles_ >= all && row + band_ >= c_.out_size[0];
+        for (int64_t t = 0; t < taps_; ++t) runs_[static_cast<size_t>(t)] = runs_of(t, part);
+        failed |= pack(x, dy, part, first, threads);
+        failed |= parallel(c_.groups * blocks_ * tiles_, threads, [&](int64_t begin, int64_t end) {
+          Registers registers;
+          registers.shape(kRows, bundles_);
+          float* buffer = nullptr;
+          if (last) buffer = reinterpret_cast<float*>(own.at_least(taps_ * kWide * 4));
+          if (last && !buffer) return true;
+          for (; begin < end; ++begin) {
+            add_up(begin, part.bundles, first);
+            if (last) finish(begin, Scale(Factors(exponent)), channels_last, buffer, dw);
+          }
+          return false;
+        });
+      }
     return failed ? -1 : 0;
   }
 
@@ -155,28 +203,58 @@ class WeightGradient {
   struct Run {
     int64_t dest, source, positions;
   };
+  // Of the work: bundles of images, rows of dy, and the rows of x that they read.
+  struct Part {
+    int64_t bundle, bundles, dy_begin, dy_end, x_begin, x_end;
+  };
   const swalp_convolution& c_;
   int64_t in_, out_, taps_;  // channels of a group
-  int64_t sources_, dests_, blocks_, tiles_, rows_, bundles_;
-  std::vector<std::vector<Run>> runs_;  // of each tap: neighbours in both images
+  int64_t blocks_, tiles_, rows_, bundles_, band_;  // bundles and rows of dy of a part
+  int64_t sources_, dests_;                         // positions of a part, at most
+  std::vector<std::vector<Run>> runs_;              // of each tap: neighbours in both images of a part
   uint8_t* bundle_x_;
   uint8_t* bundle_dy_;
   int32_t *sums_, *signs_, *places_;
 
   static int64_t round(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
-  std::vector<Run> runs_of(int64_t kh, int64_t kw) const {
+  // Bytes of a position of a tile of dy, and its rows that are multiplied.
+#if defined(__AMX_INT8__)
+  int64_t place_bytes(int64_t) const { return kBlock; }
+  int64_t height_of(int64_t tile) const { return smaller(rows_, out_ - tile * rows_); }
+#else
+  int64_t place_bytes(int64_t bundles) const { return bundles * rows_ * 4; }
+  int64_t height_of(int64_t) const { return rows_; }
+#endif
+
+  int64_t source(int axis, int64_t at, int64_t k) const {
+    return at * c_.stride[axis] + k * c_.dilation[axis] - c_.padding[axis];
+  }
+
+  Part part_of(int64_t bundle, int64_t row) const {
+    Part part{bundle, bundles_, row, smaller(row + band_, c_.out_size[0]), 0, c_.in_size[0]};
+#if !defined(__AMX_INT8__)
+    part.bundles = smaller(bundles_, ceil_div(c_.batch, kTerms) - bundle);
+#endif
+    if (band_ < c_.out_size[0]) {
+      const int64_t begin = source(0, row, 0), end = source(0, part.dy_end - 1, c_.kernel[0] - 1) + 1;
+      part.x_begin = begin < 0 ? 0 : smaller(begin, c_.in_size[0]);
+      part.x_end = end < part.x_begin ? part.x_begin : smaller(end, c_.in_size[0]);
+    }
+    return part;
+  }
+
+  std::vector<Run> runs_of(int64_t tap, const Part& part) const {
+    const int64_t kh = tap / c_.kernel[1], kw = tap % c_.kernel[1];
     std::vector<Run> runs;
-    const auto source = [&](int axis, int64_t at, int64_t k) {
-      return at * c_.stride[axis] + k * c_.dilation[axis] - c_.padding[axis];
-    };
-    for (int64_t oh = 0; oh < c_.out_size[0]; ++oh) {
+    for (int64_t oh = part.dy_begin; oh < part.dy_end; ++oh) {
       const int64_t ih = source(0, oh, kh);
       if (ih < 0 || ih >= c_.in_size[0]) continue;
       for (int64_t ow = 0; ow < c_.out_size[1]; ++ow) {
         const int64_t iw = source(1, ow, kw);
         if (iw < 0 || iw >= c_.in_size[1]) continue;
-        const int64_t dest = oh * c_.out_size[1] + ow, from = ih * c_.in_size[1] + iw;
+        const int64_t dest = (oh - part.dy_begin) * c_.out_size[1] + ow;
+        const int64_t from = (ih - part.x_begin) * c_.in_size[1] + iw;
         if (!runs.empty() && runs.back().dest + runs.back().positions == dest &&
             runs.back().source + runs.back().positions == from)
           ++runs.back().positions;
@@ -184,6 +262,72 @@ class WeightGradient {
       }
     }
     return runs;
+  }
+
+#if defined(__AMX_INT8__)
+  // Position after position of the part, of all channels: of 64 images each line is read once.
+  bool pack(const int8_t* x, const int8_t* dy, const Part& part, bool, int threads) const {
+    const int64_t of_x = (part.x_end - part.x_begin) * c_.in_size[1];
+    const int64_t of_dy = (part.dy_end - part.dy_begin) * c_.out_size[1];
+    return parallel(of_x + of_dy, threads, [&](int64_t begin, int64_t end) {
+      uint8_t* buffer = own.at_least(ceil_div(c_.out_channels, kLanes) * 64 * kQuads);
+      if (!buffer) return true;
+      for (; begin < end; ++begin)
+        if (begin < of_x) pack_x(x, begin, part);
+        else pack_dy(dy, begin - of_x, part, buffer);
+      return false;
+    });
+  }
+
+  void pack_x(const int8_t* x, int64_t position, const Part& part) const {
+    const int64_t image = c_.in_size[0] * c_.in_size[1] * c_.in_channels;
+    const int64_t at = part.x_begin * c_.in_size[1] + position;
+    for (int64_t q = 0; q < bundles_; ++q) {
+      const int64_t n = kTerms * (part.bundle + q);
+      for (int64_t g = 0; g < c_.groups; ++g)
+        for (int64_t block = 0; block < blocks_; ++block) {
+          const int64_t first = block * kWide;
+          uint8_t* to = bundle_x_ +
+                        (((g * blocks_ + block) * sources_ + position) * bundles_ + q) * kPanel;
+          side_by_side<true>(x + n * image + at * c_.in_channels + g * in_ + first, image,
+                             smaller(kTerms, c_.batch - n),
+                             static_cast<int>(smaller(kWide, in_ - first)), to);
+        }
+    }
+  }
+
+  void pack_dy(const int8_t* dy, int64_t position, const Part& part, uint8_t* buffer) const {
+    const int64_t image = c_.out_size[0] * c_.out_size[1] * c_.out_channels;
+    const int64_t at = part.dy_begin * c_.out_size[1] + position;
+    const int64_t strips = ceil_div(out_, kLanes);  // of sixteen channels of a group
+    for (int64_t g = 0; g < c_.groups; ++g) {
+      for (int64_t q = 0; q < bundles_; ++q) {
+        const int64_t n = kTerms * (part.bundle + q);
+        for (int64_t s = 0; s < strips; ++s)
+          side_by_side<false>(dy + n * image + at * c_.out_channels + g * out_ + s * kLanes, image,
+                              smaller(kTerms, c_.batch - n),
+                              static_cast<int>(smaller(kLanes, out_ - s * kLanes)),
+                              buffer + (s * kQuads + q) * 64);
+      }
+      for (int64_t s = 0; s < strips; ++s) {
+        uint8_t* to = bundle_dy_ + ((g * tiles_ + s / 2) * dests_ + position) * kBlock +
+                      s % 2 * (kBlock / 2);
+        __m512i row[16];
+        for (int i = 0; i < 16; ++i) row[i] = _mm512_load_si512(buffer + (s * kQuads + i) * 64);
+        transpose(row);
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, row[i]);
+      }
+    }
+  }
+#else
+  bool pack(const int8_t* x, const int8_t* dy, const Part& part, bool first, int threads) const {
+    const int64_t of_x = c_.groups * blocks_ * c_.in_size[0];
+    return parallel(of_x + c_.groups * tiles_, threads, [&](int64_t begin, int64_t end) {
+      for (; begin < end; ++begin)
+        if (begin < of_x) pack_x(x, begin, part.bundle, part.bundles);
+        else pack_dy(dy, begin - of_x, part.bundle, part.bundles, first);
+      return false;
+    });
   }
 
   // One row of kWide channels of the images' bundles.
@@ -233,21 +377,21 @@ class WeightGradient {
     }
   }
 
+#endif
+
   int32_t* sums_of(int64_t item) const { return sums_ + item * taps_ * rows_ * kWide; }
 
   void add_up(int64_t item, int64_t count, bool first) const {
     const int64_t tile = item % tiles_, block = item / tiles_ % blocks_, g = item / tiles_ / blocks_;
-    const uint8_t* a = bundle_dy_ + (g * tiles_ + tile) * dests_ * count * rows_ * 4;
+    const uint8_t* a = bundle_dy_ + (g * tiles_ + tile) * dests_ * place_bytes(count);
     const uint8_t* b = bundle_x_ + (g * blocks_ + block) * sources_ * count * kPanel;
-    const Accumulate run = in_ - block * kWide > kLanes ? accumulate_of<2>(rows_, Heights())
-                                                        : accumulate_of<1>(rows_, Heights());
+    const int64_t width = in_ - block * kWide;
     std::vector<int64_t> steps;
     for (int64_t t = 0; t < taps_; ++t) {
       steps.clear();
       for (const Run& r : runs_[static_cast<size_t>(t)])
         steps.insert(steps.end(), {r.dest * count, r.source * count, r.positions * count});
-      run(steps.data(), static_cast<int64_t>(steps.size()) / 3, a, b,
-          sums_of(item) + t * rows_ * kWide, first);
+      accumulate(height_of(tile), width, steps, count, a, b, sums_of(item) + t * rows_ * kWide, first);
     }
   }
 
