@@ -462,6 +462,42 @@ def test_one_strange_element_among_many(place, strange, build, threads):
             assert same_bits(cpu.quantize(x, fmt, rule), reference.quantize(x, fmt, rule))
 
 
+def successors(shape):
+    """Tensors that come one after the other at one place, while their exponents change."""
+    x = tame(*shape, seed=5)
+    late, early, strange = x.clone(), x.clone(), x.clone()
+    late.view(-1)[-1], early.view(-1)[0] = 900.0, -900.0
+    strange[-1, 3, 2, 1], strange[0, 0, 0, 0] = torch.nan, torch.inf
+    return [x, x, late, x, early, strange, x * 0, x, x * 2**-140, x / 2, x, x]
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["rows", "channels last"])
+@pytest.mark.parametrize(
+    ("fmt", "samples"), [(BlockFloat(8), 1), (BlockFloat(8, axes=(0,)), 2)], ids=str
+)
+def test_exponents_of_earlier_tensors_change_nothing(fmt, samples, last):
+    layout = torch.channels_last if last else torch.contiguous_format
+    tensors = [x.to(memory_format=layout) for x in successors((samples, 256, 64, 64))]
+    rules = [Stochastic(SEED, random_bits=16, step=step) for step in range(len(tensors))]
+    wanted = [reference.quantize(x, fmt, rule) for x, rule in zip(tensors, rules, strict=True)]
+    before, threads = _kernels.used(), torch.get_num_threads()
+    try:
+        for build, count in [(name, count) for name in BUILDS for count in (1, 2)]:
+            _kernels.use(build)
+            torch.set_num_threads(count)
+            for x, rule, want in zip(tensors, rules, wanted, strict=True):
+                assert same_bits(cpu.quantize(x, fmt, rule), want), (build, count, rule)
+                in_place = x.clone()
+                assert same_bits(cpu.quantize(in_place, fmt, rule, in_place), want)
+                got, exponents, has_nan = cpu.pack_integers(x, fmt, rule)
+                assert has_nan == bool(x.isnan().any())
+                values = cpu.unpack(got, exponents, fmt)
+                assert same_bits(values.where(~x.isnan(), torch.nan), want), (build, count, rule)
+    finally:
+        _kernels.use(before)
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("shape", [(2**23 + 5,), (2**13 + 1, 1024), (2**16 + 1, 130)])
 def test_large_results_equal_those_in_place(shape, build, threads):
     # They are written past the caches, vector by vector where a block ends at one.

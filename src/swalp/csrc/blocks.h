@@ -110,11 +110,15 @@ struct Scale {
   bool bounded;
 };
 
-Scale scale_of(const swalp_format& f, const Largest& most) {
-  const int32_t exponent = shared_exponent(f, most.magnitude);
+// Of a block with that exponent, its own or a larger one.
+Scale scale_at(const swalp_format& f, const Largest& most, int32_t exponent) {
   const int32_t reach = f.element_exponent + 1 - f.gap_offset;
   const bool reached = reach >= 0 && reach < 31 && -f.min_integer >= (1 << reach) - 1;
   return {exponent, f.blocked && most.finite && exponent < f.max_exponent && reached};
+}
+
+Scale scale_of(const swalp_format& f, const Largest& most) {
+  return scale_at(f, most, shared_exponent(f, most.magnitude));
 }
 
 }  // namespace

@@ -51,8 +51,8 @@ typedef struct {
 //
 // `exponents`: int32, one for each block in row-major order, or NULL. `reused`: whether other results
 // will use the memory of `x`, so that it is left as written (parallel.h). `threads` is an upper bound.
-// Returns 1 if codes were wanted for a NaN that has none (its code is 0), -1 if memory ran out,
-// else 0.
+// Returns 1 if codes were wanted for a NaN that has none (its code means nothing), -1 if memory ran
+// out, else 0.
 int swalp_quantize(const swalp_format*, const swalp_rounding*, const swalp_layout*, const float* x,
                    void* out, int32_t output, int32_t* exponents, int32_t reused, int threads);
 

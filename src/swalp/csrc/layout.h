@@ -3,6 +3,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <utility>
+
+#include "guess.h"
 #include "noise.h"
 #include "parallel.h"
 #include "spans.h"
@@ -22,6 +25,9 @@ constexpr int64_t kRows = 256;        // positions of a transposed tile, at most
 // From this many elements on results are written past the caches, which could not hold them anyway:
 // 32 MB of floats, not read before they are written.
 constexpr int64_t kStreamed = 1 << 23;
+// From here on the likely exponent of a block is tried first: smaller blocks are still in the caches
+// when they are read for the second time.
+constexpr int64_t kGuessed = 1 << 20;
 // Codes, which products read in other parts, from here on, if there are several threads.
 constexpr int64_t kShared = 1 << 18;
 
@@ -111,20 +117,37 @@ struct Task {
   bool run_stretch(int64_t base, int64_t length, int64_t begin, int64_t end, Scale scale) const {
     alignas(64) uint32_t buffer[kBuffer];
     bool lost = false;
-    for (int64_t piece = begin; piece < end; ++piece) {
-      if (transposed) {
-        lost |= run_tile(base, piece, scale, buffer);
-        continue;
-      }
-      const int64_t at = base + piece * kChunk;
-      const int64_t left = base + length - at, n = left < kChunk ? left : kChunk;
-      const Words words = fill(noise, at, n, buffer);
-      lost |= put(at, n, [&](void* to) {
-        return kernel.span(format, rule, x + at, to, n, words, scale);
-      });
-      if (reused) leave_written(x + at, n);
-    }
+    for (int64_t piece = begin; piece < end; ++piece)
+      lost |= run_piece(base, length, piece, scale, buffer);
     settle();
+    return lost;
+  }
+
+  // Where a piece lies, and its elements.
+  std::pair<int64_t, int64_t> place(int64_t base, int64_t length, int64_t piece) const {
+    if (!transposed) {
+      const int64_t at = piece * kChunk, left = length - at;
+      return {base + at, left < kChunk ? left : kChunk};
+    }
+    const int64_t positions = layout.positions, bands = (positions + rows - 1) / rows;
+    const int64_t first = piece % bands * rows, left = positions - first;
+    return {base + (piece / bands * positions + first) * layout.channels,
+            (left < rows ? left : rows) * layout.channels};
+  }
+
+  bool run_piece(int64_t base, int64_t length, int64_t piece, Scale scale, uint32_t* buffer) const {
+    const auto [at, n] = place(base, length, piece);
+    bool lost;
+    if (transposed) {
+      lost = run_tile(base, piece, scale, buffer);
+    } else {
+      const Words words = fill(noise, at, n, buffer);
+      const float* const from = x + at;
+      lost = put(at, n, [&, count = n](void* to) {
+        return kernel.span(format, rule, from, to, count, words, scale);
+      });
+    }
+    if (reused) leave_written(x + at, n);
     return lost;
   }
 
@@ -151,7 +174,6 @@ struct Task {
       for (int64_t p = 0; p < height; ++p)
         lost |= span(at + p * channels, width, words.from(p * row), scale);
     }
-    if (reused) leave_written(x + plane + p0 * channels, height * channels);
     return lost;
   }
 
@@ -159,18 +181,63 @@ struct Task {
   bool run_block(int64_t base, int64_t length, int32_t* exponent) const {
     Scale scale = {};
     if (format.blocked) {
+      Guess guess(noise, base);
       Raised most;
-      parallel((length + kChunk - 1) / kChunk, threads, [&](int64_t begin, int64_t end) {
-        const int64_t at = begin * kChunk, left = length - at, n = (end - begin) * kChunk;
-        most.raise(largest(x + base + at, left < n ? left : n));
-        return false;
-      });
+      int32_t likely;
+      bool lost = false, searched = false;
+      if (guesses(length) && guess.next(&likely)) {
+        searched = run_guessed(base, length, likely, most, &lost);
+        scale = scale_of(format, most.value());
+        if (searched && scale.exponent == likely) {
+          if (exponent) *exponent = likely;
+          guess.found(likely);
+          return lost;
+        }
+      }
+      if (!searched)
+        parallel((length + kChunk - 1) / kChunk, threads, [&](int64_t begin, int64_t end) {
+          const int64_t at = begin * kChunk, left = length - at, n = (end - begin) * kChunk;
+          most.raise(largest(x + base + at, left < n ? left : n));
+          return false;
+        });
       scale = scale_of(format, most.value());
       if (exponent) *exponent = scale.exponent;
+      if (guesses(length)) guess.found(scale.exponent);
     }
     return parallel(pieces(length), threads, [&](int64_t begin, int64_t end) {
       return run_pieces(base, length, begin, end, scale);
     });
+  }
+
+  // Whether a pass is worth saving, the tensor is known by its noise, and it is there once more.
+  bool guesses(int64_t length) const {
+    return noise.used && length >= kGuessed && static_cast<const void*>(out) != x;
+  }
+
+  // Rounds with a likely exponent, while the largest is searched; false, and that is not all of it, if
+  // the exponent was found to be too low.
+  bool run_guessed(int64_t base, int64_t length, int32_t likely, Raised& most, bool* lost) const {
+    std::atomic<bool> low{false};
+    *lost = parallel(pieces(length), threads, [&](int64_t begin, int64_t end) {
+      alignas(64) uint32_t buffer[kBuffer];
+      Largest mine;
+      bool any = false;
+      for (; begin < end && !low.load(std::memory_order_relaxed); ++begin) {
+        const auto [at, n] = place(base, length, begin);
+        const Largest here = largest(x + at, n);
+        if (shared_exponent(format, here.magnitude) > likely) {
+          low.store(true, std::memory_order_relaxed);
+          break;
+        }
+        if (here.magnitude > mine.magnitude) mine.magnitude = here.magnitude;
+        mine.finite &= here.finite;
+        any |= run_piece(base, length, begin, scale_at(format, here, likely), buffer);
+      }
+      settle();
+      most.raise(mine);
+      return any;
+    });
+    return !low;
   }
 
   // Blocks of `length` neighbours each.

@@ -129,8 +129,8 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | N
 def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | None, bool]:
     """`pack` to a format of int8 integers times a power of two; and whether `x` has a NaN.
 
-    A NaN gets the code 0, whether or not `fmt` has a code for it. The codes of a tensor whose
-    channels are last in memory are so too; others are contiguous.
+    A NaN gets a code that means nothing, whether or not `fmt` has one for it. The codes of a tensor
+    whose channels are last in memory are so too; others are contiguous.
 
     Args:
         x: float32 on the CPU, any shape.
