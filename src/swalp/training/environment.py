@@ -59,7 +59,9 @@ def kernel() -> str:
         return "reference (slow): swalp was installed without a C++ compiler"
     from swalp import _kernels
 
-    return f"C++ {_kernels.used()}{'' if _kernels.has_threads() else ', without threads'}"
+    used = _kernels.used()
+    instructions = "avx512" if used == "amx" else used  # AMX multiplies codes, and no more
+    return f"C++ {instructions}{'' if _kernels.has_threads() else ', without threads'}"
 
 
 def version(name: str) -> str:
