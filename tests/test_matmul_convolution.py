@@ -79,7 +79,7 @@ def test_exact_in_every_shape(data, dims, groups):
     size, kernel = each(sizes), each(st.integers(1, 4))
     out_size = window.out_size(size, kernel)
     assume(min(out_size) > 0)
-    batch, seed = data.draw(st.sampled_from([1, 2, 5, 13])), data.draw(st.integers(0, 99))
+    batch, seed = data.draw(st.sampled_from([1, 2, 5, 13, 19, 66])), data.draw(st.integers(0, 99))
     inner, outer = data.draw(channels) * groups, data.draw(channels) * groups
     w = codes(outer, inner // groups, *kernel, seed=seed)
     if dims == 2 and data.draw(st.booleans()):
@@ -96,12 +96,13 @@ def test_any_instructions_and_threads(build, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        for size in (5, 26):
-            window = Window((2, 1), (1, 2), (1, 2))
+        for batch, size, groups in ((9, 5, 1), (9, 26, 1), (18, 20, 1), (67, 3, 1), (16, 34, 2)):
+            window = Window((2, 1), (1, 2), (1, 2), groups)
             out = window.out_size((size, size), (3, 3))
             compare(
-                codes(9, 24, size, size, seed=1), codes(37, 24, 3, 3, seed=2),
-                codes(9, 37, *out, seed=3), window,
+                codes(batch, 24 * groups, size, size, seed=1),
+                codes(37 * groups, 24, 3, 3, seed=2), codes(batch, 37 * groups, *out, seed=3),
+                window,
             )  # fmt: skip
     finally:
         torch.set_num_threads(before)

@@ -39,6 +39,7 @@ class Registers {
     }
     __asm__ volatile("" : : "r"(&shapes) : "memory");  // GCC does not know that all of it is read
     _tile_loadconfig(&shapes);
+    __asm__ volatile("" : : "r"(&shapes) : "memory");
     height_ = height, quads_ = quads;
   }
 

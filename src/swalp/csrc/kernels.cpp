@@ -18,36 +18,14 @@ extern const swalp_build swalp_build_avx512;
 
 namespace {
 
-#ifdef SWALP_HAS_AVX512
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-}
-#endif
-
-#ifdef SWALP_HAS_AMX
-// Whether the processor has tiles of 8-bit integers and Linux lets this process use them.
-bool has_amx() {
-  unsigned a, b, c, d;
-  constexpr unsigned tiles = 1u << 24, int8 = 1u << 25;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & tiles) || !(d & int8)) return false;
-  constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
-  return syscall(SYS_arch_prctl, request, tile_data) == 0;
-}
-#endif
-
 // Best first. The features are those that CMakeLists.txt compiles each build for.
 const swalp_build* find(const char* name) {
   const auto wanted = [name](const char* build) { return !name || strcmp(name, build) == 0; };
-#ifdef SWALP_HAS_AMX
-  // AVX-512 with products of its own.
-  static swalp_build amx = swalp_build_avx512;
-  amx.name = "amx";
-  if (wanted(amx.name) && has_avx512() && __builtin_cpu_supports("avx512vnni") && has_amx()) return &amx;
-#endif
 #ifdef SWALP_HAS_AVX512
-  if (wanted("avx512") && has_avx512()) return &swalp_build_avx512;
+  if (wanted("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
+    return &swalp_build_avx512;
 #endif
 #ifdef SWALP_HAS_AVX2
   if (wanted("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -58,6 +36,34 @@ const swalp_build* find(const char* name) {
 }
 
 const swalp_build* active = find(nullptr);
+
+// Whether products of codes may use AMX beside AVX-512: "amx" as a choice.
+bool with_amx = true;
+
+bool uses_vnni() {
+#ifdef SWALP_HAS_AVX512
+  return active == &swalp_build_avx512 && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+// Whether the processor has tiles of 8-bit integers and Linux lets this process use them. It is asked
+// once, when they are first wanted: afterwards it refuses signal stacks that they would not fit on.
+bool has_amx() {
+#ifdef SWALP_HAS_AMX
+  static const bool found = [] {
+    unsigned a, b, c, d;
+    constexpr unsigned tiles = 1u << 24, int8 = 1u << 25;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & tiles) || !(d & int8)) return false;
+    constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
+    return syscall(SYS_arch_prctl, request, tile_data) == 0;
+  }();
+  return found;
+#else
+  return false;
+#endif
+}
 
 }  // namespace
 
@@ -167,23 +173,19 @@ int swalp_scalars(const swalp_descent* d, float rate, int skewed, const swalp_ro
 }
 
 int swalp_use(const char* name) {
-  const swalp_build* build = find(name);
-  if (build) active = build;
-  return build != nullptr;
+  const bool amx = strcmp(name, "amx") == 0;
+  const swalp_build* build = find(amx ? "avx512" : name);
+  if (!build || (amx && !(__builtin_cpu_supports("avx512vnni") && has_amx()))) return 0;
+  active = build;
+  with_amx = amx;
+  return 1;
 }
 
-const char* swalp_used(void) { return active->name; }
+const char* swalp_used(void) { return swalp_uses_amx() ? "amx" : active->name; }
 
-int swalp_uses_vnni(void) {
-#ifdef SWALP_HAS_AVX512
-  return swalp_uses_amx() ||
-         (strcmp(active->name, "avx512") == 0 && __builtin_cpu_supports("avx512vnni"));
-#else
-  return 0;
-#endif
-}
+int swalp_uses_vnni(void) { return uses_vnni(); }
 
-int swalp_uses_amx(void) { return strcmp(active->name, "amx") == 0; }
+int swalp_uses_amx(void) { return with_amx && uses_vnni() && has_amx(); }
 
 int swalp_has_threads(void) {
 #ifdef _OPENMP

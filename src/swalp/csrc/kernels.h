@@ -211,12 +211,13 @@ int swalp_softmax_regression(const swalp_descent*, const swalp_softmax*, float r
 int swalp_scalars(const swalp_descent*, float rate, int skewed, const swalp_rounding* draws,
                   const float* table, int64_t steps);
 
-// Choose the instruction set: 1 if this machine and build have it, else 0 and nothing changes.
+// Choose the instruction set: 1 if this machine and build have it, else 0 and nothing changes. "amx" is
+// "avx512" whose products of codes use AMX.
 int swalp_use(const char* name);
 const char* swalp_used(void);
 // Whether that is AVX-512 on a processor with VNNI.
 int swalp_uses_vnni(void);
-// Whether that is AVX-512 on a processor with VNNI, and with AMX for products of 8 bits.
+// Whether that is so, and products of codes use AMX as well.
 int swalp_uses_amx(void);
 int swalp_has_threads(void);
 

@@ -183,17 +183,10 @@ struct Task {
     if (format.blocked) {
       Guess guess(noise, base);
       Raised most;
+      const bool guessed = guesses(length);
       int32_t likely;
       bool lost = false, searched = false;
-      if (guesses(length) && guess.next(&likely)) {
-        searched = run_guessed(base, length, likely, most, &lost);
-        scale = scale_of(format, most.value());
-        if (searched && scale.exponent == likely) {
-          if (exponent) *exponent = likely;
-          guess.found(likely);
-          return lost;
-        }
-      }
+      if (guessed && guess.next(&likely)) searched = run_guessed(base, length, likely, most, &lost);
       if (!searched)
         parallel((length + kChunk - 1) / kChunk, threads, [&](int64_t begin, int64_t end) {
           const int64_t at = begin * kChunk, left = length - at, n = (end - begin) * kChunk;
@@ -202,7 +195,8 @@ struct Task {
         });
       scale = scale_of(format, most.value());
       if (exponent) *exponent = scale.exponent;
-      if (guesses(length)) guess.found(scale.exponent);
+      if (guessed) guess.found(scale.exponent);
+      if (searched && scale.exponent == likely) return lost;
     }
     return parallel(pieces(length), threads, [&](int64_t begin, int64_t end) {
       return run_pieces(base, length, begin, end, scale);

@@ -10,9 +10,14 @@
 
 namespace {
 
+// Adds to the sums of a tile what its runs meet: three numbers each, the first step in dy and in x, and how
+// many steps, of which `together` are taken at once.
+using Accumulate = void (*)(const int64_t* run, int64_t runs, int64_t together, const uint8_t* a,
+                            const uint8_t* b, int32_t* sums, bool first);
+
 #if defined(__AMX_INT8__)
-constexpr int64_t kBlock = 64 * kSide;   // bytes of a block of dy: up to sixteen bundles of 32 channels
-constexpr int64_t kBand = 768 << 10;     // of blocks of x and of dy, that a part of the work reads
+constexpr int64_t kBlock = 64 * kSide;  // bytes of a block of dy: up to sixteen bundles of 32 channels
+constexpr int64_t kBand = 768 << 10;    // of blocks of x and of dy, of all groups, in a part of the work
 
 // x: for each group and each kWide input channels [rows][width][bundle][kWide][kTerms] codes;
 // dy: for each group and each kSide output channels [rows][width][kSide][64], of which `together`
@@ -32,20 +37,18 @@ void accumulate(const int64_t* run, int64_t runs, int64_t together, const uint8_
   store_sums<R, V>(sums);
 }
 
-// Of `width` input and `height` output channels.
-void accumulate(int64_t height, int64_t width, const std::vector<int64_t>& steps, int64_t together,
-                const uint8_t* a, const uint8_t* b, int32_t* sums, bool first) {
-  const auto run = height > 16 ? width > kLanes ? accumulate<2, 2> : accumulate<2, 1>
-                               : width > kLanes ? accumulate<1, 2> : accumulate<1, 1>;
-  run(steps.data(), static_cast<int64_t>(steps.size()) / 3, together, a, b, sums, first);
+// Of `height` output and `width` input channels.
+Accumulate accumulate_for(int64_t height, int64_t width) {
+  if (height > 16) return width > kLanes ? accumulate<2, 2> : accumulate<2, 1>;
+  return width > kLanes ? accumulate<1, 2> : accumulate<1, 1>;
 }
 #else
 // Of the images a chunk is taken at a time, in bundles.
 // x: for each group and each kWide input channels [height][width][bundle][kWide][kTerms] shifted codes;
 // dy: for each group and each R <= kRows output channels [height][width][bundle][R][kTerms] plain ones.
 template <int R, int V>
-void accumulate(const int64_t* run, int64_t runs, const uint8_t* a, const uint8_t* b, int32_t* sums,
-                bool first) {
+void accumulate(const int64_t* run, int64_t runs, int64_t, const uint8_t* a, const uint8_t* b,
+                int32_t* sums, bool first) {
   Sums sum[R][V];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
@@ -73,20 +76,15 @@ void accumulate(const int64_t* run, int64_t runs, const uint8_t* a, const uint8_
     for (int v = 0; v < V; ++v) store(sums + r * kWide + v * kLanes, sum[r][v]);
 }
 
-using Accumulate = void (*)(const int64_t*, int64_t, const uint8_t*, const uint8_t*, int32_t*, bool);
-
 template <int V, int... R>
 Accumulate accumulate_of(int64_t rows, std::integer_sequence<int, R...>) {
   static constexpr Accumulate all[] = {accumulate<R + 1, V>...};
   return all[rows - 1];
 }
 
-// Of `width` input channels and a tile's rows.
-void accumulate(int64_t rows, int64_t width, const std::vector<int64_t>& steps, int64_t,
-                const uint8_t* a, const uint8_t* b, int32_t* sums, bool first) {
-  const Accumulate run = width > kLanes ? accumulate_of<2>(rows, Heights())
-                                        : accumulate_of<1>(rows, Heights());
-  run(steps.data(), static_cast<int64_t>(steps.size()) / 3, a, b, sums, first);
+// Of a tile's rows and `width` input channels.
+Accumulate accumulate_for(int64_t rows, int64_t width) {
+  return width > kLanes ? accumulate_of<2>(rows, Heights()) : accumulate_of<1>(rows, Heights());
 }
 #endif
 
@@ -143,8 +141,8 @@ class WeightGradient {
 #if defined(__AMX_INT8__)
     rows_ = kRows;
     bundles_ = bundles == 0 ? 1 : ceil_div(bundles, ceil_div(bundles, kQuads));
-    band_ = kBand / ((c.in_size[1] * c.stride[0] + c.out_size[1]) * kBlock + 1);
-    band_ = band_ < 1 ? 1 : smaller(band_, c.out_size[0]);
+    band_ = kBand / ((c.in_size[1] * c.stride[0] + c.out_size[1]) * c.groups * kBlock + 1);
+    band_ = smaller(band_, c.out_size[0]);
 #else
     rows_ = ceil_div(out_, tiles_);
     tiles_ = ceil_div(out_, rows_);  // rounded up, the last tile may be left without rows
@@ -152,6 +150,7 @@ class WeightGradient {
     bundles_ = bundles_ < 1 ? 1 : bundles_ > bundles ? bundles : bundles_;
     band_ = c.out_size[0];
 #endif
+    band_ = band_ < 1 ? 1 : band_;
     const int64_t reach = (band_ - 1) * c.stride[0] + (c.kernel[0] - 1) * c.dilation[0] + 1;
     sources_ = (band_ < c.out_size[0] ? smaller(reach, c.in_size[0]) : c.in_size[0]) * c.in_size[1];
     dests_ = band_ * c.out_size[1];
@@ -181,7 +180,8 @@ class WeightGradient {
         const Part part = part_of(bundle, row);
         const bool first = bundle == 0 && row == 0;
         const bool last = bundle + bundles_ >= all && row + band_ >= c_.out_size[0];
-        for (int64_t t = 0; t < taps_; ++t) runs_[static_cast<size_t>(t)] = runs_of(t, part);
+        if (bundle == 0 || band_ < c_.out_size[0])
+          for (int64_t t = 0; t < taps_; ++t) runs_[static_cast<size_t>(t)] = runs_of(t, part);
         failed |= pack(x, dy, part, first, threads);
         failed |= parallel(c_.groups * blocks_ * tiles_, threads, [&](int64_t begin, int64_t end) {
           Registers registers;
@@ -385,13 +385,14 @@ class WeightGradient {
     const int64_t tile = item % tiles_, block = item / tiles_ % blocks_, g = item / tiles_ / blocks_;
     const uint8_t* a = bundle_dy_ + (g * tiles_ + tile) * dests_ * place_bytes(count);
     const uint8_t* b = bundle_x_ + (g * blocks_ + block) * sources_ * count * kPanel;
-    const int64_t width = in_ - block * kWide;
+    const Accumulate run = accumulate_for(height_of(tile), in_ - block * kWide);
     std::vector<int64_t> steps;
     for (int64_t t = 0; t < taps_; ++t) {
       steps.clear();
       for (const Run& r : runs_[static_cast<size_t>(t)])
         steps.insert(steps.end(), {r.dest * count, r.source * count, r.positions * count});
-      accumulate(height_of(tile), width, steps, count, a, b, sums_of(item) + t * rows_ * kWide, first);
+      run(steps.data(), static_cast<int64_t>(steps.size()) / 3, count, a, b,
+          sums_of(item) + t * rows_ * kWide, first);
     }
   }
 

@@ -118,7 +118,7 @@ def unsupported(batch: int, in_size: Sequence[int], weight: Sequence[int], windo
     out_size = window.out_size(in_size, weight[2:])
     if math.prod(out_size) > DEEPEST:
         return f"an image has more than {DEEPEST} positions: its weight gradient overflows int32"
-    if batch * math.prod(in_size) == 0:
+    if batch * math.prod(in_size) * math.prod(weight) == 0:
         return "it is empty"
     if min(out_size) < 1:
         return "its window is larger than the padded image"
@@ -280,7 +280,7 @@ def _is_exact(instructions: str) -> bool:
         return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8, device="cpu")
 
     window = Window((1, 1), (1, 1), (1, 1))
-    for batch, size in ((13, 5), (2, 25)):
+    for batch, size in ((13, 5), (2, 25), (17, 5)):  # of each kind of tile
         x, w, dy = codes(batch, 36, size, size), codes(40, 36, 3, 3), codes(batch, 40, size, size)
         operands = [Operand(one, None, 0) for one in (x, w, dy)]
         weight = Weight(operands[1], 1)
