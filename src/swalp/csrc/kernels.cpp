@@ -40,9 +40,9 @@ const swalp_build* active = find(nullptr);
 // Whether products of codes may use AMX beside AVX-512: "amx" as a choice.
 bool with_amx = true;
 
-bool uses_vnni() {
+bool has_vnni() {
 #ifdef SWALP_HAS_AVX512
-  return active == &swalp_build_avx512 && __builtin_cpu_supports("avx512vnni");
+  return __builtin_cpu_supports("avx512vnni");
 #else
   return false;
 #endif
@@ -55,7 +55,8 @@ bool has_amx() {
   static const bool found = [] {
     unsigned a, b, c, d;
     constexpr unsigned tiles = 1u << 24, int8 = 1u << 25;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & tiles) || !(d & int8)) return false;
+    if (!has_vnni() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    if (!(d & tiles) || !(d & int8)) return false;
     constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM
     return syscall(SYS_arch_prctl, request, tile_data) == 0;
   }();
@@ -175,7 +176,7 @@ int swalp_scalars(const swalp_descent* d, float rate, int skewed, const swalp_ro
 int swalp_use(const char* name) {
   const bool amx = strcmp(name, "amx") == 0;
   const swalp_build* build = find(amx ? "avx512" : name);
-  if (!build || (amx && !(__builtin_cpu_supports("avx512vnni") && has_amx()))) return 0;
+  if (!build || (amx && !has_amx())) return 0;
   active = build;
   with_amx = amx;
   return 1;
@@ -183,9 +184,9 @@ int swalp_use(const char* name) {
 
 const char* swalp_used(void) { return swalp_uses_amx() ? "amx" : active->name; }
 
-int swalp_uses_vnni(void) { return uses_vnni(); }
+int swalp_uses_vnni(void) { return strcmp(active->name, "avx512") == 0 && has_vnni(); }
 
-int swalp_uses_amx(void) { return with_amx && uses_vnni() && has_amx(); }
+int swalp_uses_amx(void) { return with_amx && swalp_uses_vnni() && has_amx(); }
 
 int swalp_has_threads(void) {
 #ifdef _OPENMP
