@@ -339,6 +339,35 @@ def test_a_machine_without_integer_kernels_is_found_and_said():
     assert run.stderr.count("NativeProductsWarning: native products run in float32") == 1
 
 
+SMALL_STACK = """
+import ctypes, swalp
+class Stack(ctypes.Structure):
+    _fields_ = [("at", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(8192)
+def fits():
+    stack = Stack(ctypes.addressof(memory), 0, 8192)
+    found = ctypes.CDLL(None).sigaltstack(ctypes.byref(stack), None) == 0
+    ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(None, 2, 0)), None)
+    return found
+before = fits()
+from swalp import _kernels
+print(before, _kernels.matmul_used(), fits())
+"""
+
+
+@pytest.mark.skipif("amx" not in BUILDS, reason="this machine or build has no AMX")
+@pytest.mark.parametrize(
+    ("choice", "expected"), [("", "True AMX False"), ("avx512", "True AVX-512 VNNI True")]
+)
+def test_linux_is_asked_for_amx_when_it_is_wanted(choice, expected):
+    """It refuses small signal stacks from then on, for the whole process; PyTorch asks, too."""
+    run = subprocess.run(
+        [sys.executable, "-c", SMALL_STACK], capture_output=True, text=True, check=True,
+        env=os.environ | {"SWALP_ISA": choice},
+    )  # fmt: skip
+    assert run.stdout.strip() == expected
+
+
 @pytest.mark.parametrize(("right", "slow", "found"), [
     ((True, True), False, kernels.multiply_int_mm),
     ((True, True), True, kernels.multiply_float),
