@@ -1,7 +1,9 @@
 // Memory of large results, used again; swalp/buffers.py says why. Results lie side by side in regions
 // of address space, each on the lowest place that it fits in: what one leaves free joins its free
-// neighbours, so the pages in use are those of the most that ever was alive at once. To save memory, what
-// is free goes back to the system as far as the process would otherwise hold more than it needed of late.
+// neighbours, and where there is no memory yet, memory that is free elsewhere moves to, which takes a
+// fiftieth of the time of new one. So the pages in use are those of the most that ever was alive at once.
+// To save memory, what is free goes back to the system as far as the process would otherwise hold more
+// than it needed of late.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -15,6 +17,7 @@
 #include <vector>
 
 #if __has_include(<sys/mman.h>)
+#include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <sys/mman.h>
@@ -36,11 +39,32 @@ inline void regions_at_fork() {
 
 constexpr size_t kLargePage = 1 << 21;
 constexpr size_t kLargeResult = 4 * kLargePage;  // from here on, on large pages of its own
+// Each large page that moved may be a mapping of its own, of which a process has 65,530.
+constexpr size_t kMoving = kLargePage << 14;
 
 // Bytes from `begin` to `end` of a region.
 struct Stretch {
   size_t begin, end;
 };
+
+// Memory of a page moves to another place, which has none, and leaves none behind. Where the system
+// cannot do so (before Linux 5.7, and elsewhere), nothing happens. Returns whether it has. By who holds
+// the lock.
+inline bool move_page(uint8_t* from, uint8_t* to) {
+#ifdef MREMAP_DONTUNMAP
+  static bool can = true;
+  if (!can) return false;
+  constexpr int how = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP;
+  if (mremap(from, kLargePage, kLargePage, how, to) == to) return true;
+  can = false;
+  // The place may be gone by now, and even somebody else's.
+  constexpr int anew = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE;
+  if (mmap(to, kLargePage, PROT_READ | PROT_WRITE, anew, -1, 0) == MAP_FAILED && errno != EEXIST) abort();
+#else
+  (void)from, (void)to;
+#endif
+  return false;
+}
 
 // A stretch of address space: which parts are taken, and which of the others are memory. By who holds
 // the lock.
@@ -61,13 +85,14 @@ class Region {
 
   bool exists() const { return memory_ != nullptr; }
   bool idle() const { return taken_.empty(); }
+  size_t size() const { return size_; }
   bool holds(const void* address) const {
     const auto* byte = static_cast<const uint8_t*>(address);
     return byte >= memory_ && byte < memory_ + size_;
   }
 
-  // The lowest free stretch; null: there is none.
-  uint8_t* take(size_t bytes) {
+  // The lowest free stretch; null: there is none. `holes`: its large pages that have no memory at all.
+  uint8_t* take(size_t bytes, std::vector<uint8_t*>& holes) {
     const size_t unit = bytes < kLargeResult ? 1 : kLargePage;
     size_t begin = 0;
     auto next = taken_.begin();
@@ -75,6 +100,9 @@ class Region {
       begin = round_up(next->end, unit);
     if (size_ < begin + bytes) return nullptr;
     const Stretch found{begin, begin + bytes};
+    for (size_t page = begin / kLargePage * kLargePage; page < found.end; page += kLargePage)
+      if (page + kLargePage <= size_ && !meets(taken_, page) && !meets(spare_, page))
+        holes.push_back(memory_ + page);
     taken_.insert(next, found);
     used_until_ = std::max(used_until_, found.end);
     std::vector<Stretch> spare;
@@ -89,17 +117,10 @@ class Region {
   // Returns how many bytes become free.
   size_t leave(const uint8_t* address) {
     const auto own = from(taken_, address - memory_);
-    const size_t bytes = own->end - own->begin;
-    auto after = spare_.insert(from(spare_, own->begin), *own);
+    const Stretch left = *own;
     taken_.erase(own);
-    const auto join = [&](auto left, auto right) {
-      if (left->end != right->begin) return right;
-      left->end = right->end;
-      return spare_.erase(right) - 1;
-    };
-    if (after != spare_.begin()) after = join(after - 1, after);
-    if (after + 1 != spare_.end()) join(after, after + 1);
-    return bytes;
+    add_spare(left);
+    return left.end - left.begin;
   }
 
   // Free memory goes back to the system, the highest first, in units of so many bytes: what lies
@@ -138,6 +159,35 @@ class Region {
 #endif
   }
 
+  // The highest large page that is memory, but not in use, moves to `hole`, which is none of this or of
+  // another region. Returns whether there is one that could be moved.
+  bool move(uint8_t* hole) {
+    for (auto one = spare_.end(); one != spare_.begin();) {
+      --one;
+      const size_t page = one->end / kLargePage * kLargePage - kLargePage;
+      if (one->end < kLargePage || page < one->begin) continue;
+      if (!move_page(memory_ + page, hole)) return false;
+      const Stretch rest{page + kLargePage, one->end};
+      one->end = page;
+      if (rest.begin < rest.end) one = spare_.insert(one + 1, rest) - 1;
+      if (one->begin == one->end) spare_.erase(one);
+      return true;
+    }
+    return false;
+  }
+
+  // A large page is memory now: what of it nobody has taken is free.
+  void add_memory(const uint8_t* page) {
+    size_t begin = page - memory_;
+    const size_t end = begin + kLargePage;
+    for (const Stretch& one : taken_) {
+      if (one.end <= begin || end <= one.begin) continue;
+      add_spare({begin, std::min(one.begin, end)});
+      begin = std::min(one.end, end);
+    }
+    add_spare({begin, end});
+  }
+
   // Bytes of memory that nothing uses.
   size_t free_bytes() const {
     size_t all = 0;
@@ -153,6 +203,23 @@ class Region {
   }
   static void add(std::vector<Stretch>& list, Stretch one) {
     if (one.begin < one.end) list.push_back(one);
+  }
+  // Whether a stretch of the list lies in part or whole on a large page.
+  static bool meets(const std::vector<Stretch>& list, size_t page) {
+    return std::any_of(list.begin(), list.end(), [page](const Stretch& one) {
+      return one.begin < page + kLargePage && page < one.end;
+    });
+  }
+  void add_spare(Stretch one) {
+    if (one.begin >= one.end) return;
+    auto after = spare_.insert(from(spare_, one.begin), one);
+    const auto join = [&](auto left, auto right) {
+      if (left->end != right->begin) return right;
+      left->end = right->end;
+      return spare_.erase(right) - 1;
+    };
+    if (after != spare_.begin()) after = join(after - 1, after);
+    if (after + 1 != spare_.end()) join(after, after + 1);
   }
   static size_t round_up(size_t bytes, size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
@@ -201,7 +268,7 @@ class Savings {
   }
 
  private:
-  static constexpr size_t kKept = 1 << 24, kLook = kLargePage;
+  static constexpr size_t kKept = 1 << 23, kLook = kLargePage;
   static constexpr int64_t kWindow = 1 << 12;
 
   struct Held {
@@ -337,7 +404,7 @@ class Regions {
 
   uint8_t* place(size_t bytes) {
     for (Region& region : regions_)
-      if (uint8_t* found = region.take(bytes)) return found;
+      if (uint8_t* found = place(region, bytes)) return found;
     regions_.emplace_back(std::max(bytes, size_));
     if (!regions_.back().exists()) {  // address space is limited, or counted as memory
       regions_.pop_back();
@@ -349,7 +416,29 @@ class Regions {
       return nullptr;
     }
     if (saves()) region.in_large_pages();
-    return region.take(bytes);
+    return place(region, bytes);
+  }
+
+  // In that region, with memory that is free elsewhere where it has none.
+  static uint8_t* place(Region& region, size_t bytes) {
+    std::vector<uint8_t*> holes;
+    uint8_t* const found = region.take(bytes, holes);
+    for (uint8_t* const hole : holes) {
+      if (!move_to(hole)) break;
+      region.add_memory(hole);
+    }
+    return found;
+  }
+
+  static bool move_to(uint8_t* hole) {
+    size_t size = 0;
+    for (const Regions* const each : all())
+      for (const Region& region : each->regions_) size += region.size();
+    if (size > kMoving) return false;
+    for (Regions* const each : all())
+      for (Region& region : each->regions_)
+        if (region.move(hole)) return true;
+    return false;
   }
 
   bool found(const void* address) const {
