@@ -471,13 +471,21 @@ def successors(shape):
     return [x, x, late, x, early, strange, x * 0, x, x * 2**-140, x / 2, x, x]
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["rows", "channels last"])
+def channels_last(x):
+    return x.to(memory_format=torch.channels_last)
+
+
+def rows_apart(x):
+    """With its rows apart in memory."""
+    return x.new_empty(*x.shape[:-1], x.shape[-1] + 5)[..., 3:-2].copy_(x)
+
+
+@pytest.mark.parametrize("laid", [torch.clone, channels_last, rows_apart])
 @pytest.mark.parametrize(
     ("fmt", "samples"), [(BlockFloat(8), 1), (BlockFloat(8, axes=(0,)), 2)], ids=str
 )
-def test_exponents_of_earlier_tensors_change_nothing(fmt, samples, last):
-    layout = torch.channels_last if last else torch.contiguous_format
-    tensors = [x.to(memory_format=layout) for x in successors((samples, 256, 64, 64))]
+def test_exponents_of_earlier_tensors_change_nothing(fmt, samples, laid):
+    tensors = [laid(x) for x in successors((samples, 256, 64, 64))]
     rules = [Stochastic(SEED, random_bits=16, step=step) for step in range(len(tensors))]
     wanted = [reference.quantize(x, fmt, rule) for x, rule in zip(tensors, rules, strict=True)]
     before, threads = _kernels.used(), torch.get_num_threads()
@@ -519,6 +527,39 @@ def test_many_codes(shape):
             packed = codes.pack(x, fmt, rule)
             for laid in layouts:
                 assert_same_codes(cpu.pack(laid, fmt, rule), packed)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        tame(2, 65, 3, 4, 64).permute(2, 0, 3, 1, 4)[1],  # queries of attention
+        tame(5, 9, 7, 40).permute(2, 1, 0, 3)[..., 1:38],
+        tame(70, 50)[:, 3:40],
+        tame(40, 5000)[::3, 2:4999],
+        tame(1, 300).expand(9, 300),
+        tame(300, 100)[7::9],
+        tame(2, 1500, 64)[:, 1:, :].flip(0),
+        tame(400, 30)[:, 3:18],  # short rows
+        tame(400, 64)[:, ::2],  # no rows
+        tame(3, 4, 5, 6).transpose(1, 2),
+    ],
+    ids=lambda x: str(tuple(x.shape)),
+)
+@pytest.mark.usefixtures("build", "threads")
+def test_codes_of_what_lies_apart(x):
+    strange = rows_apart(x)
+    strange[..., -1, -1] = torch.nan
+    for one in (x, strange, -x, torch._neg_view(x)):
+        for fmt in (BlockFloat(8), BlockFloat(8, axes=(0,)), BlockFloat(6), FixedPoint(8, 4)):
+            for rule in (Nearest(), Stochastic(SEED, random_bits=16), Stochastic(SEED, step=3)):
+                got, exponents, has_nan = cpu.pack_integers(one, fmt, rule)
+                packed = cpu.pack_integers(one.resolve_neg().contiguous(), fmt, rule)
+                assert has_nan == packed[2] == bool(one.isnan().any())
+                number = ~one.isnan()
+                assert torch.equal(got[number], packed[0][number])
+                assert got.is_contiguous()
+                assert (exponents is None) == (packed[1] is None)
+                assert exponents is None or torch.equal(exponents, packed[1])
 
 
 @pytest.mark.parametrize("bits", [16, 32])

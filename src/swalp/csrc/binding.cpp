@@ -47,6 +47,18 @@ swalp_layout layout(const std::vector<int64_t>& sizes, const std::vector<int64_t
   return l;
 }
 
+// One block of `elements`, or none, whose rows lie apart: of so many sizes and strides.
+swalp_layout rows_apart(int64_t elements, const std::vector<int64_t>& sizes,
+                        const std::vector<int64_t>& strides) {
+  if (sizes.size() != strides.size() || sizes.empty() || sizes.size() > SWALP_MAX_DIMS)
+    throw nb::value_error("rows_apart: 1 to 8 sizes, and a stride for each");
+  swalp_layout l = layout({elements}, {elements}, 0, 0);
+  l.apart = static_cast<int32_t>(sizes.size());
+  std::copy(sizes.begin(), sizes.end(), l.apart_size);
+  std::copy(strides.begin(), strides.end(), l.apart_stride);
+  return l;
+}
+
 template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 // Blocks' exponents, which tensors hold in 1, 2 or 4 bytes each, as the kernels take them: in 4.
@@ -113,10 +125,9 @@ std::tuple<bool, int32_t> quantize_part(
 }
 
 swalp_layout flat(int64_t n) {
-  swalp_layout l;
+  swalp_layout l = {};
   l.dims = 1;
   l.size[0] = l.extent[0] = n;
-  l.positions = l.channels = 0;
   return l;
 }
 
@@ -537,7 +548,8 @@ NB_MODULE(_kernels, m) {
   nb::class_<swalp_layout>(m, "Layout")
       .def("__init__", [](swalp_layout* l, const std::vector<int64_t>& sizes,
                           const std::vector<int64_t>& extents, int64_t positions,
-                          int64_t channels) { *l = layout(sizes, extents, positions, channels); });
+                          int64_t channels) { *l = layout(sizes, extents, positions, channels); })
+      .def_static("rows_apart", &rows_apart);
   m.attr("GRID") = static_cast<int>(SWALP_GRID);
   m.attr("MINIFLOAT") = static_cast<int>(SWALP_MINIFLOAT);
   m.attr("BINARY") = static_cast<int>(SWALP_BINARY);

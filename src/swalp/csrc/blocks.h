@@ -47,6 +47,11 @@ inline __attribute__((always_inline)) uint32_t largest_by(const Order& order, co
 struct Largest {
   uint32_t magnitude = 0;
   bool finite = true;
+
+  void join(const Largest& other) {
+    if (other.magnitude > magnitude) magnitude = other.magnitude;
+    finite &= other.finite;
+  }
 };
 
 // The same, found by several threads.

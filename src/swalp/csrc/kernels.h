@@ -39,12 +39,16 @@ typedef struct {
 
 // Which elements share an exponent, and where they lie. `x` is dense. With `channels` = 0 memory is
 // in row-major order; otherwise row-major order is (outer, channels, positions) and memory order is
-// (outer, positions, channels), and the blocks are contiguous in memory: one dimension.
+// (outer, positions, channels), and the blocks are contiguous in memory: one dimension. With `apart`
+// axes, `x` is not dense: in row-major order it has those sizes and strides, the last stride 1, while
+// the result is dense; then one exponent is shared by all elements, or none.
 typedef struct {
   int32_t dims;
   int64_t size[SWALP_MAX_DIMS];    // row-major, axes merged where that changes nothing
   int64_t extent[SWALP_MAX_DIMS];  // of a block along each axis; divides the size
   int64_t positions, channels;
+  int32_t apart;
+  int64_t apart_size[SWALP_MAX_DIMS], apart_stride[SWALP_MAX_DIMS];
 } swalp_layout;
 
 // Quantize `x` to float32 values or integer codes in `out` (which may be `x`).

@@ -56,7 +56,7 @@ struct Task {
        void* to, int32_t output, bool is_reused, int wanted)
       : format(f), layout(l), rule(r), noise(r), kernel(choose(f, r, output)), x(from),
         out(static_cast<char*>(to)),
-        item(output == SWALP_FLOAT32 ? 4 : output == SWALP_CODE8 ? 1 : 2), reused(is_reused),
+        item(output == SWALP_FLOAT32 ? 4 : output == SWALP_CODE8 ? 1 : 2), reused(is_reused && !l.apart),
         threads(wanted),
         transposed(noise.used && l.channels > 0),
         streams(to != from && reinterpret_cast<uintptr_t>(to) % kBoundary == 0 &&
@@ -73,6 +73,44 @@ struct Task {
       const int64_t wide = kTile / rows / 64 * 64;  // whole vectors
       columns = l.channels < wide ? l.channels : wide;
     }
+  }
+
+  // n elements from `at` on, of which there are at most kChunk: where they lie, or gathered in `room`.
+  const float* from(int64_t at, int64_t n, float* room) const {
+    if (!layout.apart) return x + at;
+    const int last = layout.apart - 1;
+    const int64_t length = layout.apart_size[last];
+    int64_t index[SWALP_MAX_DIMS], row = at / length, column = at % length, offset = 0;
+    for (int axis = last - 1; axis >= 0; --axis) {
+      index[axis] = row % layout.apart_size[axis];
+      row /= layout.apart_size[axis];
+      offset += index[axis] * layout.apart_stride[axis];
+    }
+    for (int64_t done = 0; done < n;) {
+      const int64_t left = length - column, count = left < n - done ? left : n - done;
+      memcpy(room + done, x + offset + column, count * sizeof(float));
+      done += count;
+      column = 0;
+      for (int axis = last - 1; axis >= 0; --axis) {
+        offset += layout.apart_stride[axis];
+        if (++index[axis] < layout.apart_size[axis]) break;
+        offset -= index[axis] * layout.apart_stride[axis];
+        index[axis] = 0;
+      }
+    }
+    return room;
+  }
+
+  // What is to be gathered in pieces, and else at once: the largest of n elements from `at` on.
+  Largest largest_of(int64_t at, int64_t n) const {
+    if (!layout.apart) return largest(x + at, n);
+    Largest most;
+    for (int64_t done = 0; done < n; done += kChunk) {
+      alignas(64) float room[kChunk];
+      const int64_t left = n - done, count = left < kChunk ? left : kChunk;
+      most.join(largest(from(at + done, count, room), count));
+    }
+    return most;
   }
 
   bool span(int64_t at, int64_t n, const Words& words, Scale scale) const {
@@ -142,9 +180,10 @@ struct Task {
       lost = run_tile(base, piece, scale, buffer);
     } else {
       const Words words = fill(noise, at, n, buffer);
-      const float* const from = x + at;
+      alignas(64) float room[kChunk];
+      const float* const own = from(at, n, room);
       lost = put(at, n, [&, count = n](void* to) {
-        return kernel.span(format, rule, from, to, count, words, scale);
+        return kernel.span(format, rule, own, to, count, words, scale);
       });
     }
     if (reused) leave_written(x + at, n);
@@ -190,7 +229,7 @@ struct Task {
       if (!searched)
         parallel((length + kChunk - 1) / kChunk, threads, [&](int64_t begin, int64_t end) {
           const int64_t at = begin * kChunk, left = length - at, n = (end - begin) * kChunk;
-          most.raise(largest(x + base + at, left < n ? left : n));
+          most.raise(largest_of(base + at, left < n ? left : n));
           return false;
         });
       scale = scale_of(format, most.value());
@@ -218,13 +257,12 @@ struct Task {
       bool any = false;
       for (; begin < end && !low.load(std::memory_order_relaxed); ++begin) {
         const auto [at, n] = place(base, length, begin);
-        const Largest here = largest(x + at, n);
+        const Largest here = largest_of(at, n);
         if (shared_exponent(format, here.magnitude) > likely) {
           low.store(true, std::memory_order_relaxed);
           break;
         }
-        if (here.magnitude > mine.magnitude) mine.magnitude = here.magnitude;
-        mine.finite &= here.finite;
+        mine.join(here);
         any |= run_piece(base, length, begin, scale_at(format, here, likely), buffer);
       }
       settle();

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from swalp import buffers
+from swalp.matmul.handed import whole
 from swalp.matmul.linear import Quantization, operand, transpose
 from swalp.matmul.once import once
 from swalp.matmul.operands import Operand, exponent_of, gap_of
@@ -123,7 +124,9 @@ class _Attention(torch.autograd.Function):
         parts = [part for x in operands for part in (x.codes, x.exponents)]
         ctx.save_for_backward(scores.mask, *parts)
         ctx.settings, ctx.room = (probabilities, errors, scores[3:], guesses), room
-        out = buffers.empty(*query.shape[:-1], value.shape[-1])
+        # Heads of a position side by side, as PyTorch has them: who joins them has nothing to copy.
+        samples, heads, length = query.shape[:-1]
+        out = whole(buffers.empty(samples, length, heads, value.shape[-1]).transpose(1, 2))
         codes = _codes_of_sample(q, k)
 
         def run(i: int, guess: int) -> int:

@@ -146,9 +146,11 @@ def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, T
     contiguous = x.is_contiguous()
     found = plan.layout_of(x)
     if found is None or not (contiguous or x.movedim(1, -1).is_contiguous()):
-        x, contiguous = buffers.empty(*x.shape).copy_(x), True
-        found = plan.layout_of(x)
-        assert found is not None  # a contiguous tensor has one
+        contiguous, found = True, plan.apart_of(x)
+        if found is None:
+            x = buffers.empty(*x.shape).copy_(x)
+            found = plan.layout_of(x)
+            assert found is not None  # a contiguous tensor has one
     codes = buffers.empty(*x.shape, channels_last=not contiguous, dtype=torch.int8)
     exponents = plan.room_for_exponents(found[0])
     lost = _kernels.quantize(

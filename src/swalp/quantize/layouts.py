@@ -10,6 +10,7 @@ from swalp.formats import BlockFloat, Format, Microscaling
 from swalp.quantize.blocks import block_extents
 
 MAX_AXES = 8
+_SHORT = 16  # elements of a row: shorter ones are not worth gathering one by one
 
 
 class Layout(NamedTuple):
@@ -57,6 +58,27 @@ def layout_of(fmt: Format, shape: Sequence[int], stride: Sequence[int]) -> Layou
     positions = math.prod(shape[axis] for axis in position_axes)
     area = channels * positions
     return Layout((sizes[0] * area,), (parts[0] * area,), positions, channels, grid)
+
+
+def rows_apart(
+    shape: Sequence[int], stride: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Sizes and strides of the axes in row-major order, merged where elements follow each other.
+
+    None if neighbours along the last axis do not lie side by side, or are few.
+    """
+    axes: list[tuple[int, int]] = []
+    for size, step in zip(shape, stride, strict=True):
+        if size == 1:
+            continue
+        if axes and axes[-1][1] == size * step:
+            axes[-1] = (axes[-1][0] * size, step)
+        else:
+            axes.append((size, step))
+    if not axes or len(axes) > MAX_AXES or axes[-1][1] != 1 or axes[-1][0] < _SHORT:
+        return None
+    sizes, strides = zip(*axes, strict=True)
+    return sizes, strides
 
 
 def _memory_groups(

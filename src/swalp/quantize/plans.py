@@ -13,7 +13,7 @@ from swalp.formats import Binary, BlockFloat, FixedPoint, Format, Microscaling, 
 from swalp.noise import fresh_seed
 from swalp.quantize import codes as definition
 from swalp.quantize.blocks import block_extents
-from swalp.quantize.layouts import MAX_AXES, Layout, layout_of
+from swalp.quantize.layouts import MAX_AXES, Layout, layout_of, rows_apart
 from swalp.rounding import (
     Nearest,
     Rounding,
@@ -50,7 +50,7 @@ class Plan:
         checked: `kernel`, set by those who know that `fmt` and float32 fit together and with every
             rule.
         exponents: how exponents of blocks are held; None without blocks.
-        layouts, rows, table, integers: what the methods have found.
+        layouts, rows, apart, table, integers: what the methods have found.
     """
 
     fmt: Format
@@ -60,6 +60,9 @@ class Plan:
     checked: _kernels.Format | None = None
     layouts: dict[tuple[torch.Size, tuple[int, ...]], tuple[Layout, _kernels.Layout] | None] = (
         field(default_factory=dict)
+    )
+    apart: dict[tuple[torch.Size, tuple[int, ...]], tuple[Layout, _kernels.Layout] | None] = field(
+        default_factory=dict
     )
     rows: dict[torch.Size, _kernels.Layout] = field(default_factory=dict)
     table: Tensor | None = None
@@ -80,6 +83,24 @@ class Plan:
         if len(self.layouts) >= _CACHED:
             self.layouts.clear()
         self.layouts[key] = found
+        return found
+
+    def apart_of(self, x: Tensor) -> tuple[Layout, _kernels.Layout] | None:
+        """Where rows of `x` lie, whose elements do, if all are one block or there are none.
+
+        None for others, and if rows are short.
+        """
+        key = (x.shape, x.stride())
+        if key in self.apart:
+            return self.apart[key]
+        dense = self.layout_of(torch.empty(x.shape, device="meta"))
+        rows = rows_apart(*key)
+        found = None
+        if dense is not None and rows is not None and dense[0].sizes == dense[0].extents:
+            found = dense[0], _kernels.Layout.rows_apart(x.numel(), *rows)
+        if len(self.apart) >= _CACHED:
+            self.apart.clear()
+        self.apart[key] = found
         return found
 
     def rows_of(self, shape: torch.Size) -> _kernels.Layout:
