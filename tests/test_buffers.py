@@ -53,7 +53,7 @@ def test_small_results_are_torch_s():
 
 
 def test_without_the_kernels_all_results_are_torch_s(monkeypatch):
-    monkeypatch.setattr(buffers, "_floats", None)
+    monkeypatch.setattr(buffers, "floats", None)
     x = buffers.empty(2, 8, LARGE, channels_last=True)
     assert x.shape == (2, 8, LARGE)
     assert x.movedim(1, -1).is_contiguous()
@@ -87,9 +87,9 @@ from swalp import buffers, _kernels
 if {saving}:
     buffers.save_memory()
 LARGE = buffers.SMALLEST // 4
-buffers._floats = _kernels.Buffers(buffers.SMALLEST, buffers.REGION, 64)
+buffers.floats = _kernels.Buffers(buffers.SMALLEST, buffers.REGION, 64)
 # Several regions.
-buffers._codes = _kernels.Buffers(buffers.SMALLEST, 160 * buffers.SMALLEST, 64)
+buffers.codes = _kernels.Buffers(buffers.SMALLEST, 160 * buffers.SMALLEST, 64)
 generator = torch.Generator().manual_seed(0)
 alive = []
 for number in range(400):
@@ -119,7 +119,7 @@ def test_no_two_tensors_share_memory(saving):
 
 def test_more_than_a_region_holds(monkeypatch):
     anew = _kernels.Buffers(buffers.SMALLEST, 2 * buffers.SMALLEST, buffers.WINDOW)
-    monkeypatch.setattr(buffers, "_floats", anew)
+    monkeypatch.setattr(buffers, "floats", anew)
     small = [buffers.empty(LARGE).fill_(i) for i in range(5)]
     large = buffers.empty(4 * LARGE).fill_(9)
     assert [float(x.sum()) / LARGE for x in [*small, large]] == [0, 1, 2, 3, 4, 36]
@@ -131,7 +131,7 @@ def test_more_than_a_region_holds(monkeypatch):
 
 def test_memory_that_was_of_no_use_for_long_goes_back(monkeypatch):
     anew = _kernels.Buffers(buffers.SMALLEST, buffers.REGION, 8)
-    monkeypatch.setattr(buffers, "_floats", anew)
+    monkeypatch.setattr(buffers, "floats", anew)
     kept = buffers.empty(LARGE).fill_(5)
     buffers.empty(40 * LARGE).fill_(1)
     for _ in range(16):

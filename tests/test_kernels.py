@@ -1,5 +1,6 @@
 """The C++ kernels equal the reference bit for bit: every instruction set, layout, thread count."""
 
+import math
 import os
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from swalp import (
     parse_format,
 )
 from swalp.extension import WATCHERS
+from swalp.matmul import kernels, operands, products
 from swalp.noise import fresh_seed, random_bits
 from swalp.packed import PackedTensor, pack
 from swalp.quantize import codes, cpu, dispatch, plans, quantize_many, reference
@@ -833,6 +835,44 @@ def test_layouts_hold_until_what_is_packed_is_another(looks):
     assert not seen.hold(asked, [packed])
     plain = _kernels.Layouts(asked, PackedTensor, [torch.nn.Parameter(torch.ones(2))])
     assert not plain.hold(asked, [packed])
+
+
+def test_one_call_gives_what_several_give(monkeypatch):
+    # Products in new tensors, codes of a block: without PyTorch's exchange there are several.
+    generator = torch.Generator().manual_seed(0)
+    pairs = [
+        ((5, 40), (40, 7)),
+        ((3, 5, 40), (3, 40, 7)),
+        ((300, 64), (64, 1000)),
+        ((2, 9), (9, 2)),
+    ]
+    x = torch.randn(4, 300, 64, generator=generator)
+    x[0, 0, 0] = torch.inf
+
+    def found(fmt, rule):
+        for shapes in pairs:
+            left, right = (x.reshape(-1)[: math.prod(one)].view(one) for one in shapes)
+            a, b = (
+                operands.quantized(one, fmt, rule) for one in (left[..., 1:], right[..., 1:, :])
+            )
+            yield products.product(a, b)
+            yield products.product(b.transpose(), a.transpose())
+        for one in (x, x[0], x[0, 0], x[:, 1], x.mT, x[:0], x[0, 0, 1] * torch.nan):
+            made, exponents, lost = cpu.pack_integers(one, fmt, rule)
+            yield from (made, torch.tensor(lost), *([] if exponents is None else [exponents]))
+
+    for fmt in (BlockFloat(8), FixedPoint(8, 4), BlockFloat(7, symmetric=False)):
+        for rule in (Nearest(), Stochastic(SEED, random_bits=16, step=2)):
+            at_once = list(found(fmt, rule))
+            with monkeypatch.context() as patched:
+                patched.setattr(cpu, "TORCH", asking(False))
+                patched.setattr(kernels, "TORCH", asking(False))
+                apart = list(found(fmt, rule))
+            assert len(at_once) == len(apart)
+            for one, other in zip(at_once, apart, strict=True):
+                assert one.shape == other.shape
+                assert one.dtype == other.dtype
+                assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("looks", [True, False], ids=["in C", "by attributes"])

@@ -81,6 +81,10 @@ def quantize(
     fmt: Format, layout: Layout, x: int, out: int, output: int, exponents: int,
     exponent_bytes: int, rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
 ) -> bool: ...  # fmt: skip
+def pack_block(
+    torch: Torch, buffers: Buffers, fmt: Format, x: Tensor, exponents: bool,
+    rule: int, bits: int, seed: int, step: int, call: int, /,
+) -> tuple[Tensor, Tensor | None, bool] | None: ...  # fmt: skip
 def quantize_part(
     fmt: Format, sizes: tuple[int, int, int, int, int, int], x: int, out: int, guess: int,
     rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
@@ -149,6 +153,12 @@ def matmul(
     bias_codes: Tensor | None, bias_exponents: Tensor | None, bias_gap: int,
     passed: Tensor | None, threads: int, /,
 ) -> bool: ...  # fmt: skip
+def product(
+    torch: Torch, buffers: Buffers, left: Tensor, right: Tensor, exponent: int,
+    left_exponents: Tensor | None, right_exponents: Tensor | None, bias: Tensor | None,
+    bias_codes: Tensor | None, bias_exponents: Tensor | None, bias_gap: int,
+    passed: Tensor | None, /,
+) -> Tensor | None: ...  # fmt: skip
 def matmul_used() -> str: ...
 
 class Buffers:

@@ -32,9 +32,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt
 # Kind, by DLPack's numbers, and bytes.
 _TYPES = {torch.float32: (2, 4), torch.int8: (0, 1), torch.uint8: (1, 1)}
 
-_floats = None if not available else _kernels.Buffers(SMALLEST, REGION, WINDOW)
+# Where floats lie, for who makes a result in a compiled call of its own; None: PyTorch makes all.
+floats = None if not available else _kernels.Buffers(SMALLEST, REGION, WINDOW)
 # Apart: codes outlive floats, and would lie between them.
-_codes = None if not available else _kernels.Buffers(SMALLEST, REGION, WINDOW)
+codes = None if not available else _kernels.Buffers(SMALLEST, REGION, WINDOW)
 
 
 def empty(*shape: int, channels_last: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -47,7 +48,7 @@ def empty(*shape: int, channels_last: bool = False, dtype: torch.dtype = torch.f
     """
     kind, itemsize = _TYPES[dtype]
     strides = _strides(shape) if channels_last else ()
-    buffers = _floats if itemsize == 4 else _codes
+    buffers = floats if itemsize == 4 else codes
     if buffers is not None:
         found = buffers.empty(TORCH, shape, strides, kind, itemsize)
         if found is not None:
@@ -101,7 +102,7 @@ def save_memory() -> None:
 
 
 def _all() -> list[_kernels.Buffers]:
-    return [each for each in (_floats, _codes) if each is not None]
+    return [each for each in (floats, codes) if each is not None]
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:

@@ -59,6 +59,13 @@ swalp_layout rows_apart(int64_t elements, const std::vector<int64_t>& sizes,
   return l;
 }
 
+swalp_layout flat(int64_t n) {
+  swalp_layout l = {};
+  l.dims = 1;
+  l.size[0] = l.extent[0] = n;
+  return l;
+}
+
 template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
 // Blocks' exponents, which tensors hold in 1, 2 or 4 bytes each, as the kernels take them: in 4.
@@ -111,6 +118,83 @@ bool quantize(const swalp_format& f, const swalp_layout& l, uintptr_t x, uintptr
   return lost != 0;
 }
 
+// Where results of `smallest` bytes and more lie.
+class Buffers {
+ public:
+  Buffers(int64_t smallest, int64_t region, int64_t window)
+      : smallest_(smallest), regions_(std::make_shared<Regions>(region, window)) {}
+
+  // A tensor, or a capsule of one for `torch.from_dlpack`; None: of this size, nothing lies here. No
+  // strides: it is contiguous.
+  nb::object empty(const Torch& torch, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                   uint8_t kind, uint8_t itemsize) {
+    const int64_t bytes = bytes_of(shape, itemsize);
+    if (bytes < smallest_) return nb::none();
+    const DLDataType type = {kind, static_cast<uint8_t>(8 * itemsize), 1};
+    if (torch.takes()) return taken(torch, regions_, shape, strides, bytes, type);
+    auto* const made = RegionTensor<DLManagedTensor>::make(regions_, shape, strides, bytes, type);
+    if (!made) return nb::none();
+    return nb::steal(PyCapsule_New(made, kCapsule, [](PyObject* capsule) {
+      if (!PyCapsule_IsValid(capsule, kCapsule)) return;  // its tensor has been taken
+      auto* left = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, kCapsule));
+      left->deleter(left);
+    }));
+  }
+
+  // A contiguous tensor of codes, large or small, where PyTorch `takes` it; None: there is no memory.
+  nb::object codes(const Torch& torch, const std::vector<int64_t>& shape) const {
+    const int64_t bytes = bytes_of(shape, 1);
+    return taken(torch, bytes < smallest_ ? nullptr : regions_, shape, {}, bytes, {0, 8, 1});
+  }
+
+  // Of floats; small ones are PyTorch's own, as users may see them.
+  nb::object floats(const Torch& torch, const std::vector<int64_t>& shape) const {
+    const int64_t bytes = bytes_of(shape, 4);
+    return bytes < smallest_ ? torch.empty(shape) : taken(torch, regions_, shape, {}, bytes, {2, 32, 1});
+  }
+
+  bool holds(uintptr_t address) const { return regions_->holds(at<void>(address)); }
+  size_t free_bytes() const { return regions_->free_bytes(); }
+  void release() {
+    nb::gil_scoped_release unlocked;
+    regions_->release();
+  }
+
+ private:
+  static int64_t bytes_of(const std::vector<int64_t>& shape, int64_t itemsize) {
+    for (const int64_t size : shape) itemsize *= size;
+    return itemsize;
+  }
+  static nb::object taken(const Torch& torch, const std::shared_ptr<Regions>& regions,
+                          const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                          int64_t bytes, DLDataType type) {
+    auto* const made = RegionTensor<DLManagedTensorVersioned>::make(regions, shape, strides, bytes, type);
+    return made ? torch.taken(made) : nb::none();
+  }
+
+  int64_t smallest_;
+  std::shared_ptr<Regions> regions_;
+};
+
+// Codes of a contiguous tensor that is one block, or none; None, and nothing done: it is something else.
+// `exponents`: whether there is one. Returns the codes, their exponent or None, and whether a NaN was lost.
+nb::object pack_block(const Torch& torch, const Buffers& buffers, const swalp_format& f, nb::handle x,
+                      bool exponents, int32_t rule, int32_t bits, uint64_t seed, uint32_t step,
+                      uint32_t call) {
+  Torch::Look at;
+  if (!torch.takes() || torch.negated(x) || !torch.look(x, at) || at.seen.device.type != 1) return nb::none();
+  const int64_t count = at.count();
+  if (!Torch::is(at.seen, 2, 32) || !count || !at.contiguous()) return nb::none();
+  const std::vector<int64_t> shape(at.seen.shape, at.seen.shape + at.seen.dims);
+  const nb::object codes = buffers.codes(torch, shape);
+  const nb::object shared = exponents ? buffers.codes(torch, std::vector<int64_t>(shape.size(), 1)) : nb::none();
+  if (codes.is_none() || shared.is_none() == exponents) return nb::none();
+  const bool lost =
+      quantize(f, flat(count), reinterpret_cast<uintptr_t>(at.data()), torch.address(codes), SWALP_CODE8,
+               exponents ? torch.address(shared) : 0, 1, rule, bits, seed, step, call, torch.threads());
+  return nb::make_tuple(codes, shared, lost);
+}
+
 // Returns whether a NaN was lost, and the exponent. Sizes in the order of the struct's fields.
 std::tuple<bool, int32_t> quantize_part(
     const swalp_format& f, std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t> sizes,
@@ -122,13 +206,6 @@ std::tuple<bool, int32_t> quantize_part(
   nb::gil_scoped_release unlocked;
   const int lost = swalp_quantize_part(&f, &r, &part, at<float>(x), at<int8_t>(out), &guess, threads);
   return {lost != 0, guess};
-}
-
-swalp_layout flat(int64_t n) {
-  swalp_layout l = {};
-  l.dims = 1;
-  l.size[0] = l.extent[0] = n;
-  return l;
 }
 
 // `quantize` of a plain tensor into another, or into a new one if `out` is None. None, and nothing done:
@@ -379,6 +456,32 @@ bool matmul(const Torch& torch, nb::handle left, nb::handle right, nb::handle ou
   return true;
 }
 
+// The same into a new tensor, all of it; None, and nothing done: shapes do not fit, or as above.
+nb::object product(const Torch& torch, const Buffers& buffers, nb::handle left, nb::handle right,
+                   int64_t exponent, nb::handle left_exponents, nb::handle right_exponents, nb::handle bias,
+                   nb::handle bias_codes, nb::handle bias_exponents, int bias_gap, nb::handle passed) {
+  std::vector<int64_t> shape;
+  {
+    Torch::Look a, b;
+    if (!torch.takes() || !torch.look(left, a) || !torch.look(right, b)) return nb::none();
+    const int dims = a.seen.dims;
+    if (dims < 2 || dims > 3 || b.seen.dims != dims) return nb::none();
+    const int64_t *m = a.seen.shape, *n = b.seen.shape;
+    if (m[dims - 1] != n[dims - 2] || (dims == 3 && m[0] != n[0]) || !m[dims - 1]) return nb::none();
+    for (const nb::handle each : {left_exponents, right_exponents}) {
+      const int64_t count = std::get<1>(elements_of<int8_t>(torch, each));
+      if (count > 1 && (dims == 2 || count != m[0])) return nb::none();
+    }
+    shape.assign(m, m + dims - 1);
+    shape.push_back(n[dims - 1]);
+  }
+  const nb::object out = buffers.floats(torch, shape);
+  if (out.is_none() || !matmul(torch, left, right, out, exponent, left_exponents, right_exponents, bias,
+                               bias_codes, bias_exponents, bias_gap, passed, torch.threads()))
+    return nb::none();
+  return out;
+}
+
 // Sizes in the order of the struct's fields.
 swalp_convolution convolution(const std::vector<int64_t>& sizes) {
   if (sizes.size() != sizeof(swalp_convolution) / sizeof(int64_t))
@@ -421,45 +524,6 @@ void convolution_weight_gradient(const swalp_convolution& c, uintptr_t x, uintpt
                                         at<float>(dw), threads) < 0)
     throw std::bad_alloc();
 }
-
-// Where results of `smallest` bytes and more lie.
-class Buffers {
- public:
-  Buffers(int64_t smallest, int64_t region, int64_t window)
-      : smallest_(smallest), regions_(std::make_shared<Regions>(region, window)) {}
-
-  // A tensor, or a capsule of one for `torch.from_dlpack`; None: of this size, nothing lies here. No
-  // strides: it is contiguous.
-  nb::object empty(const Torch& torch, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
-                   uint8_t kind, uint8_t itemsize) {
-    int64_t bytes = itemsize;
-    for (const int64_t size : shape) bytes *= size;
-    if (bytes < smallest_) return nb::none();
-    const DLDataType type = {kind, static_cast<uint8_t>(8 * itemsize), 1};
-    if (torch.takes()) {
-      auto* const made = RegionTensor<DLManagedTensorVersioned>::make(regions_, shape, strides, bytes, type);
-      return made ? torch.taken(made) : nb::none();
-    }
-    auto* const made = RegionTensor<DLManagedTensor>::make(regions_, shape, strides, bytes, type);
-    if (!made) return nb::none();
-    return nb::steal(PyCapsule_New(made, kCapsule, [](PyObject* capsule) {
-      if (!PyCapsule_IsValid(capsule, kCapsule)) return;  // its tensor has been taken
-      auto* left = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, kCapsule));
-      left->deleter(left);
-    }));
-  }
-
-  bool holds(uintptr_t address) const { return regions_->holds(at<void>(address)); }
-  size_t free_bytes() const { return regions_->free_bytes(); }
-  void release() {
-    nb::gil_scoped_release unlocked;
-    regions_->release();
-  }
-
- private:
-  int64_t smallest_;
-  std::shared_ptr<Regions> regions_;
-};
 
 }  // namespace
 
@@ -562,6 +626,7 @@ NB_MODULE(_kernels, m) {
   m.attr("MOVING64") = static_cast<int>(SWALP_MOVING64);
   m.attr("SUM") = static_cast<int>(SWALP_SUM);
   m.def("quantize", &quantize);
+  m.def("pack_block", &pack_block);
   nb::class_<Layouts>(m, "Layouts")
       .def(nb::init<const Torch&, nb::handle, nb::list>())
       .def("hold", &Layouts::hold);
@@ -597,6 +662,8 @@ NB_MODULE(_kernels, m) {
   m.def("matmul", &matmul, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
         nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg().none(),
         nb::arg());
+  m.def("product", &product, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+        nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg().none());
   m.def("matmul_used", &swalp_multiply_used);
   regions_at_fork();
   nb::class_<Buffers>(m, "Buffers")

@@ -2,6 +2,7 @@
 // than rounding a thousand numbers.
 #pragma once
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/vector.h>
 
 #include "tensors.h"
 
@@ -22,7 +23,8 @@ class Torch {
   Torch(nb::object torch, nb::object forward_ad, nb::tuple watchers, nb::object fresh_seed, bool look)
       : tensor_(torch.attr("Tensor")), parameter_(torch.attr("nn").attr("Parameter")),
         float32_(torch.attr("float32")), int8_(torch.attr("int8")), uint8_(torch.attr("uint8")),
-        int32_(torch.attr("int32")), empty_like_(torch.attr("empty_like")),
+        int32_(torch.attr("int32")), cpu_(torch.attr("device")("cpu")), empty_(torch.attr("empty")),
+        empty_like_(torch.attr("empty_like")),
         grad_enabled_(torch.attr("is_grad_enabled")), has_storage_(torch.attr("_C").attr("_has_storage")),
         threads_(torch.attr("get_num_threads")),
         written_(torch.attr("autograd").attr("graph").attr("increment_version")),
@@ -46,7 +48,7 @@ class Torch {
   Memory in_order(nb::handle x) const {
     const nb::handle type = nb::handle(reinterpret_cast<PyObject*>(Py_TYPE(x.ptr())));
     if (!type.is(tensor_) && !type.is(parameter_)) return {};
-    return is_true(PyObject_CallMethodNoArgs(x.ptr(), is_neg_.ptr())) ? Memory{} : memory(x);
+    return negated(x) ? Memory{} : memory(x);
   }
 
   // The same, with no gradient to record.
@@ -62,15 +64,13 @@ class Torch {
     Look at;
     const DLTensor& seen = at.seen;
     if (!look(x, at) || seen.device.type != 1 || !is(seen, 2, 32)) return {};
-    int64_t count = 1;
-    for (int32_t axis = seen.dims; axis-- > 0; count *= seen.shape[axis])
-      if (seen.shape[axis] != 1 && seen.strides[axis] != count) return {};
+    const int64_t count = at.contiguous() ? at.count() : 0;
     return count ? Memory{static_cast<float*>(at.data()), count} : Memory{};
   }
 
   // Calls `see` with each of the numbers that say how a tensor lies in memory.
   template <class See> void layout(nb::handle x, const See& see) const {
-    see(is_true(PyObject_CallMethodNoArgs(x.ptr(), is_neg_.ptr())));
+    see(negated(x));
     Look at;
     if (!look(x, at)) return;
     const DLTensor& seen = at.seen;
@@ -100,10 +100,25 @@ class Torch {
       for (int32_t axis = 0; axis < seen.dims; ++axis) all *= seen.shape[axis];
       return all;
     }
+    bool contiguous() const {
+      int64_t after = 1;
+      for (int32_t axis = seen.dims; axis-- > 0; after *= seen.shape[axis])
+        if (seen.shape[axis] != 1 && seen.strides[axis] != after) return false;
+      return true;
+    }
   };
 
   static bool is(const DLTensor& seen, uint8_t code, uint8_t bits) {
     return seen.type.code == code && seen.type.bits == bits && seen.type.lanes == 1;
+  }
+
+  // Whether its memory has the other signs.
+  bool negated(nb::handle x) const { return is_true(PyObject_CallMethodNoArgs(x.ptr(), is_neg_.ptr())); }
+
+  // Of what is known to have memory.
+  uintptr_t address(nb::handle x) const {
+    Look at;
+    return look(x, at) ? reinterpret_cast<uintptr_t>(at.data()) : 0;
   }
 
   // False: it has no memory, as on the device meta, sparse ones, gradients that are taken back at once.
@@ -152,6 +167,9 @@ class Torch {
   }
 
   nb::object empty_like(nb::handle x) const { return empty_like_(x); }
+  nb::object empty(const std::vector<int64_t>& shape) const {  // float32, on the CPU
+    return empty_(shape, nb::arg("dtype") = float32_, nb::arg("device") = cpu_);
+  }
   int threads() const { return nb::cast<int>(threads_()); }
   nb::object fresh_seed() const { return fresh_seed_(); }
   void note_written(nb::handle x) const { written_(x); }
@@ -178,8 +196,8 @@ class Torch {
   }
   static nb::object name(const char* text) { return nb::steal(PyUnicode_InternFromString(text)); }
 
-  const nb::object tensor_, parameter_, float32_, int8_, uint8_, int32_;
-  const nb::object empty_like_, grad_enabled_, has_storage_, threads_, written_, forward_ad_, fresh_seed_;
+  const nb::object tensor_, parameter_, float32_, int8_, uint8_, int32_, cpu_;
+  const nb::object empty_, empty_like_, grad_enabled_, has_storage_, threads_, written_, forward_ad_, fresh_seed_;
   const nb::object level_ = name("_current_level"), requires_grad_ = name("requires_grad"),
                    is_neg_ = name("is_neg"), shape_ = name("shape"), codes_ = name("codes"),
                    exponents_ = name("exponents");

@@ -2,6 +2,7 @@
 // calls `deleter` when nothing uses its memory, in any thread.
 #pragma once
 #include <stdint.h>
+#include <stdlib.h>
 
 #include <memory>
 #include <type_traits>
@@ -50,7 +51,8 @@ struct DLManagedTensorVersioned {
 
 constexpr const char* kCapsule = "dltensor";  // of a DLManagedTensor, while nobody has taken it
 
-// A tensor in memory of `regions`, which outlive it; `Managed` is one of the two.
+// A tensor in memory of `regions`, which outlive it, or, without, of the C library; `Managed` is one of
+// the two.
 template <class Managed> struct RegionTensor {
   Managed managed = {};
   std::vector<int64_t> shape, strides;
@@ -64,7 +66,9 @@ template <class Managed> struct RegionTensor {
     own->strides = std::move(strides);
     own->regions = regions;
     const auto dims = static_cast<int32_t>(own->shape.size());
-    uint8_t* data = regions->take(bytes);
+    constexpr size_t unit = 64;  // as PyTorch aligns its tensors
+    uint8_t* data = regions ? regions->take(bytes)
+                            : static_cast<uint8_t*>(aligned_alloc(unit, (bytes / unit + 1) * unit));
     if (!data) return nullptr;
     int64_t* const steps = own->strides.empty() ? nullptr : own->strides.data();
     if constexpr (std::is_same_v<Managed, DLManagedTensorVersioned>) own->managed.major = 1;
@@ -72,7 +76,9 @@ template <class Managed> struct RegionTensor {
     own->managed.context = own.get();
     own->managed.deleter = [](Managed* tensor) {
       auto* gone = static_cast<RegionTensor*>(tensor->context);
-      gone->regions->leave(static_cast<uint8_t*>(tensor->tensor.data));
+      auto* const memory = static_cast<uint8_t*>(tensor->tensor.data);
+      if (gone->regions) gone->regions->leave(memory);
+      else free(memory);
       delete gone;
     };
     return &own.release()->managed;

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from swalp import buffers
 from swalp.matmul.operands import Operand, floats
 from swalp.quantize import plans
 
@@ -168,7 +169,7 @@ def run_codes(
             the bits of what passed it. Then `out` is float32, (m, n), contiguous, and n a multiple
             of 16.
     """
-    values, codes = (None, bias) if isinstance(bias, Operand) else (bias, (None, None, 0))
+    values, codes = _added(bias)
     arguments = (
         out, exponent, left_exponents, right_exponents, values, *codes, passed,
         torch.get_num_threads(),
@@ -182,6 +183,34 @@ def run_codes(
         out.zero_()
     else:
         out.copy_(floats(bias).expand_as(out))
+
+
+def product(
+    left: Operand, right: Operand, bias: Tensor | Operand | None, passed: Tensor | None = None
+) -> Tensor | None:
+    """What `run_codes` finds, in a new tensor; None: shapes do not fit, or one call is not all.
+
+    Args:
+        left: codes (m, k) or (batch, m, k).
+        right: codes (k, n) or (batch, k, n).
+        bias: as there.
+        passed: as there.
+    """
+    if buffers.floats is None:
+        return None
+    values, (codes, exponents, gap) = _added(bias)
+    return _kernels.product(
+        TORCH, buffers.floats, left.codes, right.codes, left.gap + right.gap, left.exponents,
+        right.exponents, values, codes, exponents, gap, passed,
+    )  # fmt: skip
+
+
+_Codes = tuple[Tensor | None, Tensor | None, int]
+
+
+def _added(bias: Tensor | Operand | None) -> tuple[Tensor | None, _Codes]:
+    """A bias as values and as codes, their exponent and gap: one of the two, or neither."""
+    return (None, bias) if isinstance(bias, Operand) else (bias, (None, None, 0))
 
 
 def channel_sums(codes: Tensor, exponents: Tensor | None, gap: int) -> Tensor:

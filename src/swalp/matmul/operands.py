@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from swalp.formats import BlockFloat, FixedPoint, Format
+from swalp.formats import Format
 from swalp.packed import PackedTensor
 from swalp.quantize import dispatch
-from swalp.quantize.codes import exponent_dtype
+from swalp.quantize.plans import plan_of
 from swalp.rounding import Rounding
 
 
@@ -56,15 +56,7 @@ def gap_of(fmt: Format) -> int | None:
     None for other formats, for exponents of more than a byte, and for tiles, whose exponents change
     along every product.
     """
-    if isinstance(fmt, FixedPoint) and fmt.bits <= 8:
-        return -fmt.frac_bits
-    if isinstance(fmt, BlockFloat) and fmt.bits <= 8 and fmt.tile is None and _byte(fmt):
-        return fmt.gap_exponent(0)
-    return None
-
-
-def _byte(fmt: BlockFloat) -> bool:
-    return exponent_dtype(fmt) == torch.int8
+    return plan_of(fmt).gap
 
 
 def quantized(x: Tensor, fmt: Format, rounding: Rounding) -> Operand | None:

@@ -49,6 +49,9 @@ def native(left: Operand, right: Operand, bias: Operand | Tensor | None = None) 
     Raises:
         ValueError: shapes do not fit, or an exponent changes along the sum.
     """
+    found = kernels.product(left, right, bias) if _in_one_pass(left) else None
+    if found is not None:
+        return found
     _check(left, right)
     multiply = kernels.kernel().multiply
     assert multiply is not None  # the caller asked
@@ -84,8 +87,11 @@ def rectified(
     if isinstance(left, Operand) and isinstance(right, Operand) and _at_once(left):
         rows, columns = left.codes.shape[0], right.codes.shape[1]
         if left.codes.shape[1] > 0 and columns % 16 == 0:
-            _check(left, right)
             passed = relu.bits(rows * columns)
+            found = kernels.product(left, right, bias, passed)
+            if found is not None:
+                return found, passed
+            _check(left, right)
             return _compiled(left, right, bias, passed), passed
     out = product(left, right, bias)
     return out, relu.forward(out, out)

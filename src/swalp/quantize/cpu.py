@@ -22,6 +22,7 @@ from swalp.rounding import Rounding
 
 if available:
     from swalp import _kernels
+    from swalp.extension import TORCH
 
 
 def quantize(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = None) -> Tensor:
@@ -141,6 +142,13 @@ def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, T
     if x.numel() == 0:
         codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
         return codes, definition.pack(x, fmt, rounding)[1], False
+    rule = rule_arguments(rounding)
+    if plan.shapeless and buffers.codes is not None:
+        at_once = _kernels.pack_block(
+            TORCH, buffers.codes, plan.without_nan(), x, plan.exponents is not None, *rule
+        )
+        if at_once is not None:
+            return at_once
     if x.is_neg():
         x = x.resolve_neg()
     contiguous = x.is_contiguous()
@@ -155,7 +163,7 @@ def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, T
     exponents = plan.room_for_exponents(found[0])
     lost = _kernels.quantize(
         plan.without_nan(), found[1], x.data_ptr(), codes.data_ptr(), _kernels.CODE8,
-        *_address(exponents), *rule_arguments(rounding), torch.get_num_threads(),
+        *_address(exponents), *rule, torch.get_num_threads(),
     )  # fmt: skip
     return codes, exponents, lost
 

@@ -50,6 +50,8 @@ class Plan:
         checked: `kernel`, set by those who know that `fmt` and float32 fit together and with every
             rule.
         exponents: how exponents of blocks are held; None without blocks.
+        gap: of integers of 8 bits times a power of two, log2 of the gap at exponent 0; None:
+            of other formats, of exponents of more than a byte, and of tiles.
         layouts, rows, apart, table, integers: what the methods have found.
     """
 
@@ -57,6 +59,7 @@ class Plan:
     kernel: _kernels.Format | None
     shapeless: bool
     exponents: torch.dtype | None
+    gap: int | None
     checked: _kernels.Format | None = None
     layouts: dict[tuple[torch.Size, tuple[int, ...]], tuple[Layout, _kernels.Layout] | None] = (
         field(default_factory=dict)
@@ -171,9 +174,17 @@ def plan_of(fmt: Format) -> Plan:
         exponents = None
         if isinstance(fmt, BlockFloat | Microscaling):
             exponents = definition.exponent_dtype(fmt)
-        plan = _equal_plans[fmt] = Plan(fmt, kernel, shapeless, exponents)
+        plan = _equal_plans[fmt] = Plan(fmt, kernel, shapeless, exponents, _gap(fmt, exponents))
     known[id(fmt)] = plan, fmt
     return plan
+
+
+def _gap(fmt: Format, exponents: torch.dtype | None) -> int | None:
+    if isinstance(fmt, FixedPoint) and fmt.bits <= 8:
+        return -fmt.frac_bits
+    if isinstance(fmt, BlockFloat) and fmt.bits <= 8 and fmt.tile is None:
+        return fmt.gap_exponent(0) if exponents == torch.int8 else None
+    return None
 
 
 def supports(fmt: Format, rounding: Rounding, dtype: torch.dtype) -> bool:
