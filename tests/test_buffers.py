@@ -211,6 +211,36 @@ def test_codes_use_what_floats_left_free():
     assert not run.returncode, run.stderr
 
 
+STUCK = """
+import ctypes, torch
+import swalp
+from swalp import buffers
+
+MB = 1 << 20
+x, kept = buffers.empty(16 * MB).fill_(1), buffers.empty(MB).fill_(2)
+# Every page becomes two mappings, which no move takes.
+for page in range(x.data_ptr(), x.data_ptr() + 64 * MB, 2 * MB):
+    assert not ctypes.CDLL(None).madvise(ctypes.c_void_p(page), ctypes.c_size_t(4096), 10)
+del x
+codes = [buffers.empty(8 * MB, dtype=torch.int8).fill_(each) for each in range(3, 8)]
+floats = buffers.empty(16 * MB).fill_(9)
+for tensor, value in [(kept, 2), (floats, 9), *zip(codes, range(3, 8))]:
+    assert bool((tensor == value).all())
+del codes, floats
+assert bool((buffers.empty(40 * MB, dtype=torch.int8).fill_(5) == 5).all())
+buffers.release()
+assert bool((kept == 2).all())
+"""
+
+
+@pytest.mark.skipif(not _moves(), reason="Linux moves pages from 5.7 on")
+def test_what_cannot_move_stays():
+    run = subprocess.run(
+        [sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert not run.returncode, run.stderr
+
+
 SAVING = """
 from pathlib import Path
 import torch

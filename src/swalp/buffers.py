@@ -89,7 +89,7 @@ def save_memory() -> None:
     system, and of what is smaller it keeps 8 MB. That cannot be undone. To hold less still, let
     nonlinearities work in place: `inplace = True` on ReLU and on GELU right after a linear layer.
 
-    What a process holds, Linux tells; elsewhere results from here leave 16 MB free.
+    What a process holds, Linux tells; elsewhere results from here leave 8 MB free.
     """
     # PyTorch looks at it when it makes its first tensor.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

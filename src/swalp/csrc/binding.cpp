@@ -469,8 +469,10 @@ nb::object product(const Torch& torch, const Buffers& buffers, nb::handle left, 
     const int64_t *m = a.seen.shape, *n = b.seen.shape;
     if (m[dims - 1] != n[dims - 2] || (dims == 3 && m[0] != n[0]) || !m[dims - 1]) return nb::none();
     for (const nb::handle each : {left_exponents, right_exponents}) {
-      const int64_t count = std::get<1>(elements_of<int8_t>(torch, each));
-      if (count > 1 && (dims == 2 || count != m[0])) return nb::none();
+      Torch::Look e;
+      if (each.is_none()) continue;
+      if (!torch.look(each, e)) return nb::none();
+      if (e.count() > 1 && (dims == 2 || e.count() != m[0] || !e.contiguous())) return nb::none();
     }
     shape.assign(m, m + dims - 1);
     shape.push_back(n[dims - 1]);

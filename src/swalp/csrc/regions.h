@@ -23,6 +23,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #define SWALP_HAS_REGIONS
+#if defined(__linux__) && !defined(MREMAP_DONTUNMAP)
+#define MREMAP_DONTUNMAP 4  // older C libraries do not name it
+#endif
 #endif
 
 namespace {
@@ -47,23 +50,24 @@ struct Stretch {
   size_t begin, end;
 };
 
-// Memory of a page moves to another place, which has none, and leaves none behind. Where the system
-// cannot do so (before Linux 5.7, and elsewhere), nothing happens. Returns whether it has. By who holds
-// the lock.
-inline bool move_page(uint8_t* from, uint8_t* to) {
+// What became of a page that was to move: it has; there was none, or the system cannot (before Linux 5.7,
+// and elsewhere), and nothing happened; or the place where it was to go may be somebody else's by now.
+enum class Moved { done, none, lost };
+
+// Memory of a page moves to another place, which has none, and leaves none behind. By who holds the lock.
+inline Moved move_page(uint8_t* from, uint8_t* to) {
 #ifdef MREMAP_DONTUNMAP
   static bool can = true;
-  if (!can) return false;
+  if (!can) return Moved::none;
   constexpr int how = MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP;
-  if (mremap(from, kLargePage, kLargePage, how, to) == to) return true;
+  if (mremap(from, kLargePage, kLargePage, how, to) == to) return Moved::done;
   can = false;
-  // The place may be gone by now, and even somebody else's.
-  constexpr int anew = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE;
-  if (mmap(to, kLargePage, PROT_READ | PROT_WRITE, anew, -1, 0) == MAP_FAILED && errno != EEXIST) abort();
+  // Unknown or forbidden: refused before the place was cleared.
+  return errno == EINVAL || errno == ENOSYS || errno == EPERM ? Moved::none : Moved::lost;
 #else
   (void)from, (void)to;
+  return Moved::none;
 #endif
-  return false;
 }
 
 // A stretch of address space: which parts are taken, and which of the others are memory. By who holds
@@ -157,20 +161,21 @@ class Region {
   }
 
   // The highest large page that is memory, but not in use, moves to `hole`, which is none of this or of
-  // another region. Returns whether there is one that could be moved.
-  bool move(uint8_t* hole) {
+  // another region.
+  Moved move(uint8_t* hole) {
     for (auto one = spare_.end(); one != spare_.begin();) {
       --one;
       const size_t page = one->end / kLargePage * kLargePage - kLargePage;
       if (one->end < kLargePage || page < one->begin) continue;
-      if (!move_page(memory_ + page, hole)) return false;
+      const Moved moved = move_page(memory_ + page, hole);
+      if (moved != Moved::done) return moved;
       const Stretch rest{page + kLargePage, one->end};
       one->end = page;
       if (rest.begin < rest.end) one = spare_.insert(one + 1, rest) - 1;
       if (one->begin == one->end) spare_.erase(one);
-      return true;
+      return Moved::done;
     }
-    return false;
+    return Moved::none;
   }
 
   // A large page is memory now: what of it nobody has taken is free.
@@ -418,21 +423,23 @@ class Regions {
     std::vector<uint8_t*> holes;
     uint8_t* const found = region.take(bytes, holes);
     for (uint8_t* const hole : holes) {
-      if (!move_to(hole)) break;
+      const Moved moved = move_to(hole);
+      if (moved == Moved::lost) return place(region, bytes);  // there nothing lies any more
+      if (moved == Moved::none) break;
       region.add_memory(hole);
     }
     return found;
   }
 
-  static bool move_to(uint8_t* hole) {
+  static Moved move_to(uint8_t* hole) {
     size_t size = 0;
     for (const Regions* const each : all())
       for (const Region& region : each->regions_) size += region.size();
-    if (size > kMoving) return false;
+    if (size > kMoving) return Moved::none;
     for (Regions* const each : all())
       for (Region& region : each->regions_)
-        if (region.move(hole)) return true;
-    return false;
+        if (const Moved moved = region.move(hole); moved != Moved::none) return moved;
+    return Moved::none;
   }
 
   bool found(const void* address) const {

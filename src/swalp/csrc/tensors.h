@@ -2,9 +2,9 @@
 // calls `deleter` when nothing uses its memory, in any thread.
 #pragma once
 #include <stdint.h>
-#include <stdlib.h>
 
 #include <memory>
+#include <new>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -54,6 +54,8 @@ constexpr const char* kCapsule = "dltensor";  // of a DLManagedTensor, while nob
 // A tensor in memory of `regions`, which outlive it, or, without, of the C library; `Managed` is one of
 // the two.
 template <class Managed> struct RegionTensor {
+  static constexpr std::align_val_t kBoundary{64};  // as PyTorch's tensors
+
   Managed managed = {};
   std::vector<int64_t> shape, strides;
   std::shared_ptr<Regions> regions;
@@ -66,9 +68,7 @@ template <class Managed> struct RegionTensor {
     own->strides = std::move(strides);
     own->regions = regions;
     const auto dims = static_cast<int32_t>(own->shape.size());
-    constexpr size_t unit = 64;  // as PyTorch aligns its tensors
-    uint8_t* data = regions ? regions->take(bytes)
-                            : static_cast<uint8_t*>(aligned_alloc(unit, (bytes / unit + 1) * unit));
+    void* const data = regions ? regions->take(bytes) : ::operator new(bytes, kBoundary, std::nothrow);
     if (!data) return nullptr;
     int64_t* const steps = own->strides.empty() ? nullptr : own->strides.data();
     if constexpr (std::is_same_v<Managed, DLManagedTensorVersioned>) own->managed.major = 1;
@@ -78,7 +78,7 @@ template <class Managed> struct RegionTensor {
       auto* gone = static_cast<RegionTensor*>(tensor->context);
       auto* const memory = static_cast<uint8_t*>(tensor->tensor.data);
       if (gone->regions) gone->regions->leave(memory);
-      else free(memory);
+      else ::operator delete(memory, kBoundary);
       delete gone;
     };
     return &own.release()->managed;

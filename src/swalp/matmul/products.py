@@ -49,7 +49,8 @@ def native(left: Operand, right: Operand, bias: Operand | Tensor | None = None) 
     Raises:
         ValueError: shapes do not fit, or an exponent changes along the sum.
     """
-    found = kernels.product(left, right, bias) if _in_one_pass(left) else None
+    simple = left.codes.dim() == 2 or bias is None
+    found = kernels.product(left, right, bias) if simple and _in_one_pass(left) else None
     if found is not None:
         return found
     _check(left, right)

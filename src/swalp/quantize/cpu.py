@@ -143,7 +143,7 @@ def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, T
         codes = torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
         return codes, definition.pack(x, fmt, rounding)[1], False
     rule = rule_arguments(rounding)
-    if plan.shapeless and buffers.codes is not None:
+    if plan.shapeless and plan.gap is not None and buffers.codes is not None:
         at_once = _kernels.pack_block(
             TORCH, buffers.codes, plan.without_nan(), x, plan.exponents is not None, *rule
         )

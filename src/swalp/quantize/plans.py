@@ -94,8 +94,10 @@ class Plan:
         None for others, and if rows are short.
         """
         key = (x.shape, x.stride())
-        if key in self.apart:
+        try:
             return self.apart[key]
+        except KeyError:
+            pass
         dense = self.layout_of(torch.empty(x.shape, device="meta"))
         rows = rows_apart(*key)
         found = None
