@@ -218,7 +218,7 @@ from swalp import buffers
 
 MB = 1 << 20
 x, kept = buffers.empty(16 * MB).fill_(1), buffers.empty(MB).fill_(2)
-# Every page becomes two mappings, which no move takes.
+# Every page becomes two mappings, which older systems do not move.
 for page in range(x.data_ptr(), x.data_ptr() + 64 * MB, 2 * MB):
     assert not ctypes.CDLL(None).madvise(ctypes.c_void_p(page), ctypes.c_size_t(4096), 10)
 del x
@@ -234,7 +234,7 @@ assert bool((kept == 2).all())
 
 
 @pytest.mark.skipif(not _moves(), reason="Linux moves pages from 5.7 on")
-def test_what_cannot_move_stays():
+def test_memory_that_is_apart_moves_or_stays():
     run = subprocess.run(
         [sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=120, check=False
     )
