@@ -2,10 +2,11 @@
 
 A fresh block of 32 MB costs several times what filling it does, as the system hands it out page by
 page. Results from here lie side by side in regions of address space: what the last tensor on a
-place leaves free, whatever its size, joins its free neighbours, and the next result takes the
-lowest place that it fits in. So the pages in use are those of the most that ever was alive at once,
-not those of each size. `save_memory` gives them back sooner. Without the kernels, and on systems
-that have no `mmap`, results are PyTorch's own.
+place leaves free, whatever its size, joins its free neighbours, the next result takes the lowest
+place that it fits in, and where that has no memory yet, pages that are free elsewhere move there.
+So the pages in use are those of the most that ever was alive at once, not those of each size.
+`save_memory` gives them back sooner. Without the kernels, and on systems that have no `mmap`,
+results are PyTorch's own.
 """
 
 from __future__ import annotations
