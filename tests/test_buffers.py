@@ -80,6 +80,14 @@ def test_neighbours_join_and_the_lowest_place_that_fits_is_taken():
     assert third == first + 2 * buffers.SMALLEST
 
 
+def run_alone(program):
+    """In a process of its own, which must end well."""
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert not run.returncode, run.stderr
+
+
 SHARING = """
 import torch
 from swalp import buffers, _kernels
@@ -110,11 +118,7 @@ assert all(bool((tensor == value).all()) for tensor, value in alive)
 
 @pytest.mark.parametrize("saving", [False, True])
 def test_no_two_tensors_share_memory(saving):
-    program = SHARING.format(saving=saving)
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert not run.returncode, run.stderr
+    run_alone(SHARING.format(saving=saving))
 
 
 def test_more_than_a_region_holds(monkeypatch):
@@ -205,10 +209,7 @@ def _moves() -> bool:
 
 @pytest.mark.skipif(not _moves(), reason="Linux moves pages from 5.7 on")
 def test_codes_use_what_floats_left_free():
-    run = subprocess.run(
-        [sys.executable, "-c", MOVING], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert not run.returncode, run.stderr
+    run_alone(MOVING)
 
 
 STUCK = """
@@ -235,10 +236,7 @@ assert bool((kept == 2).all())
 
 @pytest.mark.skipif(not _moves(), reason="Linux moves pages from 5.7 on")
 def test_memory_that_is_apart_moves_or_stays():
-    run = subprocess.run(
-        [sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert not run.returncode, run.stderr
+    run_alone(STUCK)
 
 
 SAVING = """

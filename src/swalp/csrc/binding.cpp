@@ -47,22 +47,22 @@ swalp_layout layout(const std::vector<int64_t>& sizes, const std::vector<int64_t
   return l;
 }
 
+swalp_layout flat(int64_t n) {
+  swalp_layout l = {};
+  l.dims = 1;
+  l.size[0] = l.extent[0] = n;
+  return l;
+}
+
 // One block of `elements`, or none, whose rows lie apart: of so many sizes and strides.
 swalp_layout rows_apart(int64_t elements, const std::vector<int64_t>& sizes,
                         const std::vector<int64_t>& strides) {
   if (sizes.size() != strides.size() || sizes.empty() || sizes.size() > SWALP_MAX_DIMS)
     throw nb::value_error("rows_apart: 1 to 8 sizes, and a stride for each");
-  swalp_layout l = layout({elements}, {elements}, 0, 0);
+  swalp_layout l = flat(elements);
   l.apart = static_cast<int32_t>(sizes.size());
   std::copy(sizes.begin(), sizes.end(), l.apart_size);
   std::copy(strides.begin(), strides.end(), l.apart_stride);
-  return l;
-}
-
-swalp_layout flat(int64_t n) {
-  swalp_layout l = {};
-  l.dims = 1;
-  l.size[0] = l.extent[0] = n;
   return l;
 }
 

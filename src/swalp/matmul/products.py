@@ -49,15 +49,11 @@ def native(left: Operand, right: Operand, bias: Operand | Tensor | None = None) 
     Raises:
         ValueError: shapes do not fit, or an exponent changes along the sum.
     """
-    simple = left.codes.dim() == 2 or bias is None
-    found = kernels.product(left, right, bias) if simple and _in_one_pass(left) else None
-    if found is not None:
-        return found
+    if _at_once(left):
+        return _compiled(left, right, bias)
     _check(left, right)
     multiply = kernels.kernel().multiply
     assert multiply is not None  # the caller asked
-    if _at_once(left):
-        return _compiled(left, right, bias)
     compiled = multiply is kernels.multiply_codes
     run = _compiled if compiled else partial(_portable, multiply)
     bias = None if bias is None else floats(bias)
@@ -89,10 +85,6 @@ def rectified(
         rows, columns = left.codes.shape[0], right.codes.shape[1]
         if left.codes.shape[1] > 0 and columns % 16 == 0:
             passed = relu.bits(rows * columns)
-            found = kernels.product(left, right, bias, passed)
-            if found is not None:
-                return found, passed
-            _check(left, right)
             return _compiled(left, right, bias, passed), passed
     out = product(left, right, bias)
     return out, relu.forward(out, out)
@@ -141,6 +133,10 @@ def _compiled(
     bias: Operand | Tensor | None,
     passed: Tensor | None = None,
 ) -> Tensor:
+    found = kernels.product(left, right, bias, passed)
+    if found is not None:
+        return found
+    _check(left, right)
     out = buffers.empty(*left.codes.shape[:-1], right.codes.shape[-1])
     _run(out, left, right, bias, passed)
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ RULES: dict[type, int] = {
     Stochastic: 4,
 }
 _CACHED = 4096  # formats, and layouts of each
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 @dataclass(slots=True, eq=False)
@@ -83,10 +87,7 @@ class Plan:
         if layout is not None:
             sizes, extents, positions, channels, _ = layout
             found = layout, _kernels.Layout(sizes, extents, positions, channels)
-        if len(self.layouts) >= _CACHED:
-            self.layouts.clear()
-        self.layouts[key] = found
-        return found
+        return _keep(self.layouts, key, found)
 
     def apart_of(self, x: Tensor) -> tuple[Layout, _kernels.Layout] | None:
         """Where rows of `x` lie, whose elements do, if all are one block or there are none.
@@ -103,10 +104,7 @@ class Plan:
         found = None
         if dense is not None and rows is not None and dense[0].sizes == dense[0].extents:
             found = dense[0], _kernels.Layout.rows_apart(x.numel(), *rows)
-        if len(self.apart) >= _CACHED:
-            self.apart.clear()
-        self.apart[key] = found
-        return found
+        return _keep(self.apart, key, found)
 
     def rows_of(self, shape: torch.Size) -> _kernels.Layout:
         """The layout of a contiguous tensor of that shape."""
@@ -118,9 +116,7 @@ class Plan:
                 return _kernels.Layout((0,), (1,), 0, 0)
             found = self.layout_of(torch.empty(shape, device="meta"))
             assert found is not None  # a contiguous tensor has one
-            if len(self.rows) >= _CACHED:
-                self.rows.clear()
-            layout = self.rows[shape] = found[1]
+            layout = _keep(self.rows, shape, found[1])
         return layout
 
     def value_table(self) -> Tensor:
@@ -164,21 +160,25 @@ def plan_of(fmt: Format) -> Plan:
     found = known.get(id(fmt))
     if found is not None:
         return found[0]
-    if len(known) >= _CACHED:
-        known.clear()
     plan = _equal_plans.get(fmt)
     if plan is None:
-        if len(_equal_plans) >= _CACHED:
-            _equal_plans.clear()
         one_block = isinstance(fmt, BlockFloat) and fmt.axes is None and fmt.tile is None
         shapeless = one_block or isinstance(fmt, FixedPoint | Minifloat | Binary)
         kernel = _numbers(fmt) if _fits(fmt) else None
         exponents = None
         if isinstance(fmt, BlockFloat | Microscaling):
             exponents = definition.exponent_dtype(fmt)
-        plan = _equal_plans[fmt] = Plan(fmt, kernel, shapeless, exponents, _gap(fmt, exponents))
-    known[id(fmt)] = plan, fmt
-    return plan
+        plan = Plan(fmt, kernel, shapeless, exponents, _gap(fmt, exponents))
+        _keep(_equal_plans, fmt, plan)
+    return _keep(known, id(fmt), (plan, fmt))[0]
+
+
+def _keep(cache: dict[Key, Value], key: Key, value: Value) -> Value:
+    """Keep a value in a cache of bounded size."""
+    if len(cache) >= _CACHED:
+        cache.clear()
+    cache[key] = value
+    return value
 
 
 def _gap(fmt: Format, exponents: torch.dtype | None) -> int | None:
