@@ -82,7 +82,7 @@ def quantize(
     exponent_bytes: int, rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
 ) -> bool: ...  # fmt: skip
 def pack_block(
-    torch: Torch, buffers: Buffers, fmt: Format, x: Tensor, exponents: bool,
+    torch: Torch, buffers: Buffers, fmt: Format, x: Tensor,
     rule: int, bits: int, seed: int, step: int, call: int, /,
 ) -> tuple[Tensor, Tensor | None, bool] | None: ...  # fmt: skip
 def quantize_part(
@@ -160,6 +160,17 @@ def product(
     passed: Tensor | None, /,
 ) -> Tensor | None: ...  # fmt: skip
 def matmul_used() -> str: ...
+def linear(
+    torch: Torch, floats: Buffers, codes: Buffers, x: Tensor, fmt: Format, gap: int,
+    rule: tuple[int, int, int, int, int], weight: tuple[Tensor, Tensor | None, int],
+    transposed: bool, bias: Tensor | tuple[Tensor, Tensor | None, int] | None, rectified: bool, /,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None: ...  # fmt: skip
+def linear_gradients(
+    torch: Torch, floats: Buffers, codes: Buffers, grad: Tensor, mine: bool,
+    passed: Tensor | None, fmt: Format, gap: int, rule: tuple[int, int, int, int, int],
+    input: tuple[Tensor, Tensor | None, int], weight: tuple[Tensor, Tensor | None, int] | None,
+    transposed: bool, of_weight: bool, of_bias: bool, /,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None: ...  # fmt: skip
 
 class Buffers:
     def __init__(self, smallest: int, region: int, window: int, /) -> None: ...
@@ -189,7 +200,7 @@ def convolution_input_gradient(
 def convolution_weight_gradient(
     c: Convolution, x: int, dy: int, exponent: int, channels_last: bool, dw: int, threads: int, /
 ) -> None: ...
-def convolution_channel_sums(
+def channel_sums(
     codes: int, rows: int, channels: int, exponent: int, gap: int, out: int, threads: int, /
 ) -> None: ...
 

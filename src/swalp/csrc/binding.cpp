@@ -17,20 +17,12 @@
 
 #include "convolution.h"
 #include "kernels.h"
-#include "matmul.h"
+#include "linear.h"
+#include "packing.h"
 #include "plain.h"
-#include "tensors.h"
+#include "products.h"
 
 namespace {
-
-// Below this a call is over before another Python thread could have started.
-constexpr int64_t kHoldLock = 1 << 16;
-
-int64_t elements(const swalp_layout& l) {
-  int64_t n = 1;
-  for (int axis = 0; axis < l.dims; ++axis) n *= l.size[axis];
-  return n;
-}
 
 swalp_layout layout(const std::vector<int64_t>& sizes, const std::vector<int64_t>& extents,
                     int64_t positions, int64_t channels) {
@@ -47,13 +39,6 @@ swalp_layout layout(const std::vector<int64_t>& sizes, const std::vector<int64_t
   return l;
 }
 
-swalp_layout flat(int64_t n) {
-  swalp_layout l = {};
-  l.dims = 1;
-  l.size[0] = l.extent[0] = n;
-  return l;
-}
-
 // One block of `elements`, or none, whose rows lie apart: of so many sizes and strides.
 swalp_layout rows_apart(int64_t elements, const std::vector<int64_t>& sizes,
                         const std::vector<int64_t>& strides) {
@@ -64,135 +49,6 @@ swalp_layout rows_apart(int64_t elements, const std::vector<int64_t>& sizes,
   std::copy(sizes.begin(), sizes.end(), l.apart_size);
   std::copy(strides.begin(), strides.end(), l.apart_stride);
   return l;
-}
-
-template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(address); }
-
-// Blocks' exponents, which tensors hold in 1, 2 or 4 bytes each, as the kernels take them: in 4.
-class Exponents {
- public:
-  Exponents(uintptr_t address, int bytes, const swalp_layout& l) : address_(address), bytes_(bytes) {
-    if (!address || bytes == 4) return;
-    int64_t blocks = 1;
-    for (int axis = 0; axis < l.dims; ++axis) blocks *= l.size[axis] / l.extent[axis];
-    wide_.resize(blocks);
-  }
-
-  int32_t* get() { return wide_.empty() ? at<int32_t>(address_) : wide_.data(); }
-
-  void widen() {
-    if (bytes_ == 1) std::copy_n(at<int8_t>(address_), wide_.size(), wide_.begin());
-    if (bytes_ == 2) std::copy_n(at<int16_t>(address_), wide_.size(), wide_.begin());
-  }
-
-  void narrow() const {
-    if (bytes_ == 1) std::copy(wide_.begin(), wide_.end(), at<int8_t>(address_));
-    if (bytes_ == 2) std::copy(wide_.begin(), wide_.end(), at<int16_t>(address_));
-  }
-
- private:
-  uintptr_t address_;
-  int bytes_;
-  std::vector<int32_t> wide_;
-};
-
-bool quantize(const swalp_format& f, const swalp_layout& l, uintptr_t x, uintptr_t out,
-              int32_t output, uintptr_t exponents, int exponent_bytes, int32_t rule, int32_t bits,
-              uint64_t seed, uint32_t step, uint32_t call, int threads) {
-  const swalp_rounding r = {rule, bits, seed, step, call};
-  Exponents shared(exponents, exponent_bytes, l);
-  const auto run = [&](bool reused) {
-    const int lost = swalp_quantize(&f, &r, &l, at<float>(x), at<void>(out), output, shared.get(),
-                                    reused, threads);
-    shared.narrow();
-    return lost;
-  };
-  int lost;
-  if (elements(l) < kHoldLock) {
-    lost = run(false);
-  } else {
-    nb::gil_scoped_release unlocked;
-    lost = run(Regions::any_holds(at<void>(x)));
-  }
-  if (lost < 0) throw std::bad_alloc();
-  return lost != 0;
-}
-
-// Where results of `smallest` bytes and more lie.
-class Buffers {
- public:
-  Buffers(int64_t smallest, int64_t region, int64_t window)
-      : smallest_(smallest), regions_(std::make_shared<Regions>(region, window)) {}
-
-  // A tensor, or a capsule of one for `torch.from_dlpack`; None: of this size, nothing lies here. No
-  // strides: it is contiguous.
-  nb::object empty(const Torch& torch, const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
-                   uint8_t kind, uint8_t itemsize) {
-    const int64_t bytes = bytes_of(shape, itemsize);
-    if (bytes < smallest_) return nb::none();
-    const DLDataType type = {kind, static_cast<uint8_t>(8 * itemsize), 1};
-    if (torch.takes()) return taken(torch, regions_, shape, strides, bytes, type);
-    auto* const made = RegionTensor<DLManagedTensor>::make(regions_, shape, strides, bytes, type);
-    if (!made) return nb::none();
-    return nb::steal(PyCapsule_New(made, kCapsule, [](PyObject* capsule) {
-      if (!PyCapsule_IsValid(capsule, kCapsule)) return;  // its tensor has been taken
-      auto* left = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, kCapsule));
-      left->deleter(left);
-    }));
-  }
-
-  // A contiguous tensor of codes, large or small, where PyTorch `takes` it; None: there is no memory.
-  nb::object codes(const Torch& torch, const std::vector<int64_t>& shape) const {
-    const int64_t bytes = bytes_of(shape, 1);
-    return taken(torch, bytes < smallest_ ? nullptr : regions_, shape, {}, bytes, {0, 8, 1});
-  }
-
-  // Of floats; small ones are PyTorch's own, as users may see them.
-  nb::object floats(const Torch& torch, const std::vector<int64_t>& shape) const {
-    const int64_t bytes = bytes_of(shape, 4);
-    return bytes < smallest_ ? torch.empty(shape) : taken(torch, regions_, shape, {}, bytes, {2, 32, 1});
-  }
-
-  bool holds(uintptr_t address) const { return regions_->holds(at<void>(address)); }
-  size_t free_bytes() const { return regions_->free_bytes(); }
-  void release() {
-    nb::gil_scoped_release unlocked;
-    regions_->release();
-  }
-
- private:
-  static int64_t bytes_of(const std::vector<int64_t>& shape, int64_t itemsize) {
-    for (const int64_t size : shape) itemsize *= size;
-    return itemsize;
-  }
-  static nb::object taken(const Torch& torch, const std::shared_ptr<Regions>& regions,
-                          const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
-                          int64_t bytes, DLDataType type) {
-    auto* const made = RegionTensor<DLManagedTensorVersioned>::make(regions, shape, strides, bytes, type);
-    return made ? torch.taken(made) : nb::none();
-  }
-
-  int64_t smallest_;
-  std::shared_ptr<Regions> regions_;
-};
-
-// Codes of a contiguous tensor that is one block, or none; None, and nothing done: it is something else.
-// `exponents`: whether there is one. Returns the codes, their exponent or None, and whether a NaN was lost.
-nb::object pack_block(const Torch& torch, const Buffers& buffers, const swalp_format& f, nb::handle x,
-                      bool exponents, int32_t rule, int32_t bits, uint64_t seed, uint32_t step,
-                      uint32_t call) {
-  Torch::Look at;
-  if (!torch.takes() || torch.negated(x) || !torch.look(x, at) || at.seen.device.type != 1) return nb::none();
-  const int64_t count = at.count();
-  if (!Torch::is(at.seen, 2, 32) || !count || !at.contiguous()) return nb::none();
-  const std::vector<int64_t> shape(at.seen.shape, at.seen.shape + at.seen.dims);
-  const nb::object codes = buffers.codes(torch, shape);
-  const nb::object shared = exponents ? buffers.codes(torch, std::vector<int64_t>(shape.size(), 1)) : nb::none();
-  if (codes.is_none() || shared.is_none() == exponents) return nb::none();
-  const bool lost =
-      quantize(f, flat(count), reinterpret_cast<uintptr_t>(at.data()), torch.address(codes), SWALP_CODE8,
-               exponents ? torch.address(shared) : 0, 1, rule, bits, seed, step, call, torch.threads());
-  return nb::make_tuple(codes, shared, lost);
 }
 
 // Returns whether a NaN was lost, and the exponent. Sizes in the order of the struct's fields.
@@ -393,97 +249,6 @@ void descend(int64_t size, uintptr_t weight, uintptr_t sum, uintptr_t squares,
   if (run(&descent) < 0) throw std::bad_alloc();
 }
 
-// The last two dimensions, and a batch before them if there is one.
-struct Planes {
-  Torch::Look at;
-  int64_t batch = 1, rows = 0, columns = 0, batch_stride = 0, row_stride = 0, column_stride = 0;
-
-  Planes(const Torch& torch, nb::handle x) {
-    if (!torch.look(x, at) || at.seen.dims < 2 || at.seen.dims > 3)
-      throw nb::value_error("matmul: two or three dimensions in memory");
-    const int64_t *shape = at.seen.shape, *strides = at.seen.strides;
-    if (at.seen.dims == 3) batch = *shape++, batch_stride = *strides++;
-    rows = shape[0], columns = shape[1], row_stride = strides[0], column_stride = strides[1];
-    if (rows == 1 && columns == 1) row_stride = column_stride = 1;  // of one number they mean nothing
-  }
-};
-
-// Address and number of what a tensor has; null and 0 of None.
-template <class T> std::tuple<T*, int64_t> elements_of(const Torch& torch, nb::handle x) {
-  Torch::Look at;
-  if (x.is_none()) return {nullptr, 0};
-  if (!torch.look(x, at)) throw nb::value_error("a tensor without memory");
-  return {static_cast<T*>(at.data()), at.count()};
-}
-
-// False, and nothing done: there is nothing to sum, or neither of the last two strides of an operand is 1.
-bool matmul(const Torch& torch, nb::handle left, nb::handle right, nb::handle out, int64_t exponent,
-            nb::handle left_exponents, nb::handle right_exponents, nb::handle bias, nb::handle bias_codes,
-            nb::handle bias_exponents, int bias_gap, nb::handle passed, int threads) {
-  const Planes a(torch, left), b(torch, right), to(torch, out);
-  if (!a.batch || !a.rows || !b.columns) return true;  // there is nothing to write
-  if (!a.columns || (a.row_stride != 1 && a.column_stride != 1) || (b.row_stride != 1 && b.column_stride != 1))
-    return false;
-  swalp_matmul t = {};
-  t.batch = a.batch, t.m = a.rows, t.n = b.columns, t.k = a.columns;
-  t.left = static_cast<int8_t*>(a.at.data());
-  t.left_batch = a.batch_stride, t.left_outer = a.row_stride, t.left_inner = a.column_stride;
-  t.right = static_cast<int8_t*>(b.at.data());
-  t.right_batch = b.batch_stride, t.right_outer = b.column_stride, t.right_inner = b.row_stride;
-  t.exponent = exponent;
-  int64_t count;
-  std::tie(t.left_exponents, count) = elements_of<int8_t>(torch, left_exponents);
-  t.left_exponent_each = count > 1;
-  std::tie(t.right_exponents, count) = elements_of<int8_t>(torch, right_exponents);
-  t.right_exponent_each = count > 1;
-  t.bias = std::get<0>(elements_of<float>(torch, bias));
-  t.passed = std::get<0>(elements_of<uint8_t>(torch, passed));
-  t.out = to.at.data();
-  t.out_batch = to.batch_stride, t.out_outer = to.row_stride;
-  t.integers = Torch::is(to.at.seen, 0, 32);
-  const auto [codes, terms] = elements_of<int8_t>(torch, bias_codes);
-  const int8_t* const raised = std::get<0>(elements_of<int8_t>(torch, bias_exponents));
-  nb::gil_scoped_release unlocked;
-  std::vector<float> values(codes ? t.n : 0);
-  if (codes) {
-    const double scale = std::ldexp(1.0, (raised ? *raised : 0) + bias_gap);
-    for (int64_t j = 0; j < std::min(terms, t.n); ++j) values[j] = static_cast<float>(codes[j] * scale);
-    t.bias = values.data();
-  }
-  const int status = swalp_multiply(&t, threads);
-  if (status < 0) throw std::bad_alloc();
-  if (status > 0) throw std::runtime_error("this machine has no integer products");
-  return true;
-}
-
-// The same into a new tensor, all of it; None, and nothing done: shapes do not fit, or as above.
-nb::object product(const Torch& torch, const Buffers& buffers, nb::handle left, nb::handle right,
-                   int64_t exponent, nb::handle left_exponents, nb::handle right_exponents, nb::handle bias,
-                   nb::handle bias_codes, nb::handle bias_exponents, int bias_gap, nb::handle passed) {
-  std::vector<int64_t> shape;
-  {
-    Torch::Look a, b;
-    if (!torch.takes() || !torch.look(left, a) || !torch.look(right, b)) return nb::none();
-    const int dims = a.seen.dims;
-    if (dims < 2 || dims > 3 || b.seen.dims != dims) return nb::none();
-    const int64_t *m = a.seen.shape, *n = b.seen.shape;
-    if (m[dims - 1] != n[dims - 2] || (dims == 3 && m[0] != n[0]) || !m[dims - 1]) return nb::none();
-    for (const nb::handle each : {left_exponents, right_exponents}) {
-      Torch::Look e;
-      if (each.is_none()) continue;
-      if (!torch.look(each, e)) return nb::none();
-      if (e.count() > 1 && (dims == 2 || e.count() != m[0] || !e.contiguous())) return nb::none();
-    }
-    shape.assign(m, m + dims - 1);
-    shape.push_back(n[dims - 1]);
-  }
-  const nb::object out = buffers.floats(torch, shape);
-  if (out.is_none() || !matmul(torch, left, right, out, exponent, left_exponents, right_exponents, bias,
-                               bias_codes, bias_exponents, bias_gap, passed, torch.threads()))
-    return nb::none();
-  return out;
-}
-
 // Sizes in the order of the struct's fields.
 swalp_convolution convolution(const std::vector<int64_t>& sizes) {
   if (sizes.size() != sizeof(swalp_convolution) / sizeof(int64_t))
@@ -667,6 +432,11 @@ NB_MODULE(_kernels, m) {
   m.def("product", &product, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
         nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg().none());
   m.def("matmul_used", &swalp_multiply_used);
+  m.def("linear", &linear, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
+  m.def("linear_gradients", &linear_gradients, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
+        nb::arg());
   regions_at_fork();
   nb::class_<Buffers>(m, "Buffers")
       .def(nb::init<int64_t, int64_t, int64_t>())
@@ -687,15 +457,9 @@ NB_MODULE(_kernels, m) {
   m.def("convolution_forward", &convolution_forward);
   m.def("convolution_input_gradient", &convolution_input_gradient);
   m.def("convolution_weight_gradient", &convolution_weight_gradient);
-  m.def("convolution_channel_sums", [](uintptr_t codes, int64_t rows, int64_t channels,
-                                       uintptr_t exponent, int gap, uintptr_t out, int threads) {
-    nb::gil_scoped_release unlocked;
-    std::vector<int64_t> sums(channels);
-    swalp_convolution_channel_sums(at<int8_t>(codes), rows, channels, sums.data(), threads);
-    // A double holds them, and 2**exponent of any two operands: rounded once.
-    const double scale = std::ldexp(1.0, gap + (exponent ? *at<int8_t>(exponent) : 0));
-    for (int64_t c = 0; c < channels; ++c)
-      at<float>(out)[c] = static_cast<float>(static_cast<double>(sums[c]) * scale);
+  m.def("channel_sums", [](uintptr_t codes, int64_t rows, int64_t channels, uintptr_t exponent, int gap,
+                           uintptr_t out, int threads) {
+    channel_sums(at<int8_t>(codes), rows, channels, at<int8_t>(exponent), gap, at<float>(out), threads);
   });
   nb::class_<swalp_pooling>(m, "Pooling")
       .def("__init__", [](swalp_pooling* p, const std::vector<int64_t>& sizes) {

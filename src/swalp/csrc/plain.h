@@ -100,6 +100,7 @@ class Torch {
       for (int32_t axis = 0; axis < seen.dims; ++axis) all *= seen.shape[axis];
       return all;
     }
+    std::vector<int64_t> shape() const { return {seen.shape, seen.shape + seen.dims}; }
     bool contiguous() const {
       int64_t after = 1;
       for (int32_t axis = seen.dims; axis-- > 0; after *= seen.shape[axis])

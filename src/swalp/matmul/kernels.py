@@ -227,12 +227,17 @@ def channel_sums(codes: Tensor, exponents: Tensor | None, gap: int) -> Tensor:
         sums = codes.reshape(-1, channels).sum(0).to(torch.float64)
         return sums.mul_(math.ldexp(1.0, exponent)).float()
     scaled = torch.empty(channels, dtype=torch.float32, device="cpu")
-    _kernels.convolution_channel_sums(
+    _kernels.channel_sums(
         codes.data_ptr(), codes.numel() // max(channels, 1), channels,
         0 if exponents is None else exponents.data_ptr(), gap, scaled.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
     return scaled
+
+
+def in_one_pass(depth: int) -> bool:
+    """Whether the compiled kernel multiplies, and sums of so many products need not be parted."""
+    return depth < DEEPEST and kernel().multiply is multiply_codes
 
 
 def deepest(codes: Tensor) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from swalp import buffers
 from swalp.formats import BlockFloat, Format
-from swalp.matmul import products, relu
+from swalp.matmul import passes, products, relu
 from swalp.matmul.again import Again, carry
 from swalp.matmul.handed import Handed, let_go, whole
 from swalp.matmul.once import once
@@ -59,10 +59,8 @@ def linear(
         float32, (..., out_features).
     """
     handed = Handed(x, weight)
-    y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
-        handed.gradient_of(x), weight, bias, weight_format, activation, error, transposed,
-        rectified, handed,
-    )  # fmt: skip
+    call = _Call(weight_format, activation, error, transposed, rectified, handed)
+    y: Tensor = _Linear.apply(handed.gradient_of(x), weight, bias, call)  # type: ignore[no-untyped-call]  # PyTorch ships no type
     return carry(y)
 
 
@@ -113,6 +111,17 @@ def apart(operand: Operand | Tensor, weight: Tensor) -> Operand | Tensor:
     return operand.clone() if operand is weight else operand
 
 
+class _Call(NamedTuple):
+    """What a call of a layer is beside its tensors."""
+
+    weight_format: Format
+    activation: Quantization
+    error: Quantization
+    transposed: bool
+    rectified: bool
+    handed: Handed
+
+
 def _again(
     gap: int,
     weight_format: Format,
@@ -132,33 +141,17 @@ def _again(
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        weight_format: Format,
-        activation: Quantization,
-        error: Quantization,
-        transposed: bool,
-        rectified: bool,
-        handed: Handed,
-    ) -> Tensor:
-        inputs = rows(operand(x, activation))
-        weights = weight_operand(weight, weight_format)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
+        weights = weight_operand(weight, call.weight_format)
         added = bias_operand(bias)
-        ctx.weight_format, ctx.shape, ctx.handed = weight_format, x.shape, handed
-        ctx.error, ctx.has_bias, ctx.transposed = error, bias is not None, transposed
-        right = weights if transposed else transpose(weights)
-        passed = None
-        if rectified:
-            y, passed = products.rectified(inputs, right, added)
-        else:
-            y = product(inputs, right, added)
+        found = passes.forward(
+            x, weights, added, call.activation, call.transposed, call.rectified
+        ) or _forward(x, weights, added, call)
+        y, inputs, passed = found
+        ctx.shape, ctx.call = x.shape, call
         keep(ctx, inputs, weight, passed)
-        y = whole(y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1]))
-        if isinstance(inputs, Operand) and not rectified:
-            compute = partial(_again, inputs.gap, weight_format, transposed, y.shape)
+        if isinstance(inputs, Operand) and not call.rectified:
+            compute = partial(_again, inputs.gap, call.weight_format, call.transposed, y.shape)
             ctx.again = Again((inputs.codes, inputs.exponents, weight, bias), compute)
         return y
 
@@ -167,26 +160,51 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mine = references(grad) == alone()
         inputs, (weight, passed) = kept(ctx)
+        call: _Call = ctx.call
+        of_input, of_weight, of_bias, _ = ctx.needs_input_grad
+        weights = weight_operand(weight, call.weight_format) if of_input else None
+        if call.handed.at_once:
+            found = passes.backward(
+                grad, mine, passed, call.error, inputs, weights, call.transposed, of_weight, of_bias
+            )
+            if found is not None:
+                return *found, None
         if passed is not None:
             gradient = relu.gradient(grad, passed, mine)
             if gradient is not grad:
                 let_go(grad, mine)
             grad, mine = gradient, True
-        errors = rows(operand(grad, ctx.error))
+        errors = rows(operand(grad, call.error))
         let_go(grad, mine)
         dx = dw = db = None
-        if ctx.needs_input_grad[0]:
-            weights = weight_operand(weight, ctx.weight_format)
-            if not ctx.handed.at_once:
+        if weights is not None:
+            if not call.handed.at_once:
                 weights = apart(weights, weight)
-            right = transpose(weights) if ctx.transposed else weights
-            dx = ctx.handed.later(ctx.shape, partial(_input_gradient, errors, right, ctx.shape))
-        if ctx.needs_input_grad[1]:
-            left, right = (inputs, errors) if ctx.transposed else (errors, inputs)
+            right = transpose(weights) if call.transposed else weights
+            dx = call.handed.later(ctx.shape, partial(_input_gradient, errors, right, ctx.shape))
+        if of_weight:
+            inputs = rows(inputs)
+            left, right = (inputs, errors) if call.transposed else (errors, inputs)
             dw = product(transpose(left), right)
-        if ctx.has_bias and ctx.needs_input_grad[2]:
+        if of_bias:
             db = column_sums(errors)
-        return dx, dw, db, None, None, None, None, None, None
+        return dx, dw, db, None
+
+
+def _forward(
+    x: Tensor, weights: Operand | Tensor, bias: Operand | Tensor | None, call: _Call
+) -> tuple[Tensor, Operand | Tensor, Tensor | None]:
+    """The result, the input's operand, and the bits that passed ReLU: `passes.forward`, if anything
+    is out of the ordinary.
+    """
+    inputs = rows(operand(x, call.activation))
+    right = weights if call.transposed else transpose(weights)
+    passed = None
+    if call.rectified:
+        y, passed = products.rectified(inputs, right, bias)
+    else:
+        y = product(inputs, right, bias)
+    return whole(y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])), inputs, passed
 
 
 def _input_gradient(

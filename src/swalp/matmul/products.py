@@ -70,7 +70,7 @@ def native(left: Operand, right: Operand, bias: Operand | Tensor | None = None) 
 
 def product_into(out: Tensor, left: Operand, right: Operand) -> None:
     """``out = left @ right``, of three dimensions; `out` may lie in a larger tensor, by rows."""
-    if out.stride(-1) == 1 and _in_one_pass(left):
+    if out.stride(-1) == 1 and kernels.in_one_pass(left.codes.shape[-1]):
         _check(left, right)
         _run(out, left, right)
     else:
@@ -118,13 +118,7 @@ def channel_sums(x: Operand) -> Tensor:
 
 def _at_once(left: Operand) -> bool:
     """Whether one call of the compiled kernel is the whole product: of matrices, not too deep."""
-    return left.codes.dim() == 2 and _in_one_pass(left)
-
-
-def _in_one_pass(left: Operand) -> bool:
-    """Whether the compiled kernel multiplies, and its sums need not be parted."""
-    compiled = kernels.kernel().multiply is kernels.multiply_codes
-    return compiled and left.codes.shape[-1] < kernels.DEEPEST
+    return left.codes.dim() == 2 and kernels.in_one_pass(left.codes.shape[-1])
 
 
 def _compiled(

@@ -1,0 +1,157 @@
+// A linear layer's passes, each in one call: small layers take no longer than the interpreter between
+// their kernels, which have filled the caches.
+#pragma once
+#include <nanobind/nanobind.h>
+
+#include <tuple>
+#include <vector>
+
+#include "packing.h"
+#include "products.h"
+
+namespace {
+
+using Rounding = std::tuple<int32_t, int32_t, uint64_t, uint32_t, uint32_t>;
+
+swalp_rounding rounding(const Rounding& fields) {
+  const auto& [rule, bits, seed, step, call] = fields;
+  return {rule, bits, seed, step, call};
+}
+
+// A matrix of codes with one exponent, or none: codes, exponent and gap, as `swalp.matmul.operands` has it.
+struct Codes {
+  Planes planes = {nullptr, 0, 0};
+  const int8_t* exponent = nullptr;
+  int gap = 0;
+
+  operator Operand() const { return {planes, exponent, false}; }
+  Codes transposed() const { return {planes.transposed(), exponent, gap}; }
+};
+
+// Of the parts of such a tuple; false: it is something else.
+bool codes_of(const Torch& torch, nb::tuple operand, Codes& found, Torch::Look& at) {
+  if (!torch.look(operand[0], at) || !Torch::is(at.seen, 0, 8) || at.seen.dims < 2) return false;
+  const auto [raised, count] = elements_of<int8_t>(torch, operand[1]);
+  if (count > 1) return false;
+  found.exponent = raised;
+  found.gap = nb::cast<int>(operand[2]);
+  if (at.seen.dims == 2) {
+    found.planes = Planes(at);
+  } else {  // as a matrix: all but the last dimension joined
+    if (!at.contiguous()) return false;
+    const int64_t width = at.seen.shape[at.seen.dims - 1];
+    found.planes = Planes(at.data(), width ? at.count() / width : 0, width);
+  }
+  return true;
+}
+
+Codes matrix(const Torch& torch, const Block& block, int gap, int64_t width) {
+  const Torch::Look at = seen_of(torch, block.codes);
+  return {Planes(at.data(), at.count() / width, width),
+          std::get<0>(elements_of<int8_t>(torch, block.exponent)), gap};
+}
+
+// left @ right + bias, whose rows lie one after another in `out`.
+void multiply(const Torch& torch, const Codes& left, const Codes& right, nb::handle out, const Bias& bias,
+              uint8_t* passed, int threads) {
+  const Planes to(reinterpret_cast<void*>(torch.address(out)), left.planes.rows, right.planes.columns);
+  multiply(left, right, to, false, int64_t{left.gap} + right.gap, bias, passed, threads);
+}
+
+// The result for `x`, its codes, their exponent or None, and a bit for each element whether it passed ReLU,
+// or None. None, and nothing done: something has to be looked at more closely, as a NaN. Sums must fit an
+// int32. `bias`: a tensor of floats, a tuple like `weight`, or None. `transposed`: whether `weight` is
+// (inputs, outputs).
+nb::object linear(const Torch& torch, const Buffers& floats, const Buffers& buffers, nb::handle x,
+                  const swalp_format& f, int gap, const Rounding& rule, nb::tuple weight, bool transposed,
+                  nb::handle bias, bool rectified) {
+  Torch::Look seen, of_weight;
+  Codes right;
+  if (!torch.takes() || !torch.look(x, seen) || seen.seen.dims < 2) return nb::none();
+  if (!codes_of(torch, weight, right, of_weight) || of_weight.seen.dims != 2) return nb::none();
+  if (!transposed) right = right.transposed();
+  const int64_t inputs = right.planes.rows, outputs = right.planes.columns;
+  if (!inputs || !outputs || seen.seen.shape[seen.seen.dims - 1] != inputs || !seen.count()) return nb::none();
+  if (right.planes.row_stride != 1 && right.planes.column_stride != 1) return nb::none();
+  if (rectified && outputs % 16) return nb::none();
+  Bias added;
+  if (nb::isinstance<nb::tuple>(bias)) {
+    const auto parts = nb::borrow<nb::tuple>(bias);
+    added = Bias(torch, nb::none(), parts[0], parts[1], nb::cast<int>(parts[2]));
+  } else {
+    added = Bias(torch, bias, nb::none(), nb::none(), 0);
+  }
+  const int threads = torch.threads();
+  const Block block = block_of(torch, buffers, f, x, rounding(rule), threads);
+  if (!block.codes.is_valid() || block.lost) return nb::none();
+  std::vector<int64_t> shape = seen.shape();
+  shape.back() = outputs;
+  const nb::object y = floats.floats(torch, shape);
+  const Codes left = matrix(torch, block, gap, inputs);
+  const nb::object passed = rectified ? buffers.bits(torch, left.planes.rows * outputs) : nb::none();
+  if (y.is_none() || passed.is_none() == rectified) return nb::none();
+  multiply(torch, left, right, y, added, rectified ? at<uint8_t>(torch.address(passed)) : nullptr, threads);
+  return nb::make_tuple(y, block.codes, block.exponent, passed);
+}
+
+// Gradients of the input, of the weight and of the bias, or None for each that is not wanted: that of the
+// input is if there is a `weight`. None: something has to be looked at more closely; of `grad` no more may
+// have happened than that it passed ReLU.
+//
+// `mine`: whether nobody else refers to `grad`; then it may be written to, and its memory is let go as soon
+// as there are codes of it. `passed`: a bit for each element, whether it passed ReLU, or None.
+nb::object linear_gradients(const Torch& torch, const Buffers& floats, const Buffers& buffers, nb::handle grad,
+                            bool mine, nb::handle passed, const swalp_format& f, int gap, const Rounding& rule,
+                            nb::tuple input, nb::handle weight, bool transposed, bool of_weight, bool of_bias) {
+  Torch::Look seen, of_input, weight_at;
+  Codes x, w;
+  if (!torch.takes() || torch.negated(grad) || !torch.look(grad, seen) || seen.seen.device.type != 1) return nb::none();
+  if (!Torch::is(seen.seen, 2, 32) || seen.seen.dims < 2 || !seen.count() || !seen.contiguous()) return nb::none();
+  if (!codes_of(torch, input, x, of_input)) return nb::none();
+  const int64_t outputs = seen.seen.shape[seen.seen.dims - 1], rows = seen.count() / outputs;
+  if (rows != x.planes.rows) return nb::none();
+  if (!weight.is_none()) {
+    if (!codes_of(torch, nb::borrow<nb::tuple>(weight), w, weight_at) || weight_at.seen.dims != 2) return nb::none();
+    if (transposed) w = w.transposed();
+    if (w.planes.rows != outputs || (w.planes.row_stride != 1 && w.planes.column_stride != 1)) return nb::none();
+  }
+  const std::vector<int64_t> shape = seen.shape();
+  std::vector<int64_t> input_shape = shape;
+  input_shape.back() = x.planes.columns;
+  const int threads = torch.threads();
+  nb::object gradient = nb::borrow(grad);
+  if (!passed.is_none()) {
+    const auto* const from = static_cast<const float*>(seen.data());
+    const auto* const bits = std::get<0>(elements_of<uint8_t>(torch, passed));
+    if (!mine || !Regions::any_holds(from)) gradient = floats.floats(torch, shape);
+    if (gradient.is_none()) return nb::none();
+    auto* const to = at<float>(torch.address(gradient));
+    nb::gil_scoped_release unlocked;
+    swalp_relu_gradient(rows * outputs, from, bits, to, threads);
+  }
+  const Block block = block_of(torch, buffers, f, gradient, rounding(rule), threads);
+  if (!block.codes.is_valid() || block.lost) return nb::none();
+  gradient.reset();
+  if (mine) grad.attr("set_")();
+  const Codes errors = matrix(torch, block, gap, outputs);
+  nb::object dx = nb::none(), dw = nb::none(), db = nb::none();
+  if (!weight.is_none()) {
+    dx = floats.floats(torch, input_shape);
+    if (dx.is_none()) throw std::bad_alloc();
+    multiply(torch, errors, w, dx, {}, nullptr, threads);
+  }
+  if (of_weight) {
+    const Codes &left = transposed ? x : errors, &right = transposed ? errors : x;
+    dw = floats.floats(torch, {left.planes.columns, right.planes.columns});
+    if (dw.is_none()) throw std::bad_alloc();
+    multiply(torch, left.transposed(), right, dw, {}, nullptr, threads);
+  }
+  if (of_bias) {
+    db = torch.empty({outputs});
+    channel_sums(static_cast<const int8_t*>(errors.planes.data), rows, outputs, errors.exponent, gap,
+                 at<float>(torch.address(db)), threads);
+  }
+  return nb::make_tuple(dx, dw, db);
+}
+
+}  // namespace
