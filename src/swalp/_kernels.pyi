@@ -82,7 +82,7 @@ def quantize(
     exponent_bytes: int, rule: int, bits: int, seed: int, step: int, call: int, threads: int, /,
 ) -> bool: ...  # fmt: skip
 def pack_block(
-    torch: Torch, buffers: Buffers, fmt: Format, x: Tensor,
+    torch: Torch, buffers: Buffers, fmt: Format, x: Tensor, passed: Tensor | None,
     rule: int, bits: int, seed: int, step: int, call: int, /,
 ) -> tuple[Tensor, Tensor | None, bool] | None: ...  # fmt: skip
 def quantize_part(
@@ -161,13 +161,13 @@ def product(
 ) -> Tensor | None: ...  # fmt: skip
 def matmul_used() -> str: ...
 def linear(
-    torch: Torch, floats: Buffers, codes: Buffers, x: Tensor, fmt: Format, gap: int,
-    rule: tuple[int, int, int, int, int], weight: tuple[Tensor, Tensor | None, int],
+    torch: Torch, floats: Buffers, codes: Buffers, fmt: Format, gap: int,
+    rule: tuple[int, int, int, int, int], x: Tensor, weight: tuple[Tensor, Tensor | None, int],
     transposed: bool, bias: Tensor | tuple[Tensor, Tensor | None, int] | None, rectified: bool, /,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None: ...  # fmt: skip
 def linear_gradients(
-    torch: Torch, floats: Buffers, codes: Buffers, grad: Tensor, mine: bool,
-    passed: Tensor | None, fmt: Format, gap: int, rule: tuple[int, int, int, int, int],
+    torch: Torch, floats: Buffers, codes: Buffers, fmt: Format, gap: int,
+    rule: tuple[int, int, int, int, int], grad: Tensor, mine: bool, passed: Tensor | None,
     input: tuple[Tensor, Tensor | None, int], weight: tuple[Tensor, Tensor | None, int] | None,
     transposed: bool, of_weight: bool, of_bias: bool, /,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None] | None: ...  # fmt: skip

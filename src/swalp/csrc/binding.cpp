@@ -393,7 +393,8 @@ NB_MODULE(_kernels, m) {
   m.attr("MOVING64") = static_cast<int>(SWALP_MOVING64);
   m.attr("SUM") = static_cast<int>(SWALP_SUM);
   m.def("quantize", &quantize);
-  m.def("pack_block", &pack_block);
+  m.def("pack_block", &pack_block, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg());
   nb::class_<Layouts>(m, "Layouts")
       .def(nb::init<const Torch&, nb::handle, nb::list>())
       .def("hold", &Layouts::hold);
@@ -435,7 +436,7 @@ NB_MODULE(_kernels, m) {
   m.def("linear", &linear, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
   m.def("linear_gradients", &linear_gradients, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-        nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(),
         nb::arg());
   regions_at_fork();
   nb::class_<Buffers>(m, "Buffers")

@@ -121,27 +121,8 @@ void relu_gradient(int64_t n, const float* gradient, const uint8_t* passed, floa
                    int threads) {
   if (n < kSerial) threads = 1;
   parallel((n + 7) / 8, threads, [&](int64_t begin, int64_t end) {
-    int64_t byte = begin;
-#if defined(__AVX512F__)
-    for (; byte + 1 < end && 8 * byte + 16 <= n; byte += 2) {
-      __mmask16 keep;
-      memcpy(&keep, passed + byte, 2);
-      _mm512_storeu_ps(out + 8 * byte, _mm512_maskz_loadu_ps(keep, gradient + 8 * byte));
-    }
-#elif defined(__AVX2__)
-    const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    for (; byte < end && 8 * byte + 8 <= n; ++byte) {
-      const __m256i mine = _mm256_and_si256(_mm256_set1_epi32(passed[byte]), bit);
-      const __m256 keep = _mm256_castsi256_ps(_mm256_cmpeq_epi32(mine, bit));
-      _mm256_storeu_ps(out + 8 * byte, _mm256_and_ps(keep, _mm256_loadu_ps(gradient + 8 * byte)));
-    }
-#endif
-    for (; byte < end; ++byte) {
-      const int64_t at = 8 * byte, count = n - at < 8 ? n - at : 8;
-      const uint8_t bits = passed[byte];
-      for (int64_t i = 0; i < count; ++i)
-        out[at + i] = bits >> i & 1 ? gradient[at + i] : 0.0f;
-    }
+    const int64_t at = 8 * begin, last = 8 * end < n ? 8 * end : n;
+    keep_passed(gradient + at, passed + begin, last - at, out + at);
     return false;
   });
 }

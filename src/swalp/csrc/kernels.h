@@ -41,7 +41,8 @@ typedef struct {
 // in row-major order; otherwise row-major order is (outer, channels, positions) and memory order is
 // (outer, positions, channels), and the blocks are contiguous in memory: one dimension. With `apart`
 // axes, `x` is not dense: in row-major order it has those sizes and strides, the last stride 1, while
-// the result is dense; then one exponent is shared by all elements, or none.
+// the result is dense; then one exponent is shared by all elements, or none. With `passed`, likewise, an
+// element is 0 where its bit is.
 typedef struct {
   int32_t dims;
   int64_t size[SWALP_MAX_DIMS];    // row-major, axes merged where that changes nothing
@@ -49,6 +50,7 @@ typedef struct {
   int64_t positions, channels;
   int32_t apart;
   int64_t apart_size[SWALP_MAX_DIMS], apart_stride[SWALP_MAX_DIMS];
+  const uint8_t* passed;  // or NULL: a bit for each element
 } swalp_layout;
 
 // Quantize `x` to float32 values or integer codes in `out` (which may be `x`).

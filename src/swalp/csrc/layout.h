@@ -8,6 +8,7 @@
 #include "guess.h"
 #include "noise.h"
 #include "parallel.h"
+#include "passed.h"
 #include "spans.h"
 
 namespace {
@@ -75,9 +76,16 @@ struct Task {
     }
   }
 
+  // Whether elements are not to be read where they lie.
+  bool gathers() const { return layout.apart || layout.passed; }
+
   // n elements from `at` on, of which there are at most kChunk: where they lie, or gathered in `room`.
   const float* from(int64_t at, int64_t n, float* room) const {
-    if (!layout.apart) return x + at;
+    if (!gathers()) return x + at;
+    if (layout.passed) {  // chunks begin with a byte of it
+      keep_passed(x + at, layout.passed + at / 8, n, room);
+      return room;
+    }
     const int last = layout.apart - 1;
     const int64_t length = layout.apart_size[last];
     int64_t index[SWALP_MAX_DIMS], row = at / length, column = at % length, offset = 0;
@@ -103,7 +111,7 @@ struct Task {
 
   // What is to be gathered in pieces, and else at once: the largest of n elements from `at` on.
   Largest largest_of(int64_t at, int64_t n) const {
-    if (!layout.apart) return largest(x + at, n);
+    if (!gathers()) return largest(x + at, n);
     Largest most;
     for (int64_t done = 0; done < n; done += kChunk) {
       alignas(64) float room[kChunk];

@@ -62,9 +62,9 @@ void multiply(const Torch& torch, const Codes& left, const Codes& right, nb::han
 // or None. None, and nothing done: something has to be looked at more closely, as a NaN. Sums must fit an
 // int32. `bias`: a tensor of floats, a tuple like `weight`, or None. `transposed`: whether `weight` is
 // (inputs, outputs).
-nb::object linear(const Torch& torch, const Buffers& floats, const Buffers& buffers, nb::handle x,
-                  const swalp_format& f, int gap, const Rounding& rule, nb::tuple weight, bool transposed,
-                  nb::handle bias, bool rectified) {
+nb::object linear(const Torch& torch, const Buffers& floats, const Buffers& buffers,
+                  const swalp_format& f, int gap, const Rounding& rule, nb::handle x, nb::tuple weight,
+                  bool transposed, nb::handle bias, bool rectified) {
   Torch::Look seen, of_weight;
   Codes right;
   if (!torch.takes() || !torch.look(x, seen) || seen.seen.dims < 2) return nb::none();
@@ -82,7 +82,7 @@ nb::object linear(const Torch& torch, const Buffers& floats, const Buffers& buff
     added = Bias(torch, bias, nb::none(), nb::none(), 0);
   }
   const int threads = torch.threads();
-  const Block block = block_of(torch, buffers, f, x, rounding(rule), threads);
+  const Block block = block_of(torch, buffers, f, x, nb::none(), rounding(rule), threads);
   if (!block.codes.is_valid() || block.lost) return nb::none();
   std::vector<int64_t> shape = seen.shape();
   shape.back() = outputs;
@@ -95,14 +95,14 @@ nb::object linear(const Torch& torch, const Buffers& floats, const Buffers& buff
 }
 
 // Gradients of the input, of the weight and of the bias, or None for each that is not wanted: that of the
-// input is if there is a `weight`. None: something has to be looked at more closely; of `grad` no more may
-// have happened than that it passed ReLU.
+// input is if there is a `weight`. None, and nothing done: something has to be looked at more closely.
 //
-// `mine`: whether nobody else refers to `grad`; then it may be written to, and its memory is let go as soon
-// as there are codes of it. `passed`: a bit for each element, whether it passed ReLU, or None.
-nb::object linear_gradients(const Torch& torch, const Buffers& floats, const Buffers& buffers, nb::handle grad,
-                            bool mine, nb::handle passed, const swalp_format& f, int gap, const Rounding& rule,
-                            nb::tuple input, nb::handle weight, bool transposed, bool of_weight, bool of_bias) {
+// `mine`: whether nobody else refers to `grad`; then its memory is let go as soon as there are codes of it.
+// `passed`: a bit for each element, whether it passed ReLU, or None.
+nb::object linear_gradients(const Torch& torch, const Buffers& floats, const Buffers& buffers,
+                            const swalp_format& f, int gap, const Rounding& rule, nb::handle grad, bool mine,
+                            nb::handle passed, nb::tuple input, nb::handle weight, bool transposed,
+                            bool of_weight, bool of_bias) {
   Torch::Look seen, of_input, weight_at;
   Codes x, w;
   if (!torch.takes() || torch.negated(grad) || !torch.look(grad, seen) || seen.seen.device.type != 1) return nb::none();
@@ -115,23 +115,11 @@ nb::object linear_gradients(const Torch& torch, const Buffers& floats, const Buf
     if (transposed) w = w.transposed();
     if (w.planes.rows != outputs || (w.planes.row_stride != 1 && w.planes.column_stride != 1)) return nb::none();
   }
-  const std::vector<int64_t> shape = seen.shape();
-  std::vector<int64_t> input_shape = shape;
+  std::vector<int64_t> input_shape = seen.shape();
   input_shape.back() = x.planes.columns;
   const int threads = torch.threads();
-  nb::object gradient = nb::borrow(grad);
-  if (!passed.is_none()) {
-    const auto* const from = static_cast<const float*>(seen.data());
-    const auto* const bits = std::get<0>(elements_of<uint8_t>(torch, passed));
-    if (!mine || !Regions::any_holds(from)) gradient = floats.floats(torch, shape);
-    if (gradient.is_none()) return nb::none();
-    auto* const to = at<float>(torch.address(gradient));
-    nb::gil_scoped_release unlocked;
-    swalp_relu_gradient(rows * outputs, from, bits, to, threads);
-  }
-  const Block block = block_of(torch, buffers, f, gradient, rounding(rule), threads);
+  const Block block = block_of(torch, buffers, f, grad, passed, rounding(rule), threads);
   if (!block.codes.is_valid() || block.lost) return nb::none();
-  gradient.reset();
   if (mine) grad.attr("set_")();
   const Codes errors = matrix(torch, block, gap, outputs);
   nb::object dx = nb::none(), dw = nb::none(), db = nb::none();

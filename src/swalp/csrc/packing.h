@@ -83,9 +83,10 @@ struct Block {
   bool lost = false;
 };
 
-// Of a contiguous tensor; without codes, and nothing done: it is something else.
+// Of a contiguous tensor; without codes, and nothing done: it is something else. `passed`: a tensor of bits,
+// where elements count as they are and not as 0, or None.
 Block block_of(const Torch& torch, const Buffers& buffers, const swalp_format& f, nb::handle x,
-               const swalp_rounding& r, int threads) {
+               nb::handle passed, const swalp_rounding& r, int threads) {
   Torch::Look seen;
   if (torch.negated(x) || !torch.look(x, seen) || seen.seen.device.type != 1) return {};
   const int64_t count = seen.count();
@@ -94,7 +95,9 @@ Block block_of(const Torch& torch, const Buffers& buffers, const swalp_format& f
   Block made = {buffers.codes(torch, shape), nb::none()};
   if (f.blocked) made.exponent = buffers.codes(torch, std::vector<int64_t>(shape.size(), 1));
   if (made.codes.is_none() || made.exponent.is_none() == (f.blocked != 0)) return {};
-  made.lost = quantize(f, flat(count), reinterpret_cast<uintptr_t>(seen.data()), torch.address(made.codes),
+  swalp_layout layout = flat(count);
+  if (!passed.is_none()) layout.passed = at<uint8_t>(torch.address(passed));
+  made.lost = quantize(f, layout, reinterpret_cast<uintptr_t>(seen.data()), torch.address(made.codes),
                        SWALP_CODE8, f.blocked ? torch.address(made.exponent) : 0, 1, r.rule, r.bits, r.seed,
                        r.step, r.call, threads);
   return made;
@@ -102,9 +105,9 @@ Block block_of(const Torch& torch, const Buffers& buffers, const swalp_format& f
 
 // Codes, exponent, and whether a NaN was lost; None, and nothing done: as above.
 nb::object pack_block(const Torch& torch, const Buffers& buffers, const swalp_format& f, nb::handle x,
-                      int32_t rule, int32_t bits, uint64_t seed, uint32_t step, uint32_t call) {
+                      nb::handle passed, int32_t rule, int32_t bits, uint64_t seed, uint32_t step, uint32_t call) {
   if (!torch.takes()) return nb::none();
-  const Block made = block_of(torch, buffers, f, x, {rule, bits, seed, step, call}, torch.threads());
+  const Block made = block_of(torch, buffers, f, x, passed, {rule, bits, seed, step, call}, torch.threads());
   if (!made.codes.is_valid()) return nb::none();
   return nb::make_tuple(made.codes, made.exponent, made.lost);
 }

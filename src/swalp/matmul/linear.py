@@ -164,17 +164,18 @@ class _Linear(torch.autograd.Function):
         of_input, of_weight, of_bias, _ = ctx.needs_input_grad
         weights = weight_operand(weight, call.weight_format) if of_input else None
         if call.handed.at_once:
-            found = passes.backward(
+            gradients = passes.backward(
                 grad, mine, passed, call.error, inputs, weights, call.transposed, of_weight, of_bias
             )
-            if found is not None:
-                return *found, None
-        if passed is not None:
+            if gradients is not None:
+                return *gradients, None
+        found = None if passed is None else passes.errors(grad, passed, call.error)
+        if passed is not None and found is None:
             gradient = relu.gradient(grad, passed, mine)
             if gradient is not grad:
                 let_go(grad, mine)
             grad, mine = gradient, True
-        errors = rows(operand(grad, call.error))
+        errors = rows(found or operand(grad, call.error))
         let_go(grad, mine)
         dx = dw = db = None
         if weights is not None:

@@ -7,6 +7,8 @@ for an int32, these do nothing, and `linear` goes on step by step, to the same n
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from swalp import buffers
@@ -39,21 +41,14 @@ def forward(
         transposed: whether `weight` is (inputs, outputs).
         rectified: whether ReLU follows.
     """
-    if buffers.floats is None or buffers.codes is None or not isinstance(weight, Operand):
+    how = _compiled(activation)
+    if how is None or not isinstance(weight, Operand) or not kernels.in_one_pass(x.shape[-1]):
         return None
-    plan, rule = plan_of(activation[0]), _fixed(activation[1])
-    if not plan.shapeless or plan.gap is None or rule is None:
-        return None
-    if not kernels.in_one_pass(x.shape[-1]):
-        return None
-    found = _kernels.linear(
-        TORCH, buffers.floats, buffers.codes, x, plan.without_nan(), plan.gap, rule, weight,
-        transposed, bias, rectified,
-    )  # fmt: skip
+    found = _kernels.linear(TORCH, *how, x, weight, transposed, bias, rectified)
     if found is None:
         return None
     y, codes, exponent, passed = found
-    return y, Operand(codes, exponent, plan.gap), passed
+    return y, Operand(codes, exponent, how.gap), passed
 
 
 def backward(
@@ -70,8 +65,7 @@ def backward(
     """Gradients of a linear layer: of its input, if there is a `weight`, of its weight and bias.
 
     Args:
-        grad: of the result, (..., outputs). If they are None, it is as it was, but perhaps 0 where
-            nothing passed.
+        grad: of the result, (..., outputs). If they are None, it is as it was.
         mine: whether nobody else refers to `grad`; then it has no elements any more.
         passed: what `forward` gave.
         error: of `grad`.
@@ -81,22 +75,49 @@ def backward(
         of_weight: whether its gradient is wanted.
         of_bias: likewise.
     """
-    if buffers.floats is None or buffers.codes is None or not isinstance(inputs, Operand):
+    how, outputs = _compiled(error), grad.shape[-1]
+    if how is None or not isinstance(inputs, Operand) or isinstance(weight, Tensor):
         return None
-    plan, rule = plan_of(error[0]), _fixed(error[1])
-    if not plan.shapeless or plan.gap is None or rule is None or isinstance(weight, Tensor):
-        return None
-    outputs = grad.shape[-1]
     if not kernels.in_one_pass(max(outputs, grad.numel() // max(outputs, 1))):
         return None
     return _kernels.linear_gradients(
-        TORCH, buffers.floats, buffers.codes, grad, mine, passed, plan.without_nan(), plan.gap,
-        rule, inputs, weight, transposed, of_weight, of_bias,
-    )  # fmt: skip
+        TORCH, *how, grad, mine, passed, inputs, weight, transposed, of_weight, of_bias
+    )
 
 
-def _fixed(rounding: Rounding) -> tuple[int, int, int, int, int] | None:
-    """As the kernels take it; None if each use has noise of its own."""
-    if type(rounding) is Stochastic and rounding.seed is None:
+def errors(grad: Tensor, passed: Tensor, error: tuple[Format, Rounding]) -> Operand | None:
+    """`grad` where elements passed ReLU, else 0, in codes: never in floats.
+
+    Args:
+        grad: float32.
+        passed: a bit for each of its elements.
+        error: how it is rounded.
+    """
+    how = _compiled(error)
+    if how is None:
         return None
-    return rule_arguments(rounding)
+    found = _kernels.pack_block(TORCH, how.codes, how.format, grad, passed, *how.rule)
+    if found is None or found[2]:  # a NaN
+        return None
+    return Operand(found[0], found[1], how.gap)
+
+
+class _Compiled(NamedTuple):
+    """How the kernels round a tensor, and where their results lie."""
+
+    floats: _kernels.Buffers
+    codes: _kernels.Buffers
+    format: _kernels.Format
+    gap: int
+    rule: tuple[int, int, int, int, int]
+
+
+def _compiled(quantization: tuple[Format, Rounding]) -> _Compiled | None:
+    """None: the kernels cannot, or must not try."""
+    fmt, rounding = quantization
+    plan, floats, codes = plan_of(fmt), buffers.floats, buffers.codes
+    if floats is None or codes is None or not plan.shapeless or plan.gap is None:
+        return None
+    if type(rounding) is Stochastic and rounding.seed is None:  # a seed of its own for each use
+        return None
+    return _Compiled(floats, codes, plan.without_nan(), plan.gap, rule_arguments(rounding))

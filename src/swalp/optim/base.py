@@ -208,11 +208,11 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         """
 
         def hook(parameter: Tensor, name: str, number: int) -> None:
-            if parameter.grad is None:  # another hook was first
+            gradient = parameter.grad
+            if gradient is None:  # another hook was first
                 return
-            with torch.no_grad():  # the group of now: loading a state makes new ones
-                update = [(name, parameter, parameter.grad)]
-                self._update_group(update, self.param_groups[number])
+            # The group of now: loading a state makes new ones.
+            self._update_group([(name, parameter, gradient)], self.param_groups[number])
             parameter.grad = None
 
         return [
@@ -232,19 +232,24 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             # Not a decorator, which would import all of Dynamo.
             torch.compiler.disable(self._update_group)(parameters, group)  # type: ignore[no-untyped-call]  # PyTorch has no type
             return
-        for name, _, gradient in parameters:  # all, before any is updated
+        ready: dict[tuple[bool, bool], list[fused.Prepared]] = {}
+        others = []
+        for name, parameter, gradient in parameters:
+            prepared = self._kernel(name, parameter, gradient, group)
+            if prepared is None:
+                others.append((name, parameter, gradient))
+            else:
+                ready.setdefault(prepared.kind, []).append(prepared)
+        for name, _, gradient in others:  # all, before any is updated
             if gradient.layout is not torch.strided and self.recipe_of(name) is not None:
                 raise ValueError(
                     f"{type(self).__name__}: the gradient of {name!r} is sparse, which no recipe "
                     f"quantizes; make it dense, as with nn.Embedding(sparse=False)"
                 )
-        ready: dict[tuple[bool, bool], list[fused.Prepared]] = {}
-        for name, parameter, gradient in parameters:
-            prepared = self._kernel(name, parameter, gradient, group)
-            if prepared is None:
-                self._update(name, parameter, gradient, group)
-            else:
-                ready.setdefault(prepared.kind, []).append(prepared)
+        if others:
+            with torch.no_grad():
+                for each in others:
+                    self._update(*each, group)
         for (packed, rounds), all_prepared in ready.items():
             outcome = self._run([one.kernel for one in all_prepared], packed, rounds, group)
             for one in all_prepared:

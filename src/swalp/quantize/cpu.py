@@ -144,7 +144,7 @@ def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, T
         return codes, definition.pack(x, fmt, rounding)[1], False
     rule = rule_arguments(rounding)
     if plan.shapeless and plan.gap is not None and buffers.codes is not None:
-        at_once = _kernels.pack_block(TORCH, buffers.codes, plan.without_nan(), x, *rule)
+        at_once = _kernels.pack_block(TORCH, buffers.codes, plan.without_nan(), x, None, *rule)
         if at_once is not None:
             return at_once
     if x.is_neg():
