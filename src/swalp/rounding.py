@@ -95,7 +95,8 @@ class Stochastic:
     def at(self, step: int, call: int = 0) -> Stochastic:
         """The same rule at another step."""
         # As `replace`, in a fraction of its time: every layer needs it in every pass.
-        _require_counters(step, call)
+        if not (type(step) is type(call) is int and 0 <= step < 1 << 32 and 0 <= call < 1 << 32):
+            _require_counters(step, call)
         moved = object.__new__(Stochastic)
         set_field = object.__setattr__
         set_field(moved, "seed", self.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from swalp.matmul.linear import Quantization, linear
 from swalp.packed import PackedTensor
 from swalp.quantize.storage import has_memory
 
+_NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 _CONV1D = "transformers.pytorch_utils.Conv1D.forward"  # a linear layer, its weight transposed
 
 
@@ -44,7 +46,7 @@ def on_integers(layer: NativeLinear, x: Tensor, rectified: bool = False) -> Tens
     if not runs(x, weight, bias, weight.shape[1 if transposed else 0]):
         return None
     activation, error = moments(layer, x)
-    with paused():
+    with paused() if torch._C._len_torch_function_stack() else _NOTHING:
         return linear(
             x, weight, bias, fmt, activation, error, transposed=transposed, rectified=rectified
         )

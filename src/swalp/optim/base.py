@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -217,7 +218,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
 
         return [
             parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]  # PyTorch has no type
-                lambda parameter, name=name, number=number: hook(parameter, name, number)
+                partial(hook, name=name, number=number)
             )
             for number, (_, parameters) in enumerate(self._groups())
             for name, parameter in parameters
