@@ -220,6 +220,43 @@ def test_gradients_that_others_hold_or_that_lie_otherwise(rectified, monkeypatch
             same(found, run(x, weight, bias, each, rectified=rectified))
 
 
+@pytest.mark.parametrize("rectified", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_packed_gradient(bits, rectified):
+    *given, grad = tensors((6, 16), 32, True, False, True)
+    packed = swalp.pack(grad, BlockFloat(bits), Nearest())
+    same(
+        run(*given, packed, rectified=rectified),
+        run(*given, packed.dequantize(), rectified=rectified),
+    )
+
+
+@pytest.mark.parametrize("columns", [8, 64, 10_000])
+def test_a_weight_that_became_another_is_refused(columns):
+    x, weight, _, grad = tensors((6, 16), 32, False, False, False)
+    x.requires_grad_()
+    y = linear(x, weight.requires_grad_(), None, EIGHT, (EIGHT, NOISY), (EIGHT, NOISY))
+    weight.data = swalp.quantize(torch.randn(32, columns), EIGHT, Nearest())
+    with pytest.raises(RuntimeError, match="invalid gradient"):
+        torch.autograd.grad(y, x, grad)
+
+
+def test_what_was_saved_may_come_back_elsewhere():
+    given = tensors((6, 16), 32, True, False, True)
+
+    def apart(x):
+        if type(x) is not torch.Tensor or x.dtype == torch.float32:
+            return x
+        room = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
+        room[..., ::2] = x
+        return room[..., ::2]
+
+    for rectified in (False, True):
+        expected = run(*given, rectified=rectified)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, apart):
+            same(run(*given, rectified=rectified), expected)
+
+
 def test_a_gradient_is_let_go_unless_somebody_holds_it():
     x, weight, bias, _ = tensors((64, 96), 2048, True, False, True)
     x.requires_grad_()

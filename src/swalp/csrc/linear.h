@@ -3,6 +3,7 @@
 #pragma once
 #include <nanobind/nanobind.h>
 
+#include <stdexcept>
 #include <tuple>
 #include <vector>
 
@@ -28,7 +29,7 @@ struct Codes {
   Codes transposed() const { return {planes.transposed(), exponent, gap}; }
 };
 
-// Of the parts of such a tuple; false: it is something else.
+// Of the parts of such a tuple; false: it is something else, or not readable.
 bool codes_of(const Torch& torch, nb::tuple operand, Codes& found, Torch::Look& at) {
   if (!torch.look(operand[0], at) || !Torch::is(at.seen, 0, 8) || at.seen.dims < 2) return false;
   const auto [raised, count] = elements_of<int8_t>(torch, operand[1]);
@@ -42,7 +43,7 @@ bool codes_of(const Torch& torch, nb::tuple operand, Codes& found, Torch::Look& 
     const int64_t width = at.seen.shape[at.seen.dims - 1];
     found.planes = Planes(at.data(), width ? at.count() / width : 0, width);
   }
-  return true;
+  return found.planes.readable();
 }
 
 Codes matrix(const Torch& torch, const Block& block, int gap, int64_t width) {
@@ -55,7 +56,8 @@ Codes matrix(const Torch& torch, const Block& block, int gap, int64_t width) {
 void multiply(const Torch& torch, const Codes& left, const Codes& right, nb::handle out, const Bias& bias,
               uint8_t* passed, int threads) {
   const Planes to(reinterpret_cast<void*>(torch.address(out)), left.planes.rows, right.planes.columns);
-  multiply(left, right, to, false, int64_t{left.gap} + right.gap, bias, passed, threads);
+  if (!multiply(left, right, to, false, int64_t{left.gap} + right.gap, bias, passed, threads))
+    throw std::logic_error("a linear layer of no inputs, or of codes that no kernel reads");
 }
 
 // The result for `x`, its codes, their exponent or None, and a bit for each element whether it passed ReLU,
@@ -72,7 +74,6 @@ nb::object linear(const Torch& torch, const Buffers& floats, const Buffers& buff
   if (!transposed) right = right.transposed();
   const int64_t inputs = right.planes.rows, outputs = right.planes.columns;
   if (!inputs || !outputs || seen.seen.shape[seen.seen.dims - 1] != inputs || !seen.count()) return nb::none();
-  if (right.planes.row_stride != 1 && right.planes.column_stride != 1) return nb::none();
   if (rectified && outputs % 16) return nb::none();
   Bias added;
   if (nb::isinstance<nb::tuple>(bias)) {
@@ -113,7 +114,7 @@ nb::object linear_gradients(const Torch& torch, const Buffers& floats, const Buf
   if (!weight.is_none()) {
     if (!codes_of(torch, nb::borrow<nb::tuple>(weight), w, weight_at) || weight_at.seen.dims != 2) return nb::none();
     if (transposed) w = w.transposed();
-    if (w.planes.rows != outputs || (w.planes.row_stride != 1 && w.planes.column_stride != 1)) return nb::none();
+    if (w.planes.rows != outputs || w.planes.columns != x.planes.columns) return nb::none();
   }
   std::vector<int64_t> input_shape = seen.shape();
   input_shape.back() = x.planes.columns;

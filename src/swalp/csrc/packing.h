@@ -91,12 +91,16 @@ Block block_of(const Torch& torch, const Buffers& buffers, const swalp_format& f
   if (torch.negated(x) || !torch.look(x, seen) || seen.seen.device.type != 1) return {};
   const int64_t count = seen.count();
   if (!Torch::is(seen.seen, 2, 32) || !count || !seen.contiguous()) return {};
+  swalp_layout layout = flat(count);
+  if (!passed.is_none()) {
+    Torch::Look bits;
+    if (!torch.look(passed, bits) || !bits.contiguous() || 8 * bits.count() < count) return {};
+    layout.passed = static_cast<const uint8_t*>(bits.data());
+  }
   const std::vector<int64_t> shape = seen.shape();
   Block made = {buffers.codes(torch, shape), nb::none()};
   if (f.blocked) made.exponent = buffers.codes(torch, std::vector<int64_t>(shape.size(), 1));
   if (made.codes.is_none() || made.exponent.is_none() == (f.blocked != 0)) return {};
-  swalp_layout layout = flat(count);
-  if (!passed.is_none()) layout.passed = at<uint8_t>(torch.address(passed));
   made.lost = quantize(f, layout, reinterpret_cast<uintptr_t>(seen.data()), torch.address(made.codes),
                        SWALP_CODE8, f.blocked ? torch.address(made.exponent) : 0, 1, r.rule, r.bits, r.seed,
                        r.step, r.call, threads);

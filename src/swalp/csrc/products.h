@@ -36,6 +36,9 @@ struct Planes {
     settle();
   }
 
+  // Whether the kernels can read it as an operand: rows or columns lie one after another.
+  bool readable() const { return row_stride == 1 || column_stride == 1; }
+
   Planes transposed() const {
     Planes turned = *this;
     std::swap(turned.rows, turned.columns);
@@ -92,8 +95,7 @@ bool multiply(const Operand& left, const Operand& right, const Planes& to, bool 
               const Bias& bias, uint8_t* passed, int threads) {
   const Planes &a = left.codes, &b = right.codes;
   if (!a.batch || !a.rows || !b.columns) return true;  // there is nothing to write
-  if (!a.columns || (a.row_stride != 1 && a.column_stride != 1) || (b.row_stride != 1 && b.column_stride != 1))
-    return false;
+  if (!a.columns || !a.readable() || !b.readable()) return false;
   swalp_matmul t = {};
   t.batch = a.batch, t.m = a.rows, t.n = b.columns, t.k = a.columns;
   t.left = static_cast<const int8_t*>(a.data);

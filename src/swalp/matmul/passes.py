@@ -16,6 +16,7 @@ from swalp.formats import Format
 from swalp.matmul import kernels
 from swalp.matmul.operands import Operand
 from swalp.quantize.plans import available, plan_of, rule_arguments
+from swalp.quantize.storage import has_memory
 from swalp.rounding import Rounding, Stochastic
 
 if available:
@@ -78,6 +79,8 @@ def backward(
     how, outputs = _compiled(error), grad.shape[-1]
     if how is None or not isinstance(inputs, Operand) or isinstance(weight, Tensor):
         return None
+    if not has_memory(grad):
+        return None
     if not kernels.in_one_pass(max(outputs, grad.numel() // max(outputs, 1))):
         return None
     return _kernels.linear_gradients(
@@ -94,7 +97,7 @@ def errors(grad: Tensor, passed: Tensor, error: tuple[Format, Rounding]) -> Oper
         error: how it is rounded.
     """
     how = _compiled(error)
-    if how is None:
+    if how is None or not has_memory(grad):
         return None
     found = _kernels.pack_block(TORCH, how.codes, how.format, grad, passed, *how.rule)
     if found is None or found[2]:  # a NaN

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from swalp import buffers
+from swalp.matmul.operands import floats
 from swalp.matmul.owned import place
 from swalp.quantize import plans
 
@@ -34,7 +35,7 @@ def bits(count: int) -> Tensor:
 
 def gradient(grad: Tensor, passed: Tensor, mine: bool, channels_last: bool = False) -> Tensor:
     """`grad` where the elements `passed`, else 0; in its place, if it is `mine` and in order."""
-    grad = grad.resolve_neg()
+    grad, passed = floats(grad).resolve_neg(), passed.contiguous()
     laid = (grad.movedim(1, -1) if channels_last else grad).contiguous()
     result = place(grad, mine, channels_last)
     _kernels.relu_gradient(
