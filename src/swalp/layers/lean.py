@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from swalp import buffers
+from swalp.layers.products import integers
 from swalp.layers.single import QuantizedLayer
 from swalp.matmul import relu
 from swalp.matmul.again import Again, again_of
 from swalp.matmul.once import once
 from swalp.matmul.owned import alone, place, references
 from swalp.packed import PackedTensor
-from swalp.quantize import plans, storage
+from swalp.quantize import plans
 
 if plans.available:
     from swalp import _kernels
@@ -137,16 +138,7 @@ class LeanBatchNorm(QuantizedLayer):
 
 
 def _plain(x: Tensor) -> bool:
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-        and x.dtype == torch.float32
-        and storage.has_memory(x)
-        and x.numel() > 0
-        and not x.is_neg()
-    )
+    return integers(x) and x.numel() > 0 and not x.is_neg()
 
 
 def _keeps(x: Tensor) -> bool:

@@ -40,7 +40,8 @@ class NativeLinear(QuantizedLayer):
 
 def on_integers(layer: NativeLinear, x: Tensor, rectified: bool = False) -> Tensor | None:
     """What a linear layer makes of `x`, or ReLU of it; None if its products are simulated now."""
-    weight, bias, fmt = layer.weight, layer.bias, layer._swalp_layer.weight_format
+    weight, bias = parameter_of(layer, "weight"), parameter_of(layer, "bias")
+    fmt = layer._swalp_layer.weight_format
     assert fmt is not None  # `convert` chose a layer that has one
     transposed = _is_conv1d(layer._swalp_kind)
     if not runs(x, weight, bias, weight.shape[1 if transposed else 0]):
@@ -50,6 +51,12 @@ def on_integers(layer: NativeLinear, x: Tensor, rectified: bool = False) -> Tens
         return linear(
             x, weight, bias, fmt, activation, error, transposed=transposed, rectified=rectified
         )
+
+
+def parameter_of(layer: Any, name: str) -> Any:
+    """What a module has by that name: of its parameters sooner than `getattr` finds it."""
+    parameters = layer._parameters
+    return parameters[name] if name in parameters else getattr(layer, name)
 
 
 def is_linear(kind: type[nn.Module]) -> bool:

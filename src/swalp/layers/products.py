@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C import _are_functorch_transforms_active, _is_tracing
+from torch.compiler import is_compiling
 
 from swalp.layers.base import Lowered
 from swalp.layers.sites import Site
@@ -23,10 +25,10 @@ _USES = 1 << 16  # of a site in one forward pass of its module: half of the 32-b
 def integers(x: Tensor) -> bool:
     """Whether integer products can take this operand now; if not, they are simulated."""
     return (
-        not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
+        not is_compiling()
+        and not _is_tracing()
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
+        and not _are_functorch_transforms_active()
         and x.dtype == torch.float32
         and has_memory(x)
     )
@@ -84,7 +86,7 @@ class Products:
         """Whether it is a parameter, or what `torch.func.functional_call` has for one."""
         if isinstance(x, nn.Parameter):
             return True
-        if self.module is None or torch.compiler.is_compiling():
+        if self.module is None or is_compiling():
             return False
         if self.swapped is None:
             found = (p for part in self.module.modules() for p in part._parameters.values())

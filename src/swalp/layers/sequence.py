@@ -11,7 +11,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from swalp.layers.base import Quantized
 from swalp.layers.lean import LeanReLU
-from swalp.layers.native import NativeLinear, on_integers
+from swalp.layers.native import NativeLinear, on_integers, parameter_of
 
 
 class NativeSequential(Quantized):
@@ -45,7 +45,7 @@ def _are_one(layer: nn.Module, after: nn.Module, x: Any) -> TypeGuard[NativeLine
         and isinstance(after, LeanReLU)
         and isinstance(x, Tensor)
         and torch.is_grad_enabled()
-        and (x.requires_grad or layer.weight.requires_grad)
+        and (x.requires_grad or parameter_of(layer, "weight").requires_grad)
         and not (_is_watched(layer) or _is_watched(after) or _has_any_global_hook())  # type: ignore[no-untyped-call]  # PyTorch ships no type
     )
 

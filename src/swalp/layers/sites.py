@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _current_graph_task_id
+from torch.compiler import is_compiling
 
 from swalp.formats import Format
 from swalp.matmul.attention import Guesses
@@ -73,12 +75,12 @@ class NoiseClock:
         if self._since:
             # A new one: what awaits its backward keeps the old one.
             counter = self._counter + self._since
-            self._counter = counter if torch.compiler.is_compiling() else _unwrapped(counter)
+            self._counter = counter if is_compiling() else _unwrapped(counter)
             self._since = 0
 
     def tick(self) -> None:
         """A training pass begins."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             self._counter = self.counter + 1
             self._counts = True
         else:
@@ -114,7 +116,7 @@ class NoiseClock:
 
 def in_backward() -> bool:
     """Whether this runs inside a backward pass: activation checkpointing runs layers again."""
-    return torch._C._current_graph_task_id() != -1
+    return _current_graph_task_id() != -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,7 @@ class Site:
         else:
             if call is None:
                 call = self.begin()
-            step = self.clock.counter if torch.compiler.is_compiling() else self.clock.step
+            step = self.clock.counter if is_compiling() else self.clock.step
         transformed = torch._C._are_functorch_transforms_active()
         function: Any = _TransformableSite if transformed else _Site
         result: Tensor = function.apply(x, self.activation, self.error, step, call)
@@ -193,7 +195,7 @@ class Site:
     def begin(self) -> int:
         """How many times the layer has run in this pass, so that each run has its own noise."""
         uses, key = self.clock.uses, f"{self.place} of {self.name}"
-        if not torch.compiler.is_compiling() and in_backward():
+        if not is_compiling() and in_backward():
             self._repeat(key)
             return 0
         run = uses.get(key, 0)

@@ -11,6 +11,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
 from swalp._validation import require_int
@@ -229,7 +230,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         self, parameters: list[tuple[str, Tensor, Tensor]], group: dict[str, Any]
     ) -> None:
         """Update named parameters with gradients, in one compiled call as far as possible."""
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             # Not a decorator, which would import all of Dynamo.
             torch.compiler.disable(self._update_group)(parameters, group)  # type: ignore[no-untyped-call]  # PyTorch has no type
             return
