@@ -15,6 +15,7 @@ from swalp import BlockFloat, Stochastic
 from swalp.layers.native import NativeLinear
 from swalp.layers.native_convolution import ChannelsLast
 from swalp.matmul import again, attention
+from swalp.matmul.operands import Operand
 from swalp.recipes import Override, Quantizer, Recipe
 
 EIGHT = Quantizer(BlockFloat(8), Stochastic(random_bits=16))
@@ -274,8 +275,21 @@ class Masked(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v, **options)
 
 
+@pytest.fixture(params=[1, 2, None], ids=["each", "two", "all"])
+def together(request, monkeypatch):
+    """How many samples are worked on at a time; None: as many as their size allows."""
+    if request.param is not None:
+        found = attention._together
+
+        def some(q, k):
+            samples, count = found(q, k)[-1].stop, request.param
+            return [slice(at, min(at + count, samples)) for at in range(0, samples, count)]
+
+        monkeypatch.setattr(attention, "_together", some)
+
+
 @pytest.mark.parametrize("mask", ["none", "boolean", "each", "added", "scale"])
-def test_attention_whole_equals_its_two_products(mask):
+def test_attention_whole_equals_its_two_products(mask, together):
     generator = torch.Generator().manual_seed(1)
 
     def tensor(*shape, size=1.0):
@@ -304,13 +318,28 @@ def test_attention_whole_equals_its_two_products(mask):
     assert not swalp.noise_clock(low[1]).hints
 
 
+def test_small_samples_are_worked_on_together():
+    def of(samples, heads, rows, columns):
+        q, k = (
+            Operand(torch.empty(samples, heads, n, 8, dtype=torch.int8), None, 0)
+            for n in (rows, columns)
+        )
+        return [(some.start, some.stop) for some in attention._together(q, k)]
+
+    assert of(8, 12, 512, 512) == [(i, i + 1) for i in range(8)]
+    assert of(32, 4, 64, 64) == [(0, 32)]
+    assert of(5, 4, 128, 512) == [(0, 2), (2, 4), (4, 5)]
+    assert of(3, 4, 4096, 512) == [(0, 2), (2, 3)]  # by bands
+    assert of(1, 1, 1, 1) == [(0, 1)]
+
+
 BANDS = [(300, 300), (130, 300), (300, 130), (128, 257), (129, 128), (16, 1), (1, 300), (257, 256)]
 LARGE = [(0.1, 1.0), (30.0, 1.0), (1.0, 1.0), (1e17, 1.0), (1.0, 1e17)]
 
 
 @pytest.mark.parametrize("lengths", BANDS, ids=str)
 @pytest.mark.parametrize("mask", ["causal", "none", "rows", "all", "each head"])
-def test_attention_in_bands_equals_its_two_products(lengths, mask):
+def test_attention_in_bands_equals_its_two_products(lengths, mask, together):
     """With scores, or errors of probabilities, that come near infinity, too."""
     rows, columns = lengths
     generator = torch.Generator().manual_seed(1)
@@ -347,13 +376,13 @@ def test_samples_are_run_with_the_exponent_of_all():
     for own in ([0, -3, 2, 1], [2, 2, 2, 2], [-5, -7, -6, -5], [2, 3, 2, 3], [2, 2, 2, 2]):
         count = 0
 
-        def run(i, exponent, own=own):
+        def run(some, exponent, own=own):
             nonlocal count
             count += 1
-            ran[i] = exponent
-            return own[i]
+            ran[some] = [exponent]
+            return own[some.start]
 
-        assert attention._settle(run, 4, guess) == max(own)
+        assert attention._settle(run, [slice(i, i + 1) for i in range(4)], guess) == max(own)
         assert ran == [max(own)] * 4
         runs.append(count)
     # Guesses: 0 until 2 is as frequent, of such the lowest; in the end 2.

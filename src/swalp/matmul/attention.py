@@ -1,6 +1,7 @@
-"""Attention whose products run on integers, one sample at a time, its probabilities not kept.
+"""Attention whose products run on integers, some samples at a time, its probabilities not kept.
 
-Of a sample `BAND` rows of scores at a time are worked on, which stay in a cache. If the mask is
+Of large samples, one at a time, `BAND` rows of scores are worked on, which stay in a cache; small
+ones are taken together, as far as their scores do, too. If the mask is
 causal, what it hides of the columns after a band is left out: there all probabilities are zero, and
 so are their codes, whatever the noise, and sums of integers do not change by them.
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import multimode
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ if plans.available:
     from swalp import _kernels
 
 BAND = 128  # a multiple of the longest vectors, so that PyTorch adds a row in the same order
+_TOGETHER = 1 << 19  # scores that are worked on at a time, if they are of several samples
 _LARGE = 100  # log2 of numbers that are far from infinite
 
 
@@ -127,20 +129,20 @@ class _Attention(torch.autograd.Function):
         # Heads of a position side by side, as PyTorch has them: who joins them has nothing to copy.
         samples, heads, length = query.shape[:-1]
         out = whole(buffers.empty(samples, length, heads, value.shape[-1]).transpose(1, 2))
-        codes = _codes_of_sample(q, k)
+        codes = _codes_of_some(q, k)
 
-        def run(i: int, guess: int) -> int:
-            block = _Block(probabilities, codes, i, guess)
+        def run(some: slice, guess: int) -> int:
+            block = _Block(probabilities, codes, heads, some, guess)
             own = []
             for rows in _bands(q):
                 columns = _seen(rows, k, scores.causal)
-                p = scores.softmax(i, rows, columns)
+                p = scores.softmax(some, rows, columns)
                 own.append(block.round(p, rows, columns))
-                values = _part(v, i, columns, 2).transpose()
-                product_into(out[i, :, rows], block.part(rows, columns), values)
+                values = _part(v, some, columns, 2).transpose()
+                _write(out[some, :, rows], block.part(rows, columns), values)
             return max(own)
 
-        ctx.exponent = _settle(run, len(out), guesses.probabilities)
+        ctx.exponent = _settle(run, _together(q, k), guesses.probabilities)
         return out
 
     @staticmethod
@@ -158,30 +160,31 @@ class _Attention(torch.autograd.Function):
         assert gap is not None
         e = Operand(codes, exponents, gap)
         narrow = scores.causal and not _may_be_large(e, v, 1.0)  # 0 * infinity is NaN
-        p_codes, s_codes = _codes_of_sample(q, k), _codes_of_sample(q, k)
+        p_codes, s_codes = _codes_of_some(q, k), _codes_of_some(q, k)
+        heads = q.codes.shape[1]
 
-        def run(i: int, guess: int) -> int:
-            p_block = _Block(probabilities, p_codes, i, ctx.exponent)
-            s_block = _Block(score_error, s_codes, i, guess)
+        def run(some: slice, guess: int) -> int:
+            p_block = _Block(probabilities, p_codes, heads, some, ctx.exponent)
+            s_block = _Block(score_error, s_codes, heads, some, guess)
             own = []
             for rows in _bands(q):
                 columns = _seen(rows, k, narrow)
-                p = scores.softmax(i, rows, columns)
+                p = scores.softmax(some, rows, columns)
                 p_block.round(p, rows, columns)
-                dp = product(_part(e, i, rows), _part(v, i, columns, 2))
+                dp = product(_part(e, some, rows), _part(v, some, columns, 2))
                 torch.ops.aten._softmax_backward_data.out(dp, p, -1, torch.float32, grad_input=dp)
                 own.append(s_block.round(dp.mul_(scores.factor), rows, columns))
-                product_into(dq[i, :, rows], s_block.part(rows, columns), _part(k, i, columns))
+                _write(dq[some, :, rows], s_block.part(rows, columns), _part(k, some, columns))
             for columns in _bands(k):
                 rows = slice(columns.start if narrow else 0, q.codes.shape[2])
                 left = p_block.part(rows, columns).transpose()
-                product_into(dv[i, :, columns], left, _part(e, i, rows))
+                _write(dv[some, :, columns], left, _part(e, some, rows))
                 left = s_block.part(rows, columns).transpose()
-                product_into(dk[i, :, columns], left, _part(q, i, rows))
+                _write(dk[some, :, columns], left, _part(q, some, rows))
             return max(own)
 
         try:
-            _settle(run, len(dq), guesses.errors)
+            _settle(run, _together(q, k), guesses.errors)
         except FloatingPointError:  # errors of the scores are NaN
             return (*_in_float(ctx, scores, v, grad), *[None] * 7)
         if ctx.room is not None:
@@ -214,7 +217,8 @@ def _in_float(ctx: Any, scores: _Scores, v: Operand, grad: Tensor) -> tuple[Tens
     q, k = scores.q, scores.k
     probabilities, (score_error, error), *_ = ctx.settings
     every = slice(0, q.codes.shape[2]), slice(0, k.codes.shape[2])
-    p = torch.stack([scores.softmax(i, *every) for i in range(len(grad))])
+    p = scores.softmax(slice(0, len(grad)), *every)
+    p = p.view(*grad.shape[:2], *p.shape[1:])
     e = operand(grad, error)
     dv = product(transpose(operand(p, probabilities)), e)
     dp = torch.ops.aten._softmax_backward_data(product(e, v), p, -1, torch.float32)
@@ -225,23 +229,23 @@ def _in_float(ctx: Any, scores: _Scores, v: Operand, grad: Tensor) -> tuple[Tens
     return product(s, k), product(transpose(s), q), dv
 
 
-def _settle(run: Callable[[int, int], int], samples: int, guess: Guess) -> int:
-    """Run all samples with the exponent of the whole: the largest that one of them has.
+def _settle(run: Callable[[slice, int], int], samples: Sequence[slice], guess: Guess) -> int:
+    """Run all samples with the exponent of the whole: the largest that some of them have.
 
-    A sample is run again if it was run with another.
+    Those that were run with another are run again.
 
     Args:
-        run: of a sample, with an exponent; returns that of the sample.
-        samples: how many there are.
+        run: of some samples, with an exponent; returns theirs.
+        samples: those to run together.
         guess: of the exponent.
     """
     exponent = guess.next()
-    used: list[int | None] = [None] * samples
-    own = [exponent] * samples
+    used: list[int | None] = [None] * len(samples)
+    own = [exponent] * len(samples)
     while any(one != exponent for one in used):
-        for i in range(samples):
+        for i, some in enumerate(samples):
             if used[i] != exponent:
-                own[i] = run(i, exponent)
+                own[i] = run(some, exponent)
                 used[i] = exponent
                 exponent = max(exponent, own[i])
         exponent = max(own)
@@ -260,6 +264,21 @@ def _later(rows: int, columns: int) -> Tensor:
     return torch.ones(rows, columns, dtype=torch.bool, device="cpu").triu(1)
 
 
+def _together(q: Operand, k: Operand) -> list[slice]:
+    """The samples that are worked on at a time."""
+    samples, heads, rows, _ = q.codes.shape
+    count = max(1, _TOGETHER // max(heads * min(rows, BAND) * k.codes.shape[2], 1))
+    return [slice(at, min(at + count, samples)) for at in range(0, samples, count)]
+
+
+def _write(out: Tensor, left: Operand, right: Operand) -> None:
+    """Products of some samples into a part of a result: (samples, heads, rows, columns)."""
+    if len(out) == 1:
+        product_into(out[0], left, right)
+    else:  # which has no one distance between its matrices
+        out.copy_(product(left, right).view(out.shape))
+
+
 def _bands(x: Operand) -> list[slice]:
     """The rows of (batch, heads, rows, ...), `BAND` at a time."""
     count = x.codes.shape[2]
@@ -272,10 +291,10 @@ def _seen(rows: slice, k: Operand, causal: bool) -> slice:
     return slice(0, min(rows.start + BAND, count) if causal else count)
 
 
-def _part(x: Operand, i: int, part: slice, dim: int = 1) -> Operand:
-    """Of sample `i` a part along that dimension."""
+def _part(x: Operand, some: slice, part: slice, dim: int = 1) -> Operand:
+    """Of some samples, their heads one after another, a part along that dimension."""
     at = (slice(None),) * dim + (part,)
-    return x._replace(codes=x.codes[i][at])
+    return x._replace(codes=x.codes[some].flatten(0, 1)[at])
 
 
 class _Scores(NamedTuple):
@@ -297,49 +316,60 @@ class _Scores(NamedTuple):
     factor: float
     finite: bool
 
-    def softmax(self, i: int, rows: slice, columns: slice) -> Tensor:
-        """Probabilities of sample `i`: (heads, rows, columns)."""
-        p = product(_part(self.q, i, rows), _part(self.k, i, columns).transpose())
+    def softmax(self, some: slice, rows: slice, columns: slice) -> Tensor:
+        """Probabilities of some samples: (samples * heads, rows, columns)."""
+        p = product(_part(self.q, some, rows), _part(self.k, some, columns).transpose())
         if self.causal:
-            heads, count, length = p.shape
+            planes, count, length = p.shape
             _kernels.causal(
-                (heads, count, length), rows.start, self.factor, p.data_ptr(),
+                (planes, count, length), rows.start, self.factor, p.data_ptr(),
                 torch.get_num_threads(),
             )  # fmt: skip
         else:
             p.mul_(self.factor)
         mask = self.mask
         if mask is not None:
-            part = mask if mask.dim() < 4 else mask[i if mask.size(0) > 1 else 0]
+            part = mask[some] if mask.dim() == 4 and mask.size(0) > 1 else mask
             if part.dim() > 1 and part.size(-2) > 1:
                 part = part[..., rows, :]
-            p = p.masked_fill_(part, -math.inf) if part.dtype == torch.bool else p.add_(part)
+            each = p.view(-1, self.q.codes.shape[1], *p.shape[1:])
+            if part.dtype == torch.bool:
+                each.masked_fill_(part, -math.inf)
+            else:
+                each.add_(part)
         # Of rows of which nothing takes part: zeros.
-        some = mask is None and self.finite
-        hidden = None if some else p.amax(-1, keepdim=True) == -math.inf
+        none_hidden = mask is None and self.finite
+        hidden = None if none_hidden else p.amax(-1, keepdim=True) == -math.inf
         torch.ops.aten._softmax.out(p, -1, False, out=p)
         return p if hidden is None or not bool(hidden.any()) else p.masked_fill_(hidden, 0.0)
 
 
-def _codes_of_sample(q: Operand, k: Operand) -> Tensor:
-    """Room for the codes of a sample's probabilities: (heads, rows, columns)."""
-    return buffers.empty(*q.codes.shape[1:3], k.codes.shape[2], dtype=torch.int8)
+def _codes_of_some(q: Operand, k: Operand) -> Tensor:
+    """Room for the codes of the probabilities of samples that are run together: (samples * heads,
+    rows, columns).
+    """
+    first, (heads, rows) = _together(q, k)[0], q.codes.shape[1:3]
+    return buffers.empty(first.stop * heads, rows, k.codes.shape[2], dtype=torch.int8)
 
 
 class _Block:
-    """Codes of probabilities, or of their errors, of a sample: rounded part by part.
+    """Codes of probabilities, or of their errors, of some samples: rounded part by part.
 
     Args:
         quantization: how the whole, all samples, is rounded: one exponent.
         codes: where they go.
-        i: the sample.
+        heads: of a sample.
+        some: the samples.
         guess: the exponent to round with.
     """
 
-    def __init__(self, quantization: Quantization, codes: Tensor, i: int, guess: int) -> None:
+    def __init__(
+        self, quantization: Quantization, codes: Tensor, heads: int, some: slice, guess: int
+    ) -> None:
         self._format, self._rounding = quantization
-        self._codes, self._guess = codes, guess
-        self._start, self._columns = i * codes.numel(), codes.shape[2]
+        self._codes, self._guess = codes[: (some.stop - some.start) * heads], guess
+        self._columns = codes.shape[2]
+        self._start = some.start * heads * codes.shape[1] * self._columns
         gap = gap_of(self._format)
         assert gap is not None
         exponents = torch.tensor([guess], dtype=torch.int8, device="cpu")
