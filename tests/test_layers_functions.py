@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import swalp
 from rounded import lossless, recipe, rounded
+from swalp.layers import functions
 from swalp.layers.functions import _HANDLERS
 
 
@@ -366,3 +368,69 @@ def test_einsum_that_sums_over_an_ellipsis_is_a_product():
     model = swalp.convert(Sums(), "paper-big-block-8").eval()
     model(torch.randn(3, 4), torch.randn(3, 4))
     assert model._swalp_layer.functions == {"einsum": 1}
+
+
+class _Seen(TorchFunctionMode):
+    """Notes what it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+class _Around(nn.Module):
+    """A product of its own beside a layer."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) @ x.mT
+
+
+class _Failing(nn.Linear):
+    def forward(self, x):
+        raise FloatingPointError
+
+
+@pytest.mark.parametrize("recipe", ["paper-small-block-8", "native-8"])
+def test_nothing_inside_a_layer_goes_through_the_mode_around_it(recipe, monkeypatch):
+    model = swalp.convert(_Around(nn.Linear(16, 16)), recipe, seed=1)
+    seen = []
+    own = functions._Interception.__torch_function__
+
+    def noting(self, func, *rest):
+        seen.append(getattr(func, "__name__", ""))
+        return own(self, func, *rest)
+
+    monkeypatch.setattr(functions._Interception, "__torch_function__", noting)
+    x = torch.randn(4, 16)
+    expected = model(x)
+    assert "matmul" in seen or "__matmul__" in seen
+    assert "linear" not in seen
+    assert len(seen) < 6
+    # A mode of the user's, entered before or inside, sees what it saw.
+    again = swalp.convert(_Around(nn.Linear(16, 16)), recipe, seed=1)
+    again.load_state_dict(model.state_dict())
+    with _Seen() as outer:
+        assert torch.equal(again(x), expected)
+    assert outer.names
+
+
+def test_a_layer_that_fails_leaves_the_mode_as_it_was():
+    model = swalp.convert(_Around(_Failing(16, 16)), "paper-small-block-8", seed=1)
+    x = torch.randn(4, 16)
+    for _ in range(2):
+        with pytest.raises(FloatingPointError):
+            model(x)
+        assert torch._C._len_torch_function_stack() == 0
+    with _Seen() as outer:
+        with pytest.raises(FloatingPointError):
+            model(x)
+        assert torch._C._get_function_stack_at(0) is outer
+    assert torch._C._len_torch_function_stack() == 0

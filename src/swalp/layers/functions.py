@@ -80,10 +80,22 @@ def intercepted(products: Products | None) -> Iterator[None]:
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Leave the products inside alone: the layer that calls them quantizes by itself."""
+    """Leave the products inside alone: the layer that calls them quantizes by itself.
+
+    Inside, what is asked of tensors does not go through the mode, which costs a call of Python
+    each, if no other mode was entered after it.
+    """
     mode = _active()
     if mode is None:
         yield
+        return
+    last = torch._C._len_torch_function_stack() - 1
+    if torch._C._get_function_stack_at(last) is mode and not torch.compiler.is_compiling():
+        torch._C._pop_torch_function_stack()
+        try:
+            yield
+        finally:
+            torch._C._push_on_torch_function_stack(mode)
         return
     before, mode.products = mode.products, None
     try:

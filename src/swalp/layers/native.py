@@ -40,14 +40,14 @@ class NativeLinear(QuantizedLayer):
 
 def on_integers(layer: NativeLinear, x: Tensor, rectified: bool = False) -> Tensor | None:
     """What a linear layer makes of `x`, or ReLU of it; None if its products are simulated now."""
-    weight, bias = parameter_of(layer, "weight"), parameter_of(layer, "bias")
-    fmt = layer._swalp_layer.weight_format
-    assert fmt is not None  # `convert` chose a layer that has one
-    transposed = _is_conv1d(layer._swalp_kind)
-    if not runs(x, weight, bias, weight.shape[1 if transposed else 0]):
-        return None
-    activation, error = moments(layer, x)
     with paused() if torch._C._len_torch_function_stack() else _NOTHING:
+        weight, bias = parameter_of(layer, "weight"), parameter_of(layer, "bias")
+        fmt = layer._swalp_layer.weight_format
+        assert fmt is not None  # `convert` chose a layer that has one
+        transposed = _is_conv1d(layer._swalp_kind)
+        if not runs(x, weight, bias, weight.shape[1 if transposed else 0]):
+            return None
+        activation, error = moments(layer, x)
         return linear(
             x, weight, bias, fmt, activation, error, transposed=transposed, rectified=rectified
         )

@@ -26,7 +26,10 @@ class QuantizedLayer(Quantized):
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             if not args and names and names[0] in kwargs:
                 args = (kwargs.pop(names[0]),)
-            return cls.forward(self, *args, **kwargs)
+            if torch._C._len_torch_function_stack() == 0:
+                return cls.forward(self, *args, **kwargs)
+            with paused():  # perhaps inside a module that quantizes what its own forward calls
+                return cls.forward(self, *args, **kwargs)
 
         return super()._swalp_namespace(kind) | {"forward": forward}
 
@@ -35,11 +38,7 @@ class QuantizedLayer(Quantized):
         before, after = self._swalp_layer.input_site, self._swalp_layer.output_site
         if before is not None:
             x = before(x, self.training)
-        if torch._C._len_torch_function_stack() == 0:
-            y = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # a mixin
-        else:  # perhaps inside a module that quantizes the products of its own forward
-            with paused():
-                y = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # a mixin
+        y = super().forward(x, *args, **kwargs)  # type: ignore[misc]  # a mixin
         return y if after is None else after(y, self.training)
 
 
