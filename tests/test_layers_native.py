@@ -249,7 +249,7 @@ def test_attention_equals_the_simulation_bit_for_bit(kind):
     for a, b in zip(native.parameters(), simulated.parameters(), strict=True):
         assert torch.equal(a.detach() + 0.0, b.detach() + 0.0)
     note = swalp.summary(native).layers[0].note
-    assert "products of two activations on integers" in note
+    assert "products of matrices on integers" in note
 
 
 def test_attention_of_a_layer_of_pytorchs():

@@ -199,6 +199,9 @@ def _note(module: nn.Module, shared: Sequence[str]) -> str:
     places = [_place(kind, site) for site in _sites(module)]
     if isinstance(module, Native):
         places.append("products on integers")
+    elif isinstance(module, QuantizedFunctions) and module._swalp_layer.native:
+        own = "" if getattr(module, "in_proj_weight", None) is not None else " but projections"
+        places.append(f"products{own} on integers")
     elif isinstance(module, Quantized) and module._swalp_layer.simulated:
         places.append(f"products simulated: {module._swalp_layer.simulated}")
     if (not places and not parts and not _holds(module)) or kind.family is Family.INNER:
@@ -230,7 +233,7 @@ def _functions(module: nn.Module) -> list[str]:
         return [] if _holds(module) else [Family.OTHER.value]
     if not _sites(module):
         return [f"{called} {Family.FUNCTIONS.value}"]
-    way = ["products of two activations on integers"] if layer.native else []
+    way = ["products of matrices on integers"] if layer.native else []
     way += [f"products simulated: {layer.simulated}"] if layer.simulated else []
     return [f"operands of {called}", *way]
 

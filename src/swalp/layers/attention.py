@@ -149,6 +149,9 @@ def multi_head_attention(
         raise RuntimeError(
             f"multi_head_attention_forward: query has {width} features, not {embed_dim_to_check}"
         )
+    inputs = [query, query if same[0] else key]
+    inputs.append(inputs[1] if same[1] else value)
+    found = None
     weights: Sequence[Tensor]
     if use_separate_proj_weight:
         assert q_proj_weight is not None
@@ -157,9 +160,12 @@ def multi_head_attention(
         weights = q_proj_weight, k_proj_weight, v_proj_weight
     else:
         assert in_proj_weight is not None
-        weights = in_proj_weight.chunk(3)
-    biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
-    q, k, v = _project(products, query, key, value, same, weights, biases)
+        found = products.project(inputs, in_proj_weight, in_proj_bias)
+        weights = () if found else in_proj_weight.chunk(3)
+    if found is None:
+        biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+        found = _project(products, inputs, weights, biases)
+    q, k, v = found
     mask = _additive(attn_mask, q.dtype)
     if mask is not None:
         mask = (
@@ -190,33 +196,31 @@ def multi_head_attention(
     if add_zero_attn:
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
         mask = None if mask is None else F.pad(mask, (0, 1))
-    y, probabilities = attention(products, q, k, v, mask, dropout_p if training else 0.0)
+    arguments = (products, q, k, v, mask, dropout_p if training else 0.0)
+    whole = None if need_weights else attention_on_integers(*arguments)
+    y, probabilities = attention(*arguments) if whole is None else (whole, None)
     y = y.permute(2, 0, 1, 3).reshape(length, batch, width)
     y = products.linear(y, out_proj_weight, out_proj_bias)
-    if not batched:
-        y, probabilities = y.squeeze(1), probabilities.squeeze(0)
-    if not need_weights:
+    y = y if batched else y.squeeze(1)
+    if not need_weights or probabilities is None:
         return y, None
+    probabilities = probabilities if batched else probabilities.squeeze(0)
     return y, probabilities.mean(dim=-3) if average_attn_weights else probabilities
 
 
 def _project(
     products: Products,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    same: tuple[bool, bool],
+    inputs: Sequence[Tensor],
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """Queries, keys and values; what enters several of the projections is quantized once."""
-    entered = products.enter(query)
-    inputs = [entered]
-    inputs.append(entered if same[0] else products.enter(key))
-    inputs.append(inputs[1] if same[1] else products.enter(value))
+    entered: list[Tensor] = []
+    for i, x in enumerate(inputs):
+        entered.append(entered[-1] if i and x is inputs[i - 1] else products.enter(x))
     return [
         products.leave(F.linear(x, weight, bias))
-        for x, weight, bias in zip(inputs, weights, biases, strict=True)
+        for x, weight, bias in zip(entered, weights, biases, strict=True)
     ]
 
 

@@ -182,6 +182,16 @@ def _product(function: str, *names: str, matrices: bool = True) -> Handler:
     return handler
 
 
+def _linear(products: Products, func: Any, *args: Any, **kwargs: Any) -> Any:
+    named = dict(zip(("input", "weight", "bias"), args, strict=False)) | kwargs
+    if products.native and named.keys() in ({"input", "weight"}, {"input", "weight", "bias"}):
+        x, weight, bias = named["input"], named["weight"], named.get("bias")
+        one = products.is_weight(weight) and not products.is_weight(x)
+        if one and products.multiplies(x, weight, bias) and not products.off("linear"):
+            return products.linear(x, weight, bias)
+    return _linear_in_float(products, func, *args, **kwargs)
+
+
 def _einsum(products: Products, func: Any, equation: str, *operands: Any) -> Any:
     # PyTorch has made a string of equations in lists, but leaves lists of operands.
     if len(operands) == 1 and isinstance(operands[0], list | tuple):
@@ -248,6 +258,7 @@ def _weighted(function: str) -> Handler:
     return _product(function, "input", "weight", matrices=False)
 
 
+_linear_in_float = _weighted("linear")
 _RECURRENCES = (
     torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu,
     torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell,
@@ -286,7 +297,7 @@ _HANDLERS: dict[Any, Handler] = {
     torch.tensordot: _product("tensordot", "a", "b", matrices=False),
     torch.einsum: _einsum,
     **dict.fromkeys(_RECURRENCES, _recurrence),
-    F.linear: _weighted("linear"),
+    F.linear: _linear,
     F.conv1d: _weighted("conv1d"),
     F.conv2d: _weighted("conv2d"),
     F.conv3d: _weighted("conv3d"),

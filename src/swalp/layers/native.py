@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from swalp.layers.functions import paused
-from swalp.layers.products import integers
+from swalp.layers.products import runs
 from swalp.layers.single import QuantizedLayer
 from swalp.layers.sites import Site
 from swalp.matmul import kernels
 from swalp.matmul.linear import Quantization, linear
-from swalp.packed import PackedTensor
-from swalp.quantize.storage import has_memory
 
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 _CONV1D = "transformers.pytorch_utils.Conv1D.forward"  # a linear layer, its weight transposed
@@ -77,24 +75,6 @@ def obstacle(before: Site | None, after: Site | None) -> str:
     if activation is None:
         return "its input is float"
     return "its error is float" if error is None else ""
-
-
-def runs(x: Tensor, weight: Tensor, bias: Tensor | None, features: int) -> bool:
-    """Whether the integer products can take this input now, and give so many features."""
-    return (
-        integers(x)
-        and x.dim() > 1
-        and x.numel() > 0
-        and _is_float(weight)
-        and (bias is None or (bias.shape == (features,) and _is_float(bias)))
-    )
-
-
-def _is_float(parameter: Tensor) -> bool:
-    """Whether it is packed, or float32 in memory."""
-    return isinstance(parameter, PackedTensor) or (
-        parameter.dtype == torch.float32 and has_memory(parameter)
-    )
 
 
 def moments(layer: QuantizedLayer, x: Tensor) -> tuple[Quantization, Quantization]:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swalp.layers.native import moments, runs
+from swalp.layers.native import moments
+from swalp.layers.products import runs
 from swalp.layers.single import QuantizedLayer
 from swalp.matmul import convolution
 from swalp.matmul.convolution import Window

@@ -15,8 +15,10 @@ from swalp.layers.base import Lowered
 from swalp.layers.sites import Site
 from swalp.matmul import batched
 from swalp.matmul.attention import Guesses, attend
-from swalp.matmul.linear import Quantization
+from swalp.matmul.linear import Quantization, linear
 from swalp.matmul.operands import quantized
+from swalp.matmul.projections import projections
+from swalp.packed import PackedTensor
 from swalp.quantize.storage import has_memory
 
 _USES = 1 << 16  # of a site in one forward pass of its module: half of the 32-bit counter
@@ -31,6 +33,24 @@ def integers(x: Tensor) -> bool:
         and not _are_functorch_transforms_active()
         and x.dtype == torch.float32
         and has_memory(x)
+    )
+
+
+def runs(x: Tensor, weight: Tensor, bias: Tensor | None, features: int) -> bool:
+    """Whether the integer products can take this input now, and give so many features."""
+    return (
+        integers(x)
+        and x.dim() > 1
+        and x.numel() > 0
+        and _is_float(weight)
+        and (bias is None or (bias.shape == (features,) and _is_float(bias)))
+    )
+
+
+def _is_float(parameter: Tensor) -> bool:
+    """Whether it is packed, or float32 in memory."""
+    return isinstance(parameter, PackedTensor) or (
+        parameter.dtype == torch.float32 and has_memory(parameter)
     )
 
 
@@ -117,7 +137,35 @@ class Products:
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """`torch.nn.functional.linear` with a weight that is on its grid already."""
-        return self.leave(F.linear(self.enter(x), weight, bias))
+        if not self.multiplies(x, weight, bias):
+            return self.leave(F.linear(self.enter(x), weight, bias))
+        entering = self._entering(x.shape)
+        leaving = self._leaving((*x.shape[:-1], weight.shape[0]))
+        return linear(x, weight, bias, entering[0], entering, leaving)
+
+    def project(
+        self, inputs: Sequence[Tensor], weight: Tensor, bias: Tensor | None
+    ) -> list[Tensor] | None:
+        """`linear` of each input, with its share of the rows of one weight; what enters several in
+        a row is quantized once. None, and nothing has been done: not on integers.
+        """
+        if not all(self.multiplies(x, weight, bias) for x in inputs):
+            return None
+        width = len(weight) // len(inputs)
+        shared: list[tuple[Tensor, list[int]]] = []
+        for i, x in enumerate(inputs):
+            if shared and shared[-1][0] is x:
+                shared[-1][1].append(i)
+            else:
+                shared.append((x, [i]))
+        entering = [self._entering(x.shape) for x, _ in shared]
+        leaving = [self._leaving((*x.shape[:-1], width)) for x in inputs]
+        results: list[Tensor] = []
+        for (x, own), activation in zip(shared, entering, strict=True):
+            parts = [slice(i * width, (i + 1) * width) for i in own]
+            errors = [leaving[i] for i in own]
+            results += projections(x, weight, bias, activation[0], activation, parts, errors)
+        return results
 
     def matmul(self, x: Tensor, y: Tensor) -> Tensor:
         """`torch.matmul` of two operands."""
@@ -177,17 +225,30 @@ class Products:
         self, x: Sequence[int], y: Sequence[int]
     ) -> tuple[Quantization, Quantization, Quantization]:
         """How a product of operands of those shapes rounds them, and its result's gradient."""
+        left = self._entering(x)
+        right = self._entering((*y[:-2], y[-1], y[-2]))
+        return left, right, self._leaving((*x[:-1], y[-1]))
+
+    def multiplies(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether integers multiply an input and a weight."""
+        if not self.native or weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
+            return False
+        return runs(x, weight, bias, weight.shape[0])
+
+    def _entering(self, shape: Sequence[int]) -> Quantization:
+        """How the next operand, of that shape, is rounded."""
         assert self.operand is not None
         assert self.operand.activation is not None
+        return self.operand.activation.at(shape, *self._moment(self.operand))
+
+    def _leaving(self, shape: Sequence[int]) -> Quantization:
+        """How the gradient of the next result is."""
         assert self.result is not None
         assert self.result.error is not None
-        step = self.operand.clock.step if self.training else None
-        rounded = self.operand.activation
-        left = rounded.at(x, step, self._use() if self.training else 0)
-        right = rounded.at((*y[:-2], y[-1], y[-2]), step, self._use() if self.training else 0)
-        shape = (*x[:-1], y[-1])
-        call = self._use() if self.training else 0
-        return left, right, self.result.error.at(shape, step, call)
+        return self.result.error.at(shape, *self._moment(self.result))
+
+    def _moment(self, site: Site) -> tuple[int | None, int]:
+        return (site.clock.step, self._use()) if self.training else (None, 0)
 
     def _use(self) -> int:
         use = self.uses
