@@ -47,6 +47,7 @@ BENCHMARKS: dict[str, Callable[[Plan], list[Row]]] = {
     "native-wide": native.network("native-wide"),
     "native-block": native.network("native-block"),
     "native-vgg16": native.network("native-vgg16"),
+    "native-transformers": native.transformers,
     "native-convolutions": native_conv.layers,
     "import": startup.import_time,
 }

@@ -236,6 +236,31 @@ def _saving_rows(name: str, what: str, goals: dict[str, float], plan: Plan) -> l
     ]
 
 
+def transformers(plan: Plan) -> list[Row]:
+    """Steps of PyTorch's own encoder layer, and of a small GPT, whose kernels are short."""
+    large = plan.vgg_batch == 128
+    count, short = (8, 32) if large else (1, 2)
+    rows = []
+    for work in (
+        Work(
+            f"encoder layer of PyTorch's, 768 wide, 12 heads, 512 tokens x {count}",
+            lambda: nn.TransformerEncoderLayer(768, 12, 3072, 0.0, "gelu", batch_first=True),
+            (count, 512, 768), {}, None,
+        ),
+        Work(
+            f"4 GPT-2 blocks, 128 wide, 4 heads, 64 tokens x {short}",
+            lambda: nn.Sequential(*(Block(128, 4) for _ in range(4))), (short, 64, 128), {}, None,
+        ),
+    ):  # fmt: skip
+        ours, *peers = [Contender(kind, work.step(kind)) for kind in (NATIVE, FLOAT, BFLOAT)]
+        times = interleave([ours, *peers], plan.rounds, seconds=_LONGER * plan.seconds, turn=_TURN)
+        what = f"step, {work.what}"
+        rows += [
+            compared("native-transformers", what, times, ours, peer, "speedup") for peer in peers
+        ]
+    return rows
+
+
 def linear(plan: Plan) -> list[Row]:
     """All three products of a linear layer 1024 wide, with all that is rounded for them."""
     rows = []
