@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import swalp
@@ -355,3 +356,44 @@ def test_graphs_that_run_inside_a_forward_round_no_operand_twice(backend):
     expected.sum().backward()
     for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+class _Shapes(nn.Module):
+    """An encoder layer, a convolution, a norm and a product of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=True)
+        self.convolution, self.norm = nn.Conv1d(32, 32, 3, padding=1), nn.BatchNorm1d(32)
+
+    def forward(self, x):
+        y = self.norm(self.convolution(self.encoder(x).mT))
+        return y @ y.mT
+
+
+@pytest.mark.parametrize("recipe", ["native-8", "paper-small-block-8", "mxfp8"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("real", [False, True])
+def test_shapes_alone(recipe, packed, real):
+    """As who estimates memory asks for: results have none, and nothing is left behind."""
+    model = swalp.convert(_Shapes(), recipe, packed=packed)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x = torch.randn(2, 9, 32)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        y = model(x if real else mode.from_tensor(x))
+        assert isinstance(y, FakeTensor)
+        assert y.shape == (2, 32, 32)
+        assert isinstance(swalp.quantize(x, swalp.BlockFloat(8), swalp.Nearest()), FakeTensor)
+        assert isinstance(swalp.pack(x, swalp.BlockFloat(8)).codes, FakeTensor)
+        y.sum().backward()
+    for parameter in model.parameters():
+        parameter.grad = None
+    model.load_state_dict(before)
+    optimizer = swalp.optim.SGD(
+        model.named_parameters(), lr=0.1, momentum=0.9, recipe=swalp.recipes.get(recipe)
+    )
+    y = model(x)
+    y.square().mean().backward()
+    optimizer.step()
+    assert type(y) is torch.Tensor
+    assert all(bool(parameter.dequantize().isfinite().all()) for parameter in model.parameters())

@@ -19,7 +19,7 @@ from swalp.matmul.linear import Quantization, linear
 from swalp.matmul.operands import quantized
 from swalp.matmul.projections import projections
 from swalp.packed import PackedTensor
-from swalp.quantize.storage import has_memory
+from swalp.quantize.storage import has_memory, is_faked
 
 _USES = 1 << 16  # of a site in one forward pass of its module: half of the 32-bit counter
 
@@ -31,6 +31,7 @@ def integers(x: Tensor) -> bool:
         and not _is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and not _are_functorch_transforms_active()
+        and not is_faked()
         and x.dtype == torch.float32
         and has_memory(x)
     )

@@ -188,6 +188,8 @@ def fits(recipe: Recipe, roles: Sequence[str], parameter: Tensor) -> tuple[int, 
     memory = resident(parameter)
     if not (available() and storage.in_order(memory) and parameter.numel()):
         return None
+    if storage.is_faked():
+        return None
     if parameter.dtype != torch.float32:
         return None
     found: tuple[int, int] | None = None

@@ -16,6 +16,11 @@ def is_watched() -> bool:
     return any(asked() for asked in WATCHERS) or forward_ad._current_level >= 0
 
 
+def is_faked() -> bool:
+    """Whether PyTorch makes tensors without memory now: it asks for shapes alone."""
+    return torch._C._get_dispatch_mode(_FAKE) is not None
+
+
 def is_plain(x: Tensor) -> bool:
     """Whether memory holds just the tensor: float32 on the CPU, contiguous."""
     return x.dtype is torch.float32 and in_order(x)
@@ -46,6 +51,7 @@ def has_memory(x: Tensor) -> bool:
     return x.is_cpu and type(x).__torch_dispatch__ is _NOT_HANDED
 
 
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 _NOT_HANDED = torch._C._disabled_torch_dispatch_impl
 
 
