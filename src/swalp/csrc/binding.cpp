@@ -8,10 +8,8 @@
 #include <string.h>
 
 #include <algorithm>
-#include <cmath>
 #include <new>
 #include <optional>
-#include <stdexcept>
 #include <tuple>
 #include <vector>
 

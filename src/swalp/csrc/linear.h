@@ -46,10 +46,8 @@ bool codes_of(const Torch& torch, nb::tuple operand, Codes& found, Torch::Look& 
   return found.planes.readable();
 }
 
-Codes matrix(const Torch& torch, const Block& block, int gap, int64_t width) {
-  const Torch::Look at = seen_of(torch, block.codes);
-  return {Planes(at.data(), at.count() / width, width),
-          std::get<0>(elements_of<int8_t>(torch, block.exponent)), gap};
+Codes matrix(const Block& block, int gap, int64_t rows, int64_t width) {
+  return {Planes(at<void>(block.data), rows, width), at<int8_t>(block.raised), gap};
 }
 
 // left @ right + bias, whose rows lie one after another in `out`.
@@ -88,7 +86,7 @@ nb::object linear(const Torch& torch, const Buffers& floats, const Buffers& buff
   std::vector<int64_t> shape = seen.shape();
   shape.back() = outputs;
   const nb::object y = floats.floats(torch, shape);
-  const Codes left = matrix(torch, block, gap, inputs);
+  const Codes left = matrix(block, gap, seen.count() / inputs, inputs);
   const nb::object passed = rectified ? buffers.bits(torch, left.planes.rows * outputs) : nb::none();
   if (y.is_none() || passed.is_none() == rectified) return nb::none();
   multiply(torch, left, right, y, added, rectified ? at<uint8_t>(torch.address(passed)) : nullptr, threads);
@@ -106,8 +104,7 @@ nb::object linear_gradients(const Torch& torch, const Buffers& floats, const Buf
                             bool of_weight, bool of_bias) {
   Torch::Look seen, of_input, weight_at;
   Codes x, w;
-  if (!torch.takes() || torch.negated(grad) || !torch.look(grad, seen) || seen.seen.device.type != 1) return nb::none();
-  if (!Torch::is(seen.seen, 2, 32) || seen.seen.dims < 2 || !seen.count() || !seen.contiguous()) return nb::none();
+  if (!torch.takes() || !torch.look(grad, seen) || seen.seen.dims < 2 || !seen.count()) return nb::none();
   if (!codes_of(torch, input, x, of_input)) return nb::none();
   const int64_t outputs = seen.seen.shape[seen.seen.dims - 1], rows = seen.count() / outputs;
   if (rows != x.planes.rows) return nb::none();
@@ -122,7 +119,7 @@ nb::object linear_gradients(const Torch& torch, const Buffers& floats, const Buf
   const Block block = block_of(torch, buffers, f, grad, passed, rounding(rule), threads);
   if (!block.codes.is_valid() || block.lost) return nb::none();
   if (mine) grad.attr("set_")();
-  const Codes errors = matrix(torch, block, gap, outputs);
+  const Codes errors = matrix(block, gap, rows, outputs);
   nb::object dx = nb::none(), dw = nb::none(), db = nb::none();
   if (!weight.is_none()) {
     dx = floats.floats(torch, input_shape);

@@ -77,9 +77,11 @@ bool quantize(const swalp_format& f, const swalp_layout& l, uintptr_t x, uintptr
   return lost != 0;
 }
 
-// Codes of one block, or of none: their tensor, the exponent's or None, and whether a NaN was lost.
+// Codes of one block, or of none: their tensor, the exponent's or None, where both lie, and whether a NaN
+// was lost.
 struct Block {
   nb::object codes, exponent;
+  uintptr_t data = 0, raised = 0;
   bool lost = false;
 };
 
@@ -101,9 +103,10 @@ Block block_of(const Torch& torch, const Buffers& buffers, const swalp_format& f
   Block made = {buffers.codes(torch, shape), nb::none()};
   if (f.blocked) made.exponent = buffers.codes(torch, std::vector<int64_t>(shape.size(), 1));
   if (made.codes.is_none() || made.exponent.is_none() == (f.blocked != 0)) return {};
-  made.lost = quantize(f, layout, reinterpret_cast<uintptr_t>(seen.data()), torch.address(made.codes),
-                       SWALP_CODE8, f.blocked ? torch.address(made.exponent) : 0, 1, r.rule, r.bits, r.seed,
-                       r.step, r.call, threads);
+  made.data = torch.address(made.codes);
+  made.raised = f.blocked ? torch.address(made.exponent) : 0;
+  made.lost = quantize(f, layout, reinterpret_cast<uintptr_t>(seen.data()), made.data, SWALP_CODE8, made.raised,
+                       1, r.rule, r.bits, r.seed, r.step, r.call, threads);
   return made;
 }
 

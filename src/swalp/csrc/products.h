@@ -7,6 +7,7 @@
 #include <new>
 #include <stdexcept>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "buffers.h"

@@ -13,7 +13,8 @@ from swalp.layers.products import runs
 from swalp.layers.single import QuantizedLayer
 from swalp.layers.sites import Site
 from swalp.matmul import kernels
-from swalp.matmul.linear import Quantization, linear
+from swalp.matmul.linear import linear
+from swalp.matmul.operands import Quantization
 
 _NOTHING: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 _CONV1D = "transformers.pytorch_utils.Conv1D.forward"  # a linear layer, its weight transposed

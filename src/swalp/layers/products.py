@@ -15,8 +15,8 @@ from swalp.layers.base import Lowered
 from swalp.layers.sites import Site
 from swalp.matmul import batched
 from swalp.matmul.attention import Guesses, attend
-from swalp.matmul.linear import Quantization, linear
-from swalp.matmul.operands import quantized
+from swalp.matmul.linear import linear
+from swalp.matmul.operands import Quantization, quantized
 from swalp.matmul.projections import projections
 from swalp.packed import PackedTensor
 from swalp.quantize.storage import has_memory, is_faked

@@ -1,9 +1,9 @@
 """Attention whose products run on integers, some samples at a time, its probabilities not kept.
 
 Of large samples, one at a time, `BAND` rows of scores are worked on, which stay in a cache; small
-ones are taken together, as far as their scores do, too. If the mask is
-causal, what it hides of the columns after a band is left out: there all probabilities are zero, and
-so are their codes, whatever the noise, and sums of integers do not change by them.
+ones are taken together, as far as their scores do, too. If the mask is causal, what it hides of the
+columns after a band is left out: there all probabilities are zero, and so are their codes, whatever
+the noise, and sums of integers do not change by them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from swalp import buffers
 from swalp.matmul.handed import whole
-from swalp.matmul.linear import Quantization, operand, transpose
+from swalp.matmul.linear import operand, transpose
 from swalp.matmul.once import once
-from swalp.matmul.operands import Operand, exponent_of, gap_of
+from swalp.matmul.operands import Operand, Quantization, exponent_of, gap_of
 from swalp.matmul.products import product, product_into
 from swalp.matmul.shares import Places, never, places, runs_everything
 from swalp.quantize import cpu, plans

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swalp.matmul.linear import Quantization, operand, transpose
+from swalp.matmul.linear import operand, transpose
 from swalp.matmul.once import once
-from swalp.matmul.operands import Operand
+from swalp.matmul.operands import Operand, Quantization
 from swalp.matmul.products import product
 
 

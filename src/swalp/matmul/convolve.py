@@ -15,7 +15,6 @@ from swalp.matmul.again import Again, carry
 from swalp.matmul.convolution import Weight, Window
 from swalp.matmul.handed import Handed, let_go
 from swalp.matmul.linear import (
-    Quantization,
     apart,
     bias_values,
     keep,
@@ -24,7 +23,7 @@ from swalp.matmul.linear import (
     weight_operand,
 )
 from swalp.matmul.once import once
-from swalp.matmul.operands import Operand, floats
+from swalp.matmul.operands import Operand, Quantization, floats
 from swalp.matmul.owned import alone, references
 from swalp.matmul.products import channel_sums
 

@@ -15,15 +15,13 @@ from swalp.matmul import passes, products, relu
 from swalp.matmul.again import Again, carry
 from swalp.matmul.handed import Handed, let_go, whole
 from swalp.matmul.once import once
-from swalp.matmul.operands import Operand, of_packed, quantized
+from swalp.matmul.operands import Operand, Quantization, of_packed, quantized
 from swalp.matmul.owned import alone, references
 from swalp.matmul.products import channel_sums, product
 from swalp.packed import PackedTensor
 from swalp.quantize import quantize
 from swalp.quantize.dispatch import unpack
-from swalp.rounding import Nearest, Rounding
-
-Quantization = tuple[Format, Rounding]
+from swalp.rounding import Nearest
 
 
 def linear(
@@ -144,10 +142,9 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:
         weights = weight_operand(weight, call.weight_format)
         added = bias_operand(bias)
-        found = passes.forward(
+        y, inputs, passed = passes.forward(
             x, weights, added, call.activation, call.transposed, call.rectified
         ) or _forward(x, weights, added, call)
-        y, inputs, passed = found
         ctx.shape, ctx.call = x.shape, call
         keep(ctx, inputs, weight, passed)
         if isinstance(inputs, Operand) and not call.rectified:
@@ -162,8 +159,8 @@ class _Linear(torch.autograd.Function):
         inputs, (weight, passed) = kept(ctx)
         call: _Call = ctx.call
         of_input, of_weight, of_bias, _ = ctx.needs_input_grad
-        weights = weight_operand(weight, call.weight_format) if of_input else None
         if call.handed.at_once:
+            weights = weight_operand(weight, call.weight_format) if of_input else None
             gradients = passes.backward(
                 grad, mine, passed, call.error, inputs, weights, call.transposed, of_weight, of_bias
             )
@@ -178,7 +175,8 @@ class _Linear(torch.autograd.Function):
         errors = rows(found or operand(grad, call.error))
         let_go(grad, mine)
         dx = dw = db = None
-        if weights is not None:
+        if of_input:  # not before `grad` is let go: of a float weight this takes memory
+            weights = weight_operand(weight, call.weight_format)
             if not call.handed.at_once:
                 weights = apart(weights, weight)
             right = transpose(weights) if call.transposed else weights

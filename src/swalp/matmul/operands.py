@@ -13,6 +13,8 @@ from swalp.quantize import dispatch
 from swalp.quantize.plans import plan_of
 from swalp.rounding import Rounding
 
+Quantization = tuple[Format, Rounding]  # how a tensor is rounded
+
 
 class Operand(NamedTuple):
     """Integers and their scale: value = code * 2**(exponent + gap).

@@ -12,12 +12,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from swalp import buffers
-from swalp.formats import Format
 from swalp.matmul import kernels
-from swalp.matmul.operands import Operand
+from swalp.matmul.operands import Operand, Quantization
 from swalp.quantize.plans import available, plan_of, rule_arguments
 from swalp.quantize.storage import has_memory
-from swalp.rounding import Rounding, Stochastic
+from swalp.rounding import Stochastic
 
 if available:
     from swalp import _kernels
@@ -28,7 +27,7 @@ def forward(
     x: Tensor,
     weight: Operand | Tensor,
     bias: Operand | Tensor | None,
-    activation: tuple[Format, Rounding],
+    activation: Quantization,
     transposed: bool,
     rectified: bool,
 ) -> tuple[Tensor, Operand, Tensor | None] | None:
@@ -56,7 +55,7 @@ def backward(
     grad: Tensor,
     mine: bool,
     passed: Tensor | None,
-    error: tuple[Format, Rounding],
+    error: Quantization,
     inputs: Operand | Tensor,
     weight: Operand | Tensor | None,
     transposed: bool,
@@ -88,7 +87,7 @@ def backward(
     )
 
 
-def errors(grad: Tensor, passed: Tensor, error: tuple[Format, Rounding]) -> Operand | None:
+def errors(grad: Tensor, passed: Tensor, error: Quantization) -> Operand | None:
     """`grad` where elements passed ReLU, else 0, in codes: never in floats.
 
     Args:
@@ -115,7 +114,7 @@ class _Compiled(NamedTuple):
     rule: tuple[int, int, int, int, int]
 
 
-def _compiled(quantization: tuple[Format, Rounding]) -> _Compiled | None:
+def _compiled(quantization: Quantization) -> _Compiled | None:
     """None: the kernels cannot, or must not try."""
     fmt, rounding = quantization
     plan, floats, codes = plan_of(fmt), buffers.floats, buffers.codes

@@ -12,7 +12,6 @@ from swalp import buffers
 from swalp.formats import Format
 from swalp.matmul.handed import whole
 from swalp.matmul.linear import (
-    Quantization,
     bias_operand,
     column_sums,
     keep,
@@ -23,7 +22,7 @@ from swalp.matmul.linear import (
     weight_operand,
 )
 from swalp.matmul.once import once
-from swalp.matmul.operands import Operand
+from swalp.matmul.operands import Operand, Quantization
 from swalp.matmul.products import product, product_into
 
 
@@ -104,10 +103,9 @@ class _Projections(torch.autograd.Function):
                 dx = one if dx is None else dx.add_(one)
             assert dx is not None
             dx = whole(dx if len(ctx.shape) == 2 else dx.view(ctx.shape))
-        whole_weight = sum(part.stop - part.start for part, _ in errors) == len(weight)
         if of_weight:
             dw = buffers.empty(*weight.shape)
-            if not whole_weight:
+            if sum(part.stop - part.start for part, _ in errors) < len(weight):
                 dw.zero_()
             for part, error in errors:
                 if isinstance(error, Operand) and isinstance(inputs, Operand):
