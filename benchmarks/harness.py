@@ -1,4 +1,4 @@
-"""Timing contenders against one another: interleaved, in one process, order reversed every round.
+"""Timing contenders against one another: interleaved, order reversed every round.
 
 A shared machine drifts by tens of percent within a minute, so absolute times mean little and
 times of different runs nothing. What is kept is the ratio of two contenders within one round,
@@ -39,6 +39,18 @@ class Contender:
     run: Callable[[], object] | None
     prepare: Callable[[], object] | None = None
     missing: str = ""
+
+    def seconds(self, calls: int, clock: Callable[[], float]) -> float:
+        """Seconds a call over `calls` calls."""
+        assert self.run is not None
+        if self.prepare is not None:
+            self.prepare()
+        run = self.run
+        repetitions = range(calls)
+        start = clock()
+        for _ in repetitions:
+            run()
+        return (clock() - start) / calls
 
 
 def contender(
@@ -90,7 +102,7 @@ def interleave(
     names = [entry.name for entry in present]
     if len(set(names)) != len(names):
         raise ValueError(f"contenders must have different names, not {names}")
-    first = {entry.name: _seconds(entry, 1, clock) for entry in present}
+    first = {entry.name: entry.seconds(1, clock) for entry in present}
     slow = {name for name, seconds in first.items() if seconds > patience}
     calls = {
         entry.name: 1 if entry.name in slow else _calls_in(entry, turn, clock) for entry in present
@@ -104,7 +116,7 @@ def interleave(
             for entry in present if number % 2 == 0 else reversed(present):
                 if number and entry.name in slow:
                     continue
-                times[entry.name].append(_seconds(entry, calls[entry.name], clock))
+                times[entry.name].append(entry.seconds(calls[entry.name], clock))
     return times
 
 
@@ -116,24 +128,11 @@ def ratios(times: Times, numerator: str, denominator: str) -> list[float]:
 
 def _calls_in(entry: Contender, turn: float, clock: Callable[[], float]) -> int:
     # One call says little about a microsecond: grow until a tenth of the turn is filled.
-    calls, spent = 1, _seconds(entry, 1, clock)
+    calls, spent = 1, entry.seconds(1, clock)
     while spent * calls < turn / 10:
         calls *= 8
-        spent = _seconds(entry, calls, clock)
+        spent = entry.seconds(calls, clock)
     return max(1, math.ceil(turn / spent)) if spent < turn else 1
-
-
-def _seconds(entry: Contender, calls: int, clock: Callable[[], float]) -> float:
-    """Seconds a call over `calls` calls."""
-    assert entry.run is not None
-    if entry.prepare is not None:
-        entry.prepare()
-    run = entry.run
-    repetitions = range(calls)
-    start = clock()
-    for _ in repetitions:
-        run()
-    return (clock() - start) / calls
 
 
 @contextmanager

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,31 +14,25 @@ from torch.nn import functional as F
 
 import swalp
 from benchmarks import peers, process
-from benchmarks.environment import ROOT
-from benchmarks.harness import Contender, Spread, contender, interleave
+from benchmarks.harness import Spread, Times, interleave
 from benchmarks.plan import Plan
 from benchmarks.records import Goal, Row, at_least, at_most, compared
 from benchmarks.training import _vgg16
 
 RECIPE = swalp.recipes.get("native-8")
 LR = 1e-3
-STEPS = 3  # of which the peak is taken, in a process of its own; before each turn of one
-PROCESSES = 5  # of those for the peak
-SECONDS = 1  # of a turn in a process that has its turns beside others
+STEPS = 3  # of which the peak is taken, in a process of its own
+PROCESSES = 5  # of those
 HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # PyTorch's large tensors go back to the system
 # Small native steps depend on where the processors lie (`sharing`), which may change by the minute.
 _LONGER = 3
-# In training a step follows another: only the first of a turn finds the caches full of other work.
-_TURN = 0.2
+# In training a step follows another, for long.
+_TURN = 0.5
 Step = Callable[[], object]
 
-FLOAT, LAST, BFLOAT, NATIVE, SAVING = (
-    "float32",
-    "float32 channels-last",
-    "bfloat16 autocast",
-    "swalp native",
-    "swalp native, save_memory()",
-)
+FLOAT, LAST, BFLOAT, NATIVE = (
+    "float32", "float32 channels-last", "bfloat16 autocast", "swalp native"
+)  # fmt: skip
 
 
 class Block(nn.Module):
@@ -104,6 +94,8 @@ class Work:
 
     def step(self, kind: str) -> Step:
         """A training step of that kind: forward, loss, backward, update."""
+        if kind == peers.TORCHAO:
+            return _torchao_step(self)
         torch.manual_seed(0)
         x, target = self.batch()
         model = self.build()
@@ -160,34 +152,42 @@ def network(name: str) -> Callable[[Plan], list[Row]]:
     def measure(plan: Plan) -> list[Row]:
         work = works(plan)[name]
         kinds = [NATIVE, *work.goals]
-        contenders = {kind: Contender(kind, work.step(kind)) for kind in kinds}
-        rival = contender(peers.TORCHAO, lambda: _torchao_step(work))
-        times = interleave(
-            [*contenders.values(), rival], plan.rounds, seconds=_LONGER * plan.seconds, turn=_TURN
-        )
         what = f"step, {work.what}"
-        rows = [
-            compared(
-                name, what, times, contenders[NATIVE], contenders[peer], "speedup", at_least(goal)
-            )
-            for peer, goal in work.goals.items()
-        ]
-        rows.append(compared(name, what, times, contenders[NATIVE], rival, "speedup"))
+        steps = {
+            kind: f"works({plan!r})[{name!r}].step({kind!r})" for kind in (*kinds, peers.TORCHAO)
+        }
+        times, rows = _against(name, what, steps, work.goals, plan)
         what = f"peak memory of {what}"
         # Whose time was not worth a second turn would take minutes for this, too.
         patient = [kind for kind in kinds if kind == FLOAT or len(times[kind]) > 1]
-        peaks = _peaks(name, [*patient, SAVING], plan, {})
+        peaks = _peaks(name, patient, plan, {})
         for peer in patient[1:]:
             goal = at_most(0.35) if peer == FLOAT else None
-            rows.append(_peak_row(name, what, NATIVE, peer, peaks, goal))
-        rows.append(_peak_row(name, what, SAVING, FLOAT, peaks, at_most(0.35)))
-        goals = {peer: goal for peer, goal in work.goals.items() if peer in patient}
-        rows += _saving_rows(name, f"step, {work.what}", goals, plan)
+            rows.append(_peak_row(name, what, peer, peaks, goal))
         peaks = _peaks(name, [NATIVE, FLOAT], plan, HUGE_PAGES)
         setting = " ".join(f"{key}={value}" for key, value in HUGE_PAGES.items())
-        return [*rows, _peak_row(name, f"{what}, {setting}", NATIVE, FLOAT, peaks, None)]
+        return [*rows, _peak_row(name, f"{what}, {setting}", FLOAT, peaks, None)]
 
     return measure
+
+
+def _against(
+    benchmark: str, what: str, calls: dict[str, str], goals: dict[str, float], plan: Plan
+) -> tuple[Times, list[Row]]:
+    """What native passes or steps take, and other kinds of them, and our speed against each.
+
+    Each has a process of its own: whoever trains in float32 has PyTorch's memory, and not ours.
+    """
+    with process.contenders(__name__, calls, plan.threads) as found:
+        times = interleave(found, plan.rounds, seconds=_LONGER * plan.seconds, turn=_TURN)
+    ours, *theirs = found
+    return times, [
+        compared(
+            benchmark, what, times, ours, peer, "speedup",
+            at_least(goals[peer.name]) if peer.name in goals else None,
+        )
+        for peer in theirs
+    ]  # fmt: skip
 
 
 def _peaks(
@@ -205,11 +205,11 @@ def _peaks(
 
 
 def _peak_row(
-    name: str, what: str, subject: str, peer: str, peaks: dict[str, list[float]], goal: Goal | None
+    name: str, what: str, peer: str, peaks: dict[str, list[float]], goal: Goal | None
 ) -> Row:
-    ours, theirs = peaks[subject], peaks[peer]
+    ours, theirs = peaks[NATIVE], peaks[peer]
     return Row(
-        benchmark=name, what=what, subject=subject, peer=peer, measure="bytes ratio", goal=goal,
+        benchmark=name, what=what, subject=NATIVE, peer=peer, measure="bytes ratio", goal=goal,
         rounds=len(ours), value=Spread.of([a / b for a, b in zip(ours, theirs, strict=True)]),
         details={
             "bytes": int(statistics.median(ours)), "peer_bytes": int(statistics.median(theirs))
@@ -217,83 +217,61 @@ def _peak_row(
     )  # fmt: skip
 
 
-def _saving_rows(name: str, what: str, goals: dict[str, float], plan: Plan) -> list[Row]:
-    """The time of giving memory back, which is for good in a process: each in one, by turns."""
-    contenders = {kind: Contender(kind, lambda: None) for kind in (SAVING, NATIVE, *goals)}
-    times: dict[str, list[float]] = {kind: [] for kind in contenders}
-    with contextlib.ExitStack() as stack:
-        workers = {kind: stack.enter_context(Worker(name, kind, plan)) for kind in times}
-        for turn in range(plan.rounds):
-            for kind in times if turn % 2 else reversed(times):
-                times[kind].append(workers[kind].seconds())
-    ours = contenders[SAVING]
-    return [
-        compared(name, what, times, ours, contenders[NATIVE], "time ratio"),
-        *(
-            compared(name, what, times, ours, contenders[peer], "speedup", at_least(goal))
-            for peer, goal in goals.items()
-        ),
-    ]
-
-
 def transformers(plan: Plan) -> list[Row]:
     """Steps of PyTorch's own encoder layer, and of a small GPT, whose kernels are short."""
+    rows = []
+    for name, work in small_works(plan).items():
+        steps = {
+            kind: f"small_works({plan!r})[{name!r}].step({kind!r})"
+            for kind in (NATIVE, FLOAT, BFLOAT)
+        }
+        rows += _against("native-transformers", f"step, {work.what}", steps, {}, plan)[1]
+    return rows
+
+
+def small_works(plan: Plan) -> dict[str, Work]:
+    """The networks of `transformers`."""
     large = plan.vgg_batch == 128
     count, short = (8, 32) if large else (1, 2)
-    rows = []
-    for work in (
-        Work(
+    return {
+        "encoder": Work(
             f"encoder layer of PyTorch's, 768 wide, 12 heads, 512 tokens x {count}",
             lambda: nn.TransformerEncoderLayer(768, 12, 3072, 0.0, "gelu", batch_first=True),
             (count, 512, 768), {}, None,
         ),
-        Work(
+        "small": Work(
             f"4 GPT-2 blocks, 128 wide, 4 heads, 64 tokens x {short}",
             lambda: nn.Sequential(*(Block(128, 4) for _ in range(4))), (short, 64, 128), {}, None,
         ),
-    ):  # fmt: skip
-        ours, *peers = [Contender(kind, work.step(kind)) for kind in (NATIVE, FLOAT, BFLOAT)]
-        times = interleave([ours, *peers], plan.rounds, seconds=_LONGER * plan.seconds, turn=_TURN)
-        what = f"step, {work.what}"
-        rows += [
-            compared("native-transformers", what, times, ours, peer, "speedup") for peer in peers
-        ]
-    return rows
+    }  # fmt: skip
 
 
 def linear(plan: Plan) -> list[Row]:
     """All three products of a linear layer 1024 wide, with all that is rounded for them."""
     rows = []
     for count in (512, 1024, 4096) if plan.vgg_batch == 128 else (64,):
-        torch.manual_seed(0)
-        x, dy = torch.randn(count, 1024, requires_grad=True), torch.randn(count, 1024)
-        plain = nn.Linear(1024, 1024)
-        low = swalp.convert(nn.Sequential(nn.Linear(1024, 1024)), RECIPE, packed=True)
-        ours = Contender(NATIVE, _passes(low, x, dy, False))
-        theirs = [
-            (Contender(FLOAT, _passes(plain, x, dy, False)), at_least(3.8)),
-            (Contender(BFLOAT, _passes(plain, x, dy, True)), at_least(1.8)),
-        ]
-        times = interleave(
-            [ours, *(peer for peer, _ in theirs)], plan.rounds, seconds=_LONGER * plan.seconds
-        )
         what = f"linear layer {count} x 1024 x 1024, forward and backward"
-        rows += [
-            compared("native-linear", what, times, ours, peer, "speedup", goal)
-            for peer, goal in theirs
-        ]
+        calls = {kind: f"passes({count}, {kind!r})" for kind in (NATIVE, FLOAT, BFLOAT)}
+        rows += _against("native-linear", what, calls, {FLOAT: 3.8, BFLOAT: 1.8}, plan)[1]
     return rows
 
 
-def _passes(layer: nn.Module, x: Tensor, dy: Tensor, bfloat: bool) -> Step:
-    gradient = dy.bfloat16() if bfloat else dy
+def passes(count: int, kind: str) -> Step:
+    """Those of that linear layer, for so many rows."""
+    torch.manual_seed(0)
+    x, dy = torch.randn(count, 1024, requires_grad=True), torch.randn(count, 1024)
+    layer: nn.Module = nn.Sequential(nn.Linear(1024, 1024))
+    if kind == NATIVE:
+        layer = swalp.convert(layer, RECIPE, packed=True)
+    if kind == BFLOAT:
+        dy = dy.bfloat16()
 
     def step() -> None:
         x.grad = None
         layer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat):
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == BFLOAT):
             y = layer(x)
-        y.backward(gradient)
+        y.backward(dy)
 
     return step
 
@@ -319,7 +297,6 @@ def _torchao_step(work: Work) -> Step:
 def peak(name: str, kind: str, plan: Plan) -> float:
     """Bytes by which this process grows at most, in steps after the first, beyond the batch."""
     torch.set_num_threads(plan.threads)
-    kind = _saving(kind)
     warm = Work("", lambda: _mlp(8, 8, 8), (4, 8), {}, None)
     for _ in range(2):
         warm.step(kind)()  # what is loaded or allocated only once
@@ -336,52 +313,3 @@ def peak(name: str, kind: str, plan: Plan) -> float:
     status = Path("/proc/self/status").read_text()
     mark = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(mark.split()[1]) * 1024 - before
-
-
-def work(name: str, kind: str, plan: Plan) -> None:
-    """For each line of the input, take steps for a turn and print the seconds of one."""
-    torch.set_num_threads(plan.threads)
-    step = works(plan)[name].step(_saving(kind))
-    step()
-    for _ in sys.stdin:
-        # Not of training that is under way: what was given back lies with the host by now, if this
-        # is a virtual machine, from where a page takes ten times as long.
-        for _ in range(STEPS):
-            step()
-        count, began = 0, time.perf_counter()
-        while count == 0 or time.perf_counter() - began < SECONDS:
-            step()
-            count += 1
-        print((time.perf_counter() - began) / count, flush=True)
-
-
-class Worker:
-    """A process that takes steps when asked to, and else waits."""
-
-    def __init__(self, name: str, kind: str, plan: Plan) -> None:
-        self._process = subprocess.Popen(
-            process.command(__name__, f"work({name!r}, {kind!r}, {plan!r})"), text=True, cwd=ROOT,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
-
-    def seconds(self) -> float:
-        """A step's, in a turn of some."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(file=self._process.stdin, flush=True)
-        return float(self._process.stdout.readline())
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self._process.kill()
-        self._process.communicate()  # it reads the end of its input
-
-
-def _saving(kind: str) -> str:
-    if kind != SAVING:
-        return kind
-    swalp.buffers.save_memory()
-    return NATIVE

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import swalp
-from benchmarks.harness import Contender, Spread, interleave
+from benchmarks import process
+from benchmarks.harness import Spread, interleave
 from benchmarks.native import NATIVE, RECIPE
 from benchmarks.plan import Plan
 from benchmarks.records import Row, at_least, compared
@@ -27,14 +28,16 @@ def layers(plan: Plan) -> list[Row]:
     rows: list[Row] = []
     total: dict[str, list[float]] = {name: [0.0] * plan.rounds for name in (NATIVE, *GOALS)}
     for inner, outer, size, count in shapes:
-        contenders = {name: _contender(name, plan, inner, outer, size) for name in total}
-        times = interleave(list(contenders.values()), plan.rounds)
+        calls = {
+            name: f"passes({name!r}, {plan.vgg_batch}, {inner}, {outer}, {size})" for name in total
+        }
+        with process.contenders(__name__, calls, plan.threads) as contenders:
+            times = interleave(contenders, plan.rounds)
         what = f"convolution {inner} to {outer}, {size}x{size}, batch {plan.vgg_batch}"
+        ours, *theirs = contenders
         rows += [
-            compared("native-convolutions", what, times, contenders[NATIVE], contenders[peer],
-                     "speedup")
-            for peer in GOALS
-        ]  # fmt: skip
+            compared("native-convolutions", what, times, ours, peer, "speedup") for peer in theirs
+        ]
         for name, seconds in times.items():
             total[name] = [
                 before + count * now for before, now in zip(total[name], seconds, strict=True)
@@ -53,11 +56,7 @@ def layers(plan: Plan) -> list[Row]:
     return rows
 
 
-def _contender(name: str, plan: Plan, inner: int, outer: int, size: int) -> Contender:
-    return Contender(name, _passes(name, plan.vgg_batch, inner, outer, size))
-
-
-def _passes(name: str, batch: int, inner: int, outer: int, size: int) -> Callable[[], object]:
+def passes(name: str, batch: int, inner: int, outer: int, size: int) -> Callable[[], object]:
     """Forward and backward of one layer."""
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(nn.Conv2d(inner, outer, 3, padding=1))

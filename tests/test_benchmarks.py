@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import subprocess
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 import benchmarks.__main__
 import swalp
-from benchmarks import environment, memory, optimizer, peers, report, training
+from benchmarks import environment, memory, optimizer, peers, process, report, training
 from benchmarks.__main__ import main
 from benchmarks.harness import Contender, MissingError, Spread, contender, interleave, ratios
 from benchmarks.records import Row, at_least, at_most, compared, load, merged, save, timed
@@ -87,6 +88,22 @@ def test_names_must_differ():
 def test_ratios_pair_the_rounds():
     times = {"a": [2.0, 30.0, 5.0], "b": [1.0, 10.0, 5.0]}
     assert ratios(times, "a", "b") == [2.0, 3.0, 1.0]
+
+
+def test_contenders_with_a_process_each(capfd):
+    raising = "(_ for _ in ()).throw(process.MissingError('get it'))"
+    calls = {"real": "partial(abs, -1)", "missing": f"partial and {raising}"}
+    with process.contenders("functools", calls, 1) as (real, missing):
+        times = interleave([real, missing], 2, turn=1e-6)
+        assert missing == Contender("missing", None, missing="get it")
+    assert [len(each) for each in times.values()] == [2]
+    assert all(0 < each < 1e-3 for each in times["real"])
+    with (
+        pytest.raises(subprocess.CalledProcessError),
+        process.contenders("functools", {"wrong": "nothing"}, 1),
+    ):
+        pass
+    assert "'functools' has no attribute 'nothing'" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
