@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ if plans.available:
     from swalp import _kernels
 
 LARGE = buffers.SMALLEST // 4  # floats
+SHARES = pytest.mark.skipif(sys.platform != "linux", reason="PyTorch shares its memory on Linux")
 
 
 @pytest.fixture(autouse=True)
@@ -81,19 +81,19 @@ def test_neighbours_join_and_the_lowest_place_that_fits_is_taken():
 
 
 def run_alone(program):
-    """In a process of its own, which must end well."""
+    """In a process of its own, which must end well; returns what it prints."""
     run = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
     )
     assert not run.returncode, run.stderr
+    return run.stdout
 
 
 SHARING = """
 import torch
 from swalp import buffers, _kernels
 
-if {saving}:
-    buffers.save_memory()
+assert not {shared} or buffers.share_with_torch()
 LARGE = buffers.SMALLEST // 4
 buffers.floats = _kernels.Buffers(buffers.SMALLEST, buffers.REGION, 64)
 # Several regions.
@@ -107,8 +107,9 @@ for number in range(400):
     size *= 1 if number % 3 else 4
     value = number % 100
     alive.append((buffers.empty(size, dtype=dtype).fill_(value), value))
-    other = torch.ones(int(torch.randint(1, 1 << 24, (), generator=generator)))
-    while len(alive) > 6:
+    other = torch.full((int(torch.randint(1, 1 << 22, (), generator=generator)),), value + 0.5)
+    alive.append((other, value + 0.5))
+    while len(alive) > 9:
         tensor, value = alive.pop(int(torch.randint(len(alive), (), generator=generator)))
         assert bool((tensor == value).all())
 assert buffers.free_bytes() < 400 * buffers.SMALLEST
@@ -116,9 +117,9 @@ assert all(bool((tensor == value).all()) for tensor, value in alive)
 """
 
 
-@pytest.mark.parametrize("saving", [False, True])
-def test_no_two_tensors_share_memory(saving):
-    run_alone(SHARING.format(saving=saving))
+@pytest.mark.parametrize("shared", [False, pytest.param(True, marks=SHARES)])
+def test_no_two_tensors_share_memory(shared):
+    run_alone(SHARING.format(shared=shared))
 
 
 def test_more_than_a_region_holds(monkeypatch):
@@ -239,7 +240,7 @@ def test_memory_that_is_apart_moves_or_stays():
     run_alone(STUCK)
 
 
-SAVING = """
+TOGETHER = """
 from pathlib import Path
 import torch
 import swalp
@@ -250,43 +251,110 @@ MB = 1 << 20
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-Path("/proc/self/clear_refs").write_text("5")  # imports may have needed more than this
-torch.empty(16 * MB).fill_(1)  # now the C library has seen that such a size comes and goes
-buffers.empty(16 * MB).fill_(1)
-kept = buffers.empty(MB).fill_(3)
-print(buffers.free_bytes() == 60 * MB)
-buffers.save_memory()
-print(buffers.free_bytes() == 8 * MB)  # nobody is known to need more
-before = resident() - 8 * MB
-for _ in range(3):
-    buffers.empty(16 * MB).fill_(2)
-print(buffers.free_bytes() == 64 * MB)  # the process never needed less at once
-for number in range(4):
-    other = torch.empty(16 * MB).fill_(2)
-    print(number == 0 or resident() - before < 100 * MB)
-    if number % 2:
-        buffers.empty(MB)
-        print(buffers.free_bytes() <= 16 * MB)
-    del other
-    print(number == 0 or resident() - before < 28 * MB)
-    ours = buffers.empty(16 * MB).fill_(2)
-    print(resident() - before < 100 * MB, bool((ours == 2).all()))
-    del ours
-    print(number == 0 or buffers.free_bytes() <= 16 * MB)  # others will come
-print(bool((kept == 3).all()))
-del kept
-print(buffers.empty(4 * MB).data_ptr() % (2 * MB) == 0)
+early = torch.empty(16 * MB).fill_(7)  # from the C library
+assert buffers.share_with_torch()
+assert buffers.share_with_torch()  # as before
+del early
+assert buffers.free_bytes() == 0
+
+def check():
+    x = torch.empty(16 * MB).fill_(1)
+    small = torch.empty(MB // 8).fill_(6)  # from the C library
+    assert not buffers.holds(x)  # no result
+    del x
+    assert buffers.free_bytes() >= 64 * MB
+    before = resident()
+    ours = buffers.empty(8 * MB).fill_(2)
+    codes = buffers.empty(16 * MB, dtype=torch.int8).fill_(3)
+    theirs = torch.ones(3 * MB).mul_(4)
+    assert theirs.data_ptr() % 4096 == 0
+    for tensor, value in [(ours, 2), (codes, 3), (theirs, 4), (small, 6)]:
+        assert bool((tensor == value).all())
+    theirs.resize_(4 * MB)
+    assert bool((theirs[: 3 * MB] == 4).all())
+    shared = theirs.clone().share_memory_()  # elsewhere
+    assert bool((shared[: 3 * MB] == 4).all())
+    del shared
+    array = theirs.numpy()
+    del theirs
+    assert (array[: 3 * MB] == 4).all()
+    return resident() - before
+
+check()  # what is loaded only once
+grown = check()
+assert grown < 8 * MB, grown
+assert buffers.free_bytes() >= 64 * MB
 buffers.release()
-print(buffers.free_bytes() == 0)
+assert buffers.free_bytes() == 0
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux for what is resident")
-def test_save_memory_gives_back_what_the_process_does_not_need():
-    run = subprocess.run(
-        [sys.executable, "-c", SAVING], capture_output=True, text=True, timeout=120, check=True
-    )
-    assert set(run.stdout.split()) == {"True"}, run.stdout
+@SHARES
+def test_torch_s_tensors_use_what_ours_left_and_ours_what_they_left():
+    run_alone(TOGETHER)
+
+
+THREADS = """
+import threading, torch
+import swalp
+from swalp import buffers
+assert buffers.share_with_torch()
+torch.set_num_threads(1)
+failed = []
+
+def work(number):
+    generator = torch.Generator().manual_seed(number)
+    alive = []
+    for turn in range(300):
+        size = int(torch.randint(1, 1 << 20, (), generator=generator))
+        value = float(1000 * number + turn)
+        alive.append((torch.full((size,), value), value))
+        alive.append((buffers.empty(size).fill_(-value), -value))
+        while len(alive) > 6:
+            tensor, value = alive.pop(int(torch.randint(len(alive), (), generator=generator)))
+            if not bool((tensor == value).all()):
+                failed.append(value)
+
+threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+assert not failed, failed
+"""
+
+
+@SHARES
+def test_torch_s_tensors_come_and_go_in_several_threads():
+    run_alone(THREADS)
+
+
+BY_RECIPE = """
+import torch
+import swalp
+from swalp import buffers
+
+def shared():
+    return buffers._torch is not None
+
+swalp.convert(torch.nn.Linear(4, 4), "paper-small-block-8")
+assert not shared()
+swalp.convert(torch.nn.Linear(4, 4), "native-8")
+assert shared() == {shared}
+assert buffers.share_with_torch() == {shared}
+torch.manual_seed(0)
+model = swalp.convert(torch.nn.Linear(1024, 1024), "native-8")
+x = torch.randn(1024, 1024, requires_grad=True)
+model(x).sum().backward()
+print(x.grad.double().sum().item(), model.weight.grad.double().sum().item())
+"""
+
+
+@SHARES
+def test_native_recipes_share_memory_unless_told_otherwise(monkeypatch):
+    with_it = run_alone(BY_RECIPE.format(shared=True))
+    monkeypatch.setenv("SWALP_SHARE_MEMORY", "0")
+    assert run_alone(BY_RECIPE.format(shared=False)) == with_it
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
@@ -296,11 +364,12 @@ import os, threading, torch
 import swalp
 from swalp import BlockFloat, FixedPoint, Stochastic, buffers
 torch.set_num_threads(1)
+buffers.share_with_torch()
 kept = buffers.empty(1 << 17)
 over = threading.Event()
 def give_back():  # without Python's lock, but with that of the regions
     while not over.is_set():
-        x = [buffers.empty(1 << 22).fill_(1) for _ in range(4)]
+        x = [make(1 << 22).fill_(1) for make in (buffers.empty, torch.empty) for _ in range(2)]
         del x
         buffers.release()
 thread = threading.Thread(target=give_back)
@@ -310,6 +379,7 @@ for _ in range(100):
     child = os.fork()
     if child == 0:
         buffers.empty(1 << 17)
+        torch.empty(1 << 20)
         os._exit(0)
     failed |= os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 over.set()

@@ -4,15 +4,13 @@ A fresh block of 32 MB costs several times what filling it does, as the system h
 page. Results from here lie side by side in regions of address space: what the last tensor on a
 place leaves free, whatever its size, joins its free neighbours, the next result takes the lowest
 place that it fits in, and where that has no memory yet, pages that are free elsewhere move there.
-So the pages in use are those of the most that ever was alive at once, not those of each size.
-`save_memory` gives them back sooner. Without the kernels, and on systems that have no `mmap`,
-results are PyTorch's own.
+So the pages in use are those of the most that ever was alive at once, not those of each size, and
+with `share_with_torch` PyTorch's own tensors are among these. Without the kernels, and on systems
+that have no `mmap`, results are PyTorch's own.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 from collections.abc import Sequence
 
@@ -27,9 +25,9 @@ if available:
     from swalp.extension import TORCH
 
 SMALLEST = 1 << 18  # bytes: below, the allocator of the C library is as good
+SMALLEST_OF_TORCH = 1 << 20  # bytes: what is smaller need not leave the C library
 REGION = 1 << 30  # bytes of address space; memory only where it has been written
 WINDOW = 1 << 12  # results in which memory that none of them touched goes back to the system
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of mallopt
 # Kind, by DLPack's numbers, and bytes.
 _TYPES = {torch.float32: (2, 4), torch.int8: (0, 1), torch.uint8: (1, 1)}
 
@@ -37,6 +35,8 @@ _TYPES = {torch.float32: (2, 4), torch.int8: (0, 1), torch.uint8: (1, 1)}
 floats = None if not available else _kernels.Buffers(SMALLEST, REGION, WINDOW)
 # Apart: codes outlive floats, and would lie between them.
 codes = None if not available else _kernels.Buffers(SMALLEST, REGION, WINDOW)
+# PyTorch's own tensors, once they lie here.
+_torch: _kernels.Buffers | None = None
 
 
 def empty(*shape: int, channels_last: bool = False, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -60,12 +60,12 @@ def empty(*shape: int, channels_last: bool = False, dtype: torch.dtype = torch.f
 
 
 def holds(x: Tensor) -> bool:
-    """Whether a tensor's memory is from here."""
-    return any(each.holds(x.data_ptr()) for each in _all())
+    """Whether a tensor is a result from here: nobody else has made its memory."""
+    return any(each is not None and each.holds(x.data_ptr()) for each in (floats, codes))
 
 
 def free_bytes() -> int:
-    """Bytes of memory that no tensor uses now; after `save_memory` it may be less."""
+    """Bytes of memory that no tensor uses now."""
     return sum(each.free_bytes() for each in _all())
 
 
@@ -75,35 +75,34 @@ def release() -> None:
         each.release()
 
 
-def save_memory() -> None:
-    """Hold no more memory than the process needs, from now on.
+def share_with_torch() -> bool:
+    """Let PyTorch's large tensors on the CPU lie here, too, from now on.
 
-    PyTorch and results from here cannot use what the other has left free, so a step holds the most
-    of each, even if they come at different times. After this, memory that no tensor uses goes back
-    to the system as far as the process would hold more than it needed at any one time of late. The
-    step may take longer, as memory has to be asked for again: `docs/native.md` says how much.
+    They and results from here then use the same free memory: a process needs what is alive at once,
+    of both, and asks the system for nothing in a step that another step left free. What the last
+    tensor leaves stays with the process, as on a GPU, until 4,096 further ones have found no use
+    for it, or `release` is called. `swalp.convert` calls this for recipes with native products,
+    unless ``SWALP_SHARE_MEMORY=0`` is in the environment. It cannot be undone. Numbers do not
+    change, nor does what is made before.
 
-    It takes least if this is called before the process has made a tensor: then large tensors of
-    PyTorch's on the CPU lie on large pages, too (``THP_MEM_ALLOC_ENABLE`` in the environment, if it
-    has no value there), which the system hands out in a fraction of the time. Those tensors go
-    back at once where the C library has `mallopt` (glibc): from 1 MB on it gets each from the
-    system, and of what is smaller it keeps 8 MB. That cannot be undone. To hold less still, let
-    nonlinearities work in place: `inplace = True` on ReLU and on GELU right after a linear layer.
+    PyTorch's tensors of 1 MB and more are meant, on Linux, where PyTorch takes their memory from
+    the C library: its library ``libc10.so`` is told to ask here instead.
 
-    What a process holds, Linux tells; elsewhere results from here leave 8 MB free.
+    Returns:
+        Whether they lie here; `swalp doctor` says it, too.
     """
-    # PyTorch looks at it when it makes its first tensor.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if available:
-        _kernels.save_memory()
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # no glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 8 << 20)
+    global _torch
+    if not available or os.environ.get("SWALP_SHARE_MEMORY") == "0":
+        return _torch is not None
+    torch.empty(1, device="cpu")  # afterwards the linker knows what takes and frees memory
+    found = _kernels.Buffers.of_torch(SMALLEST_OF_TORCH, REGION, WINDOW)
+    if found is not None:  # else they do already, or cannot
+        _torch = found
+    return _torch is not None
 
 
 def _all() -> list[_kernels.Buffers]:
-    return [each for each in (floats, codes) if each is not None]
+    return [each for each in (floats, codes, _torch) if each is not None]
 
 
 def _strides(shape: Sequence[int]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swalp._validation import require_bool, require_model
+from swalp.buffers import share_with_torch
 from swalp.layers import (
     CONVERTIBLE,
     Family,
@@ -163,6 +164,8 @@ def convert(
             assert isinstance(module, Quantized)
             module._swalp_layer = layer
     _round_parameters(model, resolved, packed)
+    if recipe.product == "native":
+        share_with_torch()
     model._swalp = Conversion(resolved, clock, _significand(resolved))  # type: ignore[assignment]  # no tensor or module
     model.register_forward_pre_hook(model._swalp)  # type: ignore[arg-type]  # typed as above
     return model

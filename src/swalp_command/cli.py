@@ -383,7 +383,10 @@ def doctor() -> None:
     from swalp.report.tables import pairs
     from swalp.training import data, environment
 
-    found = environment.describe() | {"data without --data-dir": str(data.cache_dir())}
+    found = environment.describe() | {
+        "large tensors": environment.memory(),
+        "data without --data-dir": str(data.cache_dir()),
+    }
     print(pairs(found))
 
 

@@ -442,11 +442,8 @@ NB_MODULE(_kernels, m) {
       .def("empty", &Buffers::empty)
       .def("holds", &Buffers::holds)
       .def("free_bytes", &Buffers::free_bytes)
-      .def("release", &Buffers::release);
-  m.def("save_memory", [] {
-    nb::gil_scoped_release unlocked;
-    Regions::save();
-  });
+      .def("release", &Buffers::release)
+      .def_static("of_torch", &Buffers::of_torch);
   nb::class_<swalp_convolution>(m, "Convolution")
       .def("__init__", [](swalp_convolution* c, const std::vector<int64_t>& sizes) {
         *c = convolution(sizes);

@@ -7,6 +7,7 @@
 
 #include "plain.h"
 #include "tensors.h"
+#include "torch_memory.h"
 
 namespace {
 
@@ -16,7 +17,14 @@ template <class T> T* at(uintptr_t address) { return reinterpret_cast<T*>(addres
 class Buffers {
  public:
   Buffers(int64_t smallest, int64_t region, int64_t window)
-      : smallest_(smallest), regions_(std::make_shared<Regions>(region, window)) {}
+      : Buffers(smallest, std::make_shared<Regions>(region, window)) {}
+
+  // Where PyTorch's tensors of `smallest` bytes and more lie from now on, to the end of the process; None:
+  // they cannot, and it has not been done.
+  static nb::object of_torch(int64_t smallest, int64_t region, int64_t window) {
+    const auto regions = std::make_shared<Regions>(region, window, false);
+    return TorchMemory::hold(regions, smallest) ? nb::cast(Buffers(smallest, regions)) : nb::none();
+  }
 
   // A tensor, or a capsule of one for `torch.from_dlpack`; None: of this size, nothing lies here. No
   // strides: it is contiguous.
@@ -57,6 +65,9 @@ class Buffers {
   }
 
  private:
+  Buffers(int64_t smallest, std::shared_ptr<Regions> regions)
+      : smallest_(smallest), regions_(std::move(regions)) {}
+
   nb::object bytes(const Torch& torch, const std::vector<int64_t>& shape, uint8_t kind) const {
     const int64_t size = bytes_of(shape, 1);
     return taken(torch, size < smallest_ ? nullptr : regions_, shape, {}, size, {kind, 8, 1});

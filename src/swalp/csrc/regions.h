@@ -2,15 +2,12 @@
 // of address space, each on the lowest place that it fits in: what one leaves free joins its free
 // neighbours, and where there is no memory yet, memory that is free elsewhere moves to, which takes a
 // fiftieth of the time of new one. So the pages in use are those of the most that ever was alive at once.
-// To save memory, what is free goes back to the system as far as the process would otherwise hold more
-// than it needed of late.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
 
 #include <algorithm>
+#include <atomic>
 #include <list>
 #include <mutex>
 #include <utility>
@@ -18,7 +15,6 @@
 
 #if __has_include(<sys/mman.h>)
 #include <errno.h>
-#include <fcntl.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -93,6 +89,7 @@ class Region {
 
   bool exists() const { return memory_ != nullptr; }
   bool idle() const { return taken_.empty(); }
+  uint8_t* begin() const { return memory_; }
   size_t size() const { return size_; }
   bool holds(const void* address) const {
     const auto* byte = static_cast<const uint8_t*>(address);
@@ -122,41 +119,27 @@ class Region {
     return memory_ + begin;
   }
 
-  // Returns how many bytes become free.
-  size_t leave(const uint8_t* address) {
+  void leave(const uint8_t* address) {
     const auto own = from(taken_, address - memory_);
     const Stretch left = *own;
     taken_.erase(own);
     add_spare(left);
-    return left.end - left.begin;
   }
 
-  // Free memory goes back to the system, the highest first, in units of so many bytes: what lies
-  // beyond `limit`, and all but `keep` bytes. Returns how many bytes.
-  size_t give_back(size_t keep, size_t limit, size_t unit) {
-    const size_t before = free_bytes();
-    size_t kept = before;
+  // Free memory that lies beyond `limit` goes back to the system.
+  void give_back(size_t limit) {
     std::vector<Stretch> spare;
-    for (auto one = spare_.rbegin(); one != spare_.rend(); ++one) {
-      const size_t excess = kept > keep ? std::min(kept - keep, one->end - one->begin) : 0;
-      const size_t from = round_up(std::max(one->begin, std::min(one->end - excess, limit)), unit);
-      const size_t to = one->end / unit * unit;
-      if (from < to) {
-        madvise(memory_ + from, to - from, MADV_DONTNEED);
-        kept -= to - from;
-        add(spare, {to, one->end});
-        add(spare, {one->begin, from});
-      } else {
-        spare.push_back(*one);
-      }
+    for (const Stretch& one : spare_) {
+      const size_t from = std::max(one.begin, std::min(one.end, limit));
+      if (from < one.end) madvise(memory_ + from, one.end - from, MADV_DONTNEED);
+      add(spare, {one.begin, from});
     }
-    spare_.assign(spare.rbegin(), spare.rend());
-    return before - kept;
+    spare_.swap(spare);
   }
 
   // What no result has used since the last call goes back.
   void give_back_unused() {
-    give_back(SIZE_MAX, used_until_, 1);
+    give_back(used_until_);
     used_until_ = taken_.empty() ? 0 : taken_.back().end;
   }
 
@@ -232,79 +215,12 @@ class Region {
   size_t used_until_ = 0;       // the highest end in use since the window began
 };
 
-// How much free memory stays: kKept bytes, and more as far as the process holds no more than it needed,
-// without what is free, at any one time of late. By who holds the lock.
-class Savings {
- public:
-  // Notes what is taken or left. Returns whether that is so much by now that a look is worth its time.
-  bool note(size_t taken, size_t left) {
-    moved_ += taken + left;
-    left_ += left;
-    return moved_ >= kLook;
-  }
-
-  // Whether all of it may stay.
-  static bool may_stay(size_t bytes) { return bytes <= kKept; }
-
-  // Bytes of `free` ones that are too many. `more`: what is about to be taken beyond these.
-  size_t excess(size_t free, size_t more) {
-    const size_t left = left_;
-    moved_ = left_ = 0;
-    const Held held = look();
-    if (!held.now) return free > kKept ? free - kKept : 0;  // unknown
-    const size_t needed = held.now - std::min(free, held.now) + more;
-    if (++looks_ % kWindow == 0) {
-      before_ = most_;
-      most_ = 0;
-    }
-    most_ = std::max(most_, needed + left);
-    // What others took between two looks, and left, they will take again: there must be room for it then.
-    const size_t seen = std::max(held.now, seen_);
-    if (peak_ && held.peak > std::max(peak_, seen)) unseen_ = std::max(unseen_, held.peak - seen);
-    peak_ = held.peak;
-    const size_t bound = needed + unseen_, most = std::max(most_, before_) + kKept;
-    const size_t room = std::max(kKept, most - std::min(bound, most));
-    const size_t found = free > room ? free - room : 0;
-    seen_ = held.now + more - std::min(found, held.now);
-    return found;
-  }
-
- private:
-  static constexpr size_t kKept = 1 << 23, kLook = kLargePage;
-  static constexpr int64_t kWindow = 1 << 12;
-
-  struct Held {
-    size_t now = 0, peak = 0;
-  };
-
-  // Bytes of memory that the process holds, and the most that it ever held; 0: unknown. What `getrusage`
-  // knows may be of the program that started this one.
-  static Held look() {
-    const int file = open("/proc/self/status", O_RDONLY | O_CLOEXEC);
-    if (file < 0) return {};
-    char text[4096];
-    const ssize_t length = read(file, text, sizeof text - 1);
-    close(file);
-    text[length < 0 ? 0 : length] = 0;
-    const auto field = [&](const char* name) {
-      const char* const found = strstr(text, name);
-      return found ? static_cast<size_t>(strtoull(found + strlen(name), nullptr, 10)) << 10 : 0;
-    };
-    return {field("\nVmRSS:"), field("\nVmHWM:")};
-  }
-
-  size_t most_ = 0, before_ = 0;  // needed since the window began, and in the window before
-  size_t unseen_ = 0;
-  size_t seen_ = 0, peak_ = 0;    // at the last look: what the process would hold next, and its peak
-  size_t moved_ = 0, left_ = 0;   // since then
-  int64_t looks_ = 0;
-};
-
 class Regions {
  public:
   // `size`: of a region, in bytes. `window`: results in which memory that none of them touched goes
-  // back to the system.
-  Regions(size_t size, int64_t window) : size_(size), window_(window), page_(sysconf(_SC_PAGESIZE)) {
+  // back to the system. `own`: they are results of ours, not tensors of PyTorch's.
+  Regions(size_t size, int64_t window, bool own = true)
+      : size_(size), window_(window), own_(own), page_(sysconf(_SC_PAGESIZE)) {
     const std::lock_guard<std::mutex> held(regions_lock);
     all().push_back(this);
   }
@@ -319,29 +235,19 @@ class Regions {
     const std::lock_guard<std::mutex> held(regions_lock);
     if (++results_ % window_ == 0)
       for (Region& region : regions_) region.give_back_unused();
-    const size_t before = saves() ? all_free() : 0;
-    uint8_t* const found = place(bytes);
-    if (!found) return nullptr;
-    live() += bytes;
-    if (saves()) {
-      const size_t free = all_free();
-      if (notes(free, bytes, 0)) give_back(free, bytes - (before - free));
-    }
-    return found;
+    return place(bytes);
   }
 
-  void leave(uint8_t* address) {
+  // Returns whether it was taken here.
+  bool leave(uint8_t* address) {
+    if (address < lowest_ || address >= highest_) return false;
     const std::lock_guard<std::mutex> held(regions_lock);
     for (Region& region : regions_) {
       if (!region.holds(address)) continue;
-      const size_t bytes = region.leave(address);
-      live() -= bytes;
-      if (saves()) {
-        const size_t free = all_free();
-        if (notes(free, 0, bytes)) give_back(free, 0);
-      }
-      return;
+      region.leave(address);
+      return true;
     }
+    return false;
   }
 
   bool holds(const void* address) const {
@@ -349,59 +255,30 @@ class Regions {
     return found(address);
   }
 
-  // Whether any of all regions holds it.
+  // Whether a result of ours lies there, in any of all regions.
   static bool any_holds(const void* address) {
     const std::lock_guard<std::mutex> held(regions_lock);
     return std::any_of(all().begin(), all().end(),
-                       [&](const Regions* one) { return one->found(address); });
+                       [&](const Regions* one) { return one->own_ && one->found(address); });
   }
+
+  // Whether all that is taken here begins on a multiple of that.
+  bool aligns(size_t bytes) const { return page_ % bytes == 0; }
 
   size_t free_bytes() const {
     const std::lock_guard<std::mutex> held(regions_lock);
-    return free();
+    size_t all = 0;
+    for (const Region& region : regions_) all += region.free_bytes();
+    return all;
   }
 
   void release() {
     const std::lock_guard<std::mutex> held(regions_lock);
-    for (Region& region : regions_) region.give_back(0, 0, 1);
+    for (Region& region : regions_) region.give_back(0);
     regions_.remove_if([](const Region& region) { return region.idle(); });
   }
 
-  // From now on, all regions give back what the process does not need.
-  static void save() {
-    const std::lock_guard<std::mutex> held(regions_lock);
-    if (saves()) return;
-    savings() = new Savings;
-    give_back(all_free(), 0);
-  }
-
  private:
-  // Once somebody wants to save memory; to the process's end, as tensors may live that long.
-  static Savings*& savings() {
-    static Savings* found = nullptr;
-    return found;
-  }
-  static bool saves() { return savings() != nullptr; }
-  static size_t& live() {  // bytes in use, of all
-    static size_t bytes = 0;
-    return bytes;
-  }
-
-  // Whether it is time to look at what the process needs. `free`: `all_free` now, as below.
-  static bool notes(size_t free, size_t taken, size_t left) {
-    return !Savings::may_stay(live() + free) && savings()->note(taken, left);
-  }
-
-  static void give_back(size_t free, size_t more) {
-    size_t excess = savings()->excess(free, more);
-    for (Regions* const each : all())
-      for (Region& region : each->regions_) {
-        if (excess < kLargePage) return;
-        const size_t own = region.free_bytes();
-        excess -= std::min(excess, region.give_back(own - std::min(own, excess), SIZE_MAX, kLargePage));
-      }
-  }
-
   uint8_t* place(size_t bytes) {
     for (Region& region : regions_)
       if (uint8_t* found = place(region, bytes)) return found;
@@ -415,6 +292,8 @@ class Regions {
       regions_.pop_back();
       return nullptr;
     }
+    lowest_ = std::min(lowest_.load(), region.begin());
+    highest_ = std::max(highest_.load(), region.begin() + region.size());
     return place(region, bytes);
   }
 
@@ -446,16 +325,6 @@ class Regions {
     return std::any_of(regions_.begin(), regions_.end(),
                        [&](const Region& region) { return region.holds(address); });
   }
-  size_t free() const {
-    size_t all = 0;
-    for (const Region& region : regions_) all += region.free_bytes();
-    return all;
-  }
-  static size_t all_free() {
-    size_t sum = 0;
-    for (const Regions* const each : all()) sum += each->free();
-    return sum;
-  }
   static std::list<Regions*>& all() {  // to the process's end, as tensors may live that long
     static auto* const list = new std::list<Regions*>;
     return *list;
@@ -464,8 +333,11 @@ class Regions {
 
   const size_t size_;
   const int64_t window_;
+  const bool own_;
   const size_t page_;
   std::list<Region> regions_;
+  // Between them all regions lie, and ever lay: most addresses of others are told without the lock.
+  std::atomic<uint8_t*> lowest_{reinterpret_cast<uint8_t*>(UINTPTR_MAX)}, highest_{nullptr};
   int64_t results_ = 0;
 };
 
@@ -475,14 +347,13 @@ inline void regions_at_fork() {}
 
 class Regions {
  public:
-  Regions(size_t, int64_t) {}
+  Regions(size_t, int64_t, bool = true) {}
   uint8_t* take(size_t) { return nullptr; }
-  void leave(uint8_t*) {}
+  bool leave(uint8_t*) { return false; }
   bool holds(const void*) const { return false; }
   static bool any_holds(const void*) { return false; }
   size_t free_bytes() const { return 0; }
   void release() {}
-  static void save() {}
 };
 
 #endif

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import swalp
+from swalp import buffers
 from swalp.matmul import kernels
 from swalp.quantize import plans
 
@@ -62,6 +63,15 @@ def kernel() -> str:
     used = _kernels.used()
     instructions = "avx512" if used == "amx" else used  # AMX multiplies codes, and no more
     return f"C++ {instructions}{'' if _kernels.has_threads() else ', without threads'}"
+
+
+def memory() -> str:
+    """Where large tensors lie on the CPU once a network is native; in this process from now on."""
+    if buffers.share_with_torch():
+        return "PyTorch's and swalp's share memory, once a network is native"
+    if os.environ.get("SWALP_SHARE_MEMORY") == "0":
+        return "PyTorch's apart from swalp's: SWALP_SHARE_MEMORY is 0"
+    return "PyTorch's apart from swalp's: this system or PyTorch does not let them share memory"
 
 
 def version(name: str) -> str:
