@@ -25,14 +25,15 @@ void tile(int64_t depth, const int8_t* const* rows, int64_t height, int64_t step
   alignas(64) int32_t sums[16 * R * kSide];
   store_sums<R, Z>(sums);
   const __mmask16 last = static_cast<__mmask16>(0xffff >> (-columns & 15));
-  const Sixteen sixteen(f);
-  for (int64_t r = 0; r < height; ++r)
-    unrolled<Z>([&](auto z) SWALP_INLINE {
-      const int64_t element = r * stride + 16 * z;
-      const __mmask16 there = z == Z - 1 ? last : static_cast<__mmask16>(0xffff);
-      sixteen.store(_mm512_load_si512(sums + r * kSide + 16 * z), there, 16 * z, element,
-                    static_cast<int32_t*>(out) + element);
-    });
+  ended(f, [&](const auto& sixteen) SWALP_INLINE {
+    for (int64_t r = 0; r < height; ++r)
+      unrolled<Z>([&](auto z) SWALP_INLINE {
+        const int64_t element = r * stride + 16 * z;
+        const __mmask16 there = z == Z - 1 ? last : static_cast<__mmask16>(0xffff);
+        sixteen.store(_mm512_load_si512(sums + r * kSide + 16 * z), there, 16 * z, element,
+                      static_cast<int32_t*>(out) + element);
+      });
+  });
 }
 
 class Amx {

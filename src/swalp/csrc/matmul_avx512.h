@@ -85,8 +85,12 @@ void pack(const Operand& x, int64_t depth, int64_t count, bool flip, uint8_t* ou
   else pack_across<wide>(x, depth, count, flip, out);
 }
 
+// What becomes of a tile's sums, asked once for all of them: the numbers of the result, with or without
+// a bias and ReLU; or anything else: int32, or a part of the contraction.
+enum class Ending { plain, biased, rectified, other };
+
 // Sixteen sums, or those of them that are `there`, on their way to `at`.
-class Sixteen {
+template <Ending ending> class Sixteen {
  public:
   explicit Sixteen(const Finish& f)
       : f_(f), scale_(_mm512_set1_ps(f.scale.first)), rest_(_mm512_set1_ps(f.scale.second)) {}
@@ -94,11 +98,13 @@ class Sixteen {
   // `column` of the tile and `element`, counted from its first one.
   SWALP_INLINE void store(__m512i sums, __mmask16 there, int64_t column, int64_t element,
                           int32_t* at) const {
-    if (!f_.first) sums = _mm512_add_epi32(sums, _mm512_maskz_loadu_epi32(there, at));
-    if (f_.last && !f_.integers) {
+    constexpr bool other = ending == Ending::other;
+    if (other && !f_.first) sums = _mm512_add_epi32(sums, _mm512_maskz_loadu_epi32(there, at));
+    if (!other || (f_.last && !f_.integers)) {
       __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sums), scale_), rest_);
-      if (f_.bias) v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(there, f_.bias + column));
-      if (f_.passed) {
+      if (ending != Ending::plain && (ending == Ending::biased || f_.bias))
+        v = _mm512_add_ps(v, _mm512_maskz_loadu_ps(there, f_.bias + column));
+      if (ending == Ending::rectified || (other && f_.passed)) {
         const __mmask16 pass = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ);
         v = _mm512_maskz_mov_ps(pass, v);
         memcpy(f_.passed + element / 8, &pass, 2);
@@ -109,8 +115,16 @@ class Sixteen {
   }
 
  private:
-  const Finish& f_;
+  const Finish f_;  // not of the caller: what is stored might be it, for all that the compiler knows
   const __m512 scale_, rest_;
 };
+
+// body(sixteen)
+template <class Body> SWALP_INLINE inline void ended(const Finish& f, const Body& body) {
+  if (!f.first || !f.last || f.integers) return body(Sixteen<Ending::other>(f));
+  if (f.passed) return body(Sixteen<Ending::rectified>(f));
+  if (f.bias) return body(Sixteen<Ending::biased>(f));
+  body(Sixteen<Ending::plain>(f));
+}
 
 }  // namespace

@@ -68,13 +68,14 @@ void tile(int64_t depth, const int8_t* const* rows, int64_t, int64_t step, const
     });
   }
   const __mmask16 last = static_cast<__mmask16>(0xffff >> (-columns & 15));
-  const Sixteen sixteen(f);
-  unrolled<R>([&](auto r) SWALP_INLINE {
-    unrolled<Z>([&](auto z) SWALP_INLINE {
-      const int64_t element = r * stride + 16 * z;
-      const __mmask16 there = z == Z - 1 ? last : static_cast<__mmask16>(0xffff);
-      const __m512i s = _mm512_sub_epi32(sum[r][z], _mm512_set1_epi32(sums[r]));
-      sixteen.store(s, there, 16 * z, element, static_cast<int32_t*>(out) + element);
+  ended(f, [&](const auto& sixteen) SWALP_INLINE {
+    unrolled<R>([&](auto r) SWALP_INLINE {
+      unrolled<Z>([&](auto z) SWALP_INLINE {
+        const int64_t element = r * stride + 16 * z;
+        const __mmask16 there = z == Z - 1 ? last : static_cast<__mmask16>(0xffff);
+        const __m512i s = _mm512_sub_epi32(sum[r][z], _mm512_set1_epi32(sums[r]));
+        sixteen.store(s, there, 16 * z, element, static_cast<int32_t*>(out) + element);
+      });
     });
   });
 }
