@@ -329,6 +329,80 @@ def test_torch_s_tensors_come_and_go_in_several_threads():
     run_alone(THREADS)
 
 
+IN_TIME = """
+import importlib, os, resource, torch
+from pathlib import Path
+import swalp
+from swalp import buffers, _kernels
+
+MB = 1 << 20
+WINDOW = 64
+buffers._torch = _kernels.Buffers.of_torch(MB, 16 * MB, WINDOW)  # small regions
+buffers.floats = _kernels.Buffers(buffers.SMALLEST, 16 * MB, WINDOW)
+
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+def use(count, megabytes=1):
+    for _ in range(count):
+        torch.empty(megabytes * MB, dtype=torch.int8).fill_(1)
+
+# What was free for long goes back, also below what stays, and what results of ours left.
+large, ours = torch.ones(32 * MB), buffers.empty(16 * MB).fill_(1)
+kept = torch.ones(MB)
+before = status("VmRSS")
+del large, ours
+assert buffers.free_bytes() >= 192 * MB
+use(2 * WINDOW + 1)
+assert buffers.free_bytes() <= 16 * MB, buffers.free_bytes()
+assert status("VmRSS") <= before - 176 * MB
+# What is used from time to time stays.
+for _ in range(8):
+    use(WINDOW // 4, 100)
+assert 96 * MB <= buffers.free_bytes() <= 128 * MB
+
+# A child of fork begins without.
+child = os.fork()
+if child == 0:
+    os._exit(int(buffers.free_bytes() != 0 or kept[-1].item() != 1))
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+# Growing tensors: every size has a region, which goes with it.
+space = status("VmSize")
+x = torch.ones(MB)
+for _ in range(60):
+    x = torch.cat([x, torch.ones(MB)])
+assert x.min() == 1
+assert status("VmSize") - space < 1200 * MB, status("VmSize") - space
+
+# Where addresses are few, those without a tensor go.
+buffers.release()
+one = torch.ones(200 * MB, dtype=torch.int8)
+other = buffers.empty(400 * MB, dtype=torch.int8)
+del one, other
+limit = status("VmSize") + 100 * MB
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+assert torch.ones(600 * MB, dtype=torch.int8)[-1] == 1
+for count in (2**60, 10**13):
+    try:
+        torch.empty(count)
+    except RuntimeError as error:
+        assert "allocate" in str(error), error
+    else:
+        raise AssertionError("more than there is")
+importlib.reload(buffers)
+assert buffers.share_with_torch()
+assert buffers._torch.holds(x.data_ptr())
+assert bool((kept == 1).all())
+"""
+
+
+@SHARES
+def test_what_is_of_no_use_goes_back():
+    run_alone(IN_TIME)
+
+
 BY_RECIPE = """
 import torch
 import swalp

@@ -27,7 +27,7 @@ if available:
 SMALLEST = 1 << 18  # bytes: below, the allocator of the C library is as good
 SMALLEST_OF_TORCH = 1 << 20  # bytes: what is smaller need not leave the C library
 REGION = 1 << 30  # bytes of address space; memory only where it has been written
-WINDOW = 1 << 12  # results in which memory that none of them touched goes back to the system
+WINDOW = 1 << 12  # results after which memory that was free all the time goes back to the system
 # Kind, by DLPack's numbers, and bytes.
 _TYPES = {torch.float32: (2, 4), torch.int8: (0, 1), torch.uint8: (1, 1)}
 
@@ -79,14 +79,15 @@ def share_with_torch() -> bool:
     """Let PyTorch's large tensors on the CPU lie here, too, from now on.
 
     They and results from here then use the same free memory: a process needs what is alive at once,
-    of both, and asks the system for nothing in a step that another step left free. What the last
-    tensor leaves stays with the process, as on a GPU, until 4,096 further ones have found no use
-    for it, or `release` is called. `swalp.convert` calls this for recipes with native products,
-    unless ``SWALP_SHARE_MEMORY=0`` is in the environment. It cannot be undone. Numbers do not
-    change, nor does what is made before.
+    of both, and asks the system for nothing in a step that another step left free. What a tensor
+    leaves stays with the process, as on a GPU, until 4,096 further ones have not needed it, or
+    `release` is called. `swalp.convert` calls this for recipes with native products, unless
+    ``SWALP_SHARE_MEMORY=0`` is in the environment. It cannot be undone. Numbers do not change, nor
+    does where older tensors lie.
 
-    PyTorch's tensors of 1 MB and more are meant, on Linux, where PyTorch takes their memory from
-    the C library: its library ``libc10.so`` is told to ask here instead.
+    PyTorch's tensors of 1 MB and more are meant, on Linux; its library ``libc10.so`` is told to ask
+    for their memory here. Memory comes in pages of 2 MB: tensors that are written only here and
+    there take more of it than from the C library.
 
     Returns:
         Whether they lie here; `swalp doctor` says it, too.
@@ -95,9 +96,7 @@ def share_with_torch() -> bool:
     if not available or os.environ.get("SWALP_SHARE_MEMORY") == "0":
         return _torch is not None
     torch.empty(1, device="cpu")  # afterwards the linker knows what takes and frees memory
-    found = _kernels.Buffers.of_torch(SMALLEST_OF_TORCH, REGION, WINDOW)
-    if found is not None:  # else they do already, or cannot
-        _torch = found
+    _torch = _kernels.Buffers.of_torch(SMALLEST_OF_TORCH, REGION, WINDOW)
     return _torch is not None
 
 

@@ -20,10 +20,10 @@ class Buffers {
       : Buffers(smallest, std::make_shared<Regions>(region, window)) {}
 
   // Where PyTorch's tensors of `smallest` bytes and more lie from now on, to the end of the process; None:
-  // they cannot, and it has not been done.
+  // they cannot, and nothing has changed.
   static nb::object of_torch(int64_t smallest, int64_t region, int64_t window) {
-    const auto regions = std::make_shared<Regions>(region, window, false);
-    return TorchMemory::hold(regions, smallest) ? nb::cast(Buffers(smallest, regions)) : nb::none();
+    const auto regions = TorchMemory::hold(smallest, region, window);
+    return regions ? nb::cast(Buffers(smallest, regions)) : nb::none();
   }
 
   // A tensor, or a capsule of one for `torch.from_dlpack`; None: of this size, nothing lies here. No

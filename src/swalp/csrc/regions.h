@@ -10,6 +10,7 @@
 #include <atomic>
 #include <list>
 #include <mutex>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -22,19 +23,16 @@
 #if defined(__linux__) && !defined(MREMAP_DONTUNMAP)
 #define MREMAP_DONTUNMAP 4  // older C libraries do not name it
 #endif
+#if defined(__linux__) && !defined(MAP_FIXED_NOREPLACE)
+#define MAP_FIXED_NOREPLACE 0x100000
+#endif
 #endif
 
 namespace {
 
 #ifdef SWALP_HAS_REGIONS
 
-// Of all regions. A child of `fork` must not be born with it held by a thread that it does not have.
-std::mutex regions_lock;
-
-inline void regions_at_fork() {
-  pthread_atfork([] { regions_lock.lock(); }, [] { regions_lock.unlock(); },
-                 [] { regions_lock.unlock(); });
-}
+std::mutex regions_lock;  // of all regions
 
 constexpr size_t kLargePage = 1 << 21;
 constexpr size_t kLargeResult = 4 * kLargePage;  // from here on, on large pages of its own
@@ -45,6 +43,22 @@ constexpr size_t kMoving = kLargePage << 14;
 struct Stretch {
   size_t begin, end;
 };
+
+// Address space that is memory once it is written to. Null: there is none.
+inline uint8_t* mapped(uint8_t* at, size_t bytes, int how) {
+  // Private: what a child of `fork` writes is its own.
+  void* found = mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | how, -1, 0);
+  return found == MAP_FAILED ? nullptr : static_cast<uint8_t*>(found);
+}
+
+// Memory comes in a sixth of the time, and products of matrices that lie there take a fifth less.
+inline void ask_for_large_pages(uint8_t* memory, size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  madvise(memory, bytes, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
 
 // What became of a page that was to move: it has; there was none, or the system cannot (before Linux 5.7,
 // and elsewhere), and nothing happened; or the place where it was to go may be somebody else's by now.
@@ -59,7 +73,10 @@ inline Moved move_page(uint8_t* from, uint8_t* to) {
   if (mremap(from, kLargePage, kLargePage, how, to) == to) return Moved::done;
   can = false;
   // Unknown or forbidden: refused before the place was cleared.
-  return errno == EINVAL || errno == ENOSYS || errno == EPERM ? Moved::none : Moved::lost;
+  if (errno == EINVAL || errno == ENOSYS || errno == EPERM) return Moved::none;
+  if (mapped(to, kLargePage, MAP_FIXED_NOREPLACE) != to) return Moved::lost;
+  ask_for_large_pages(to, kLargePage);  // it was cleared, and is as it was
+  return Moved::none;
 #else
   (void)from, (void)to;
   return Moved::none;
@@ -71,15 +88,10 @@ inline Moved move_page(uint8_t* from, uint8_t* to) {
 class Region {
  public:
   explicit Region(size_t size) : mapped_(size + kLargePage), size_(size) {
-    // Private: what a child of `fork` writes is its own.
-    void* found = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (found == MAP_FAILED) return;
-    address_ = static_cast<uint8_t*>(found);
-    memory_ = address_ + (kLargePage - reinterpret_cast<uintptr_t>(found) % kLargePage);
-#ifdef MADV_HUGEPAGE
-    // Memory comes in a sixth of the time, and products of matrices that lie there take a fifth less.
-    madvise(memory_, size_, MADV_HUGEPAGE);
-#endif
+    address_ = mapped(nullptr, mapped_, 0);
+    if (!address_) return;
+    memory_ = address_ + (kLargePage - reinterpret_cast<uintptr_t>(address_) % kLargePage);
+    ask_for_large_pages(memory_, size_);
   }
   ~Region() {
     if (address_) munmap(address_, mapped_);
@@ -108,61 +120,64 @@ class Region {
     for (size_t page = begin / kLargePage * kLargePage; page < found.end; page += kLargePage)
       if (page + kLargePage <= size_ && !meets(taken_, page) && !meets(spare_, page))
         holes.push_back(memory_ + page);
+    make_room(1);
     taken_.insert(next, found);
-    used_until_ = std::max(used_until_, found.end);
-    std::vector<Stretch> spare;
-    for (const Stretch& one : spare_) {
-      add(spare, {one.begin, std::min(one.end, found.begin)});
-      add(spare, {std::max(one.begin, found.end), one.end});
-    }
-    spare_.swap(spare);
+    take_spare(found);
     return memory_ + begin;
   }
 
-  void leave(const uint8_t* address) {
-    const auto own = from(taken_, address - memory_);
+  // Returns whether it was taken.
+  bool leave(const uint8_t* address) {
+    const size_t begin = address - memory_;
+    const auto own = from(taken_, begin);
+    if (own == taken_.end() || own->begin != begin) return false;
     const Stretch left = *own;
     taken_.erase(own);
     add_spare(left);
+    return true;
   }
 
-  // Free memory that lies beyond `limit` goes back to the system.
-  void give_back(size_t limit) {
-    std::vector<Stretch> spare;
-    for (const Stretch& one : spare_) {
-      const size_t from = std::max(one.begin, std::min(one.end, limit));
-      if (from < one.end) madvise(memory_ + from, one.end - from, MADV_DONTNEED);
-      add(spare, {one.begin, from});
+  // Up to so many bytes of free memory go back to the system, the highest first, in whole units of so many.
+  // Returns how many.
+  size_t give_back(size_t bytes, size_t unit) {
+    size_t given = 0;
+    for (size_t i = spare_.size(); i-- > 0 && given < bytes;) {
+      const Stretch one = spare_[i];
+      const size_t most = std::min(one.end - one.begin, bytes - given);
+      const Stretch gone{round_up(one.end - most, unit), one.end / unit * unit};
+      if (gone.begin >= gone.end) continue;
+      make_room(1);
+      madvise(memory_ + gone.begin, gone.end - gone.begin, MADV_DONTNEED);
+      take_spare(gone);
+      given += gone.end - gone.begin;
     }
-    spare_.swap(spare);
+    return given;
   }
 
-  // What no result has used since the last call goes back.
-  void give_back_unused() {
-    give_back(used_until_);
-    used_until_ = taken_.empty() ? 0 : taken_.back().end;
+  // All of it, and without asking for memory.
+  void give_back_all() {
+    for (const Stretch& one : spare_) madvise(memory_ + one.begin, one.end - one.begin, MADV_DONTNEED);
+    spare_.clear();
+    free_ = 0;
   }
 
   // The highest large page that is memory, but not in use, moves to `hole`, which is none of this or of
   // another region.
   Moved move(uint8_t* hole) {
-    for (auto one = spare_.end(); one != spare_.begin();) {
-      --one;
+    for (auto one = spare_.rbegin(); one != spare_.rend(); ++one) {
       const size_t page = one->end / kLargePage * kLargePage - kLargePage;
       if (one->end < kLargePage || page < one->begin) continue;
+      make_room(1);
       const Moved moved = move_page(memory_ + page, hole);
-      if (moved != Moved::done) return moved;
-      const Stretch rest{page + kLargePage, one->end};
-      one->end = page;
-      if (rest.begin < rest.end) one = spare_.insert(one + 1, rest) - 1;
-      if (one->begin == one->end) spare_.erase(one);
-      return Moved::done;
+      if (moved == Moved::done) take_spare({page, page + kLargePage});
+      return moved;
     }
     return Moved::none;
   }
 
   // A large page is memory now: what of it nobody has taken is free.
   void add_memory(const uint8_t* page) {
+    make_room(taken_.size());
     size_t begin = page - memory_;
     const size_t end = begin + kLargePage;
     for (const Stretch& one : taken_) {
@@ -173,12 +188,15 @@ class Region {
     add_spare({begin, end});
   }
 
-  // Bytes of memory that nothing uses.
-  size_t free_bytes() const {
-    size_t all = 0;
-    for (const Stretch& one : spare_) all += one.end - one.begin;
-    return all;
+  // A large page of what was taken last is somebody else's, for good.
+  void give_up(const uint8_t* page) {
+    const size_t begin = page - memory_, end = begin + kLargePage;
+    for (Stretch& one : taken_)
+      if (one.begin < end && begin < one.end) one = {std::min(one.begin, begin), std::max(one.end, end)};
   }
+
+  // Bytes of memory that nothing uses.
+  size_t free_bytes() const { return free_; }
 
  private:
   // The first of a list that does not begin before `begin`.
@@ -186,17 +204,33 @@ class Region {
     return std::lower_bound(list.begin(), list.end(), begin,
                             [](const Stretch& one, size_t at) { return one.begin < at; });
   }
-  static void add(std::vector<Stretch>& list, Stretch one) {
-    if (one.begin < one.end) list.push_back(one);
-  }
   // Whether a stretch of the list lies in part or whole on a large page.
   static bool meets(const std::vector<Stretch>& list, size_t page) {
     return std::any_of(list.begin(), list.end(), [page](const Stretch& one) {
       return one.begin < page + kLargePage && page < one.end;
     });
   }
+  // From now on `more` free stretches more, and all that are taken once they are left, need no memory to
+  // be noted: leaving cannot fail.
+  void make_room(size_t more) {
+    const size_t wanted = spare_.size() + taken_.size() + more + 1;
+    if (spare_.capacity() < wanted) spare_.reserve(2 * wanted);
+  }
+  // What of the stretch is memory is no longer free.
+  void take_spare(Stretch gone) {
+    auto one = std::lower_bound(spare_.begin(), spare_.end(), gone.begin,
+                                [](const Stretch& each, size_t at) { return each.end <= at; });
+    while (one != spare_.end() && one->begin < gone.end) {
+      const Stretch was = *one;
+      free_ -= std::min(was.end, gone.end) - std::max(was.begin, gone.begin);
+      one = spare_.erase(one);
+      if (gone.end < was.end) one = spare_.insert(one, {gone.end, was.end});
+      if (was.begin < gone.begin) one = spare_.insert(one, {was.begin, gone.begin}) + 1;
+    }
+  }
   void add_spare(Stretch one) {
     if (one.begin >= one.end) return;
+    free_ += one.end - one.begin;
     auto after = spare_.insert(from(spare_, one.begin), one);
     const auto join = [&](auto left, auto right) {
       if (left->end != right->begin) return right;
@@ -212,12 +246,12 @@ class Region {
   size_t mapped_, size_;
   std::vector<Stretch> taken_;  // what is in use, in order
   std::vector<Stretch> spare_;  // what is memory, but not in use, likewise
-  size_t used_until_ = 0;       // the highest end in use since the window began
+  size_t free_ = 0;             // bytes of it
 };
 
 class Regions {
  public:
-  // `size`: of a region, in bytes. `window`: results in which memory that none of them touched goes
+  // `size`: of a region, in bytes. `window`: after so many results, of all, what was free all the time goes
   // back to the system. `own`: they are results of ours, not tensors of PyTorch's.
   Regions(size_t size, int64_t window, bool own = true)
       : size_(size), window_(window), own_(own), page_(sysconf(_SC_PAGESIZE)) {
@@ -233,20 +267,21 @@ class Regions {
   uint8_t* take(size_t bytes) {
     bytes = whole(bytes);
     const std::lock_guard<std::mutex> held(regions_lock);
-    if (++results_ % window_ == 0)
-      for (Region& region : regions_) region.give_back_unused();
-    return place(bytes);
+    try {
+      uint8_t* const found = place(bytes);
+      needed();
+      return found;
+    } catch (const std::bad_alloc&) {  // for our own lists
+      return nullptr;
+    }
   }
 
   // Returns whether it was taken here.
   bool leave(uint8_t* address) {
     if (address < lowest_ || address >= highest_) return false;
     const std::lock_guard<std::mutex> held(regions_lock);
-    for (Region& region : regions_) {
-      if (!region.holds(address)) continue;
-      region.leave(address);
-      return true;
-    }
+    for (Region& region : regions_)
+      if (region.holds(address)) return region.leave(address);
     return false;
   }
 
@@ -274,27 +309,60 @@ class Regions {
 
   void release() {
     const std::lock_guard<std::mutex> held(regions_lock);
-    for (Region& region : regions_) region.give_back(0);
-    regions_.remove_if([](const Region& region) { return region.idle(); });
+    for (Region& region : regions_) region.give_back_all();
+    drop_idle(0);
+  }
+
+  // For a child of `fork`, which would copy what is free in its parent before writing to it.
+  static void give_back_all() {
+    for (Regions* const each : all())
+      for (Region& region : each->regions_) region.give_back_all();
   }
 
  private:
+  // What was free whenever one of the last results had been taken is of no use.
+  void needed() {
+    static int64_t taken = 0;
+    static size_t least = SIZE_MAX;
+    size_t free = 0;
+    for (const Regions* const each : all())
+      for (const Region& region : each->regions_) free += region.free_bytes();
+    least = std::min(least, free);
+    if (++taken < window_) return;
+    for (Regions* const each : all())
+      for (Region& region : each->regions_) least -= region.give_back(least, kLargePage);
+    taken = 0;
+    least = SIZE_MAX;
+  }
+
+  // Regions larger than that of which nothing is in use.
+  void drop_idle(size_t size) {
+    regions_.remove_if([size](const Region& one) { return one.idle() && one.size() > size; });
+  }
+
   uint8_t* place(size_t bytes) {
     for (Region& region : regions_)
       if (uint8_t* found = place(region, bytes)) return found;
-    regions_.emplace_back(std::max(bytes, size_));
-    if (!regions_.back().exists()) {  // address space is limited, or counted as memory
-      regions_.pop_back();
-      regions_.emplace_back(bytes);
+    if (!add_region(std::max(bytes, size_)) && !add_region(bytes)) {
+      // Address space is limited, or counted as memory.
+      for (Regions* const each : all()) each->drop_idle(0);
+      if (!add_region(bytes)) return nullptr;
     }
-    Region& region = regions_.back();
-    if (!region.exists()) {
+    uint8_t* const found = place(regions_.back(), bytes);
+    drop_idle(size_);  // of large ones there may be many sizes, one after another
+    return found;
+  }
+
+  bool add_region(size_t size) {
+    regions_.emplace_back(size);
+    if (!regions_.back().exists()) {
       regions_.pop_back();
-      return nullptr;
+      return false;
     }
-    lowest_ = std::min(lowest_.load(), region.begin());
-    highest_ = std::max(highest_.load(), region.begin() + region.size());
-    return place(region, bytes);
+    uint8_t* const begin = regions_.back().begin();
+    lowest_ = std::min(lowest_.load(), begin);
+    highest_ = std::max(highest_.load(), begin + size);
+    return true;
   }
 
   // In that region, with memory that is free elsewhere where it has none.
@@ -303,7 +371,10 @@ class Regions {
     uint8_t* const found = region.take(bytes, holes);
     for (uint8_t* const hole : holes) {
       const Moved moved = move_to(hole);
-      if (moved == Moved::lost) return place(region, bytes);  // there nothing lies any more
+      if (moved == Moved::lost) {
+        region.give_up(hole);
+        return place(region, bytes);
+      }
       if (moved == Moved::none) break;
       region.add_memory(hole);
     }
@@ -340,6 +411,15 @@ class Regions {
   std::atomic<uint8_t*> lowest_{reinterpret_cast<uint8_t*>(UINTPTR_MAX)}, highest_{nullptr};
   int64_t results_ = 0;
 };
+
+// A child must not be born with the lock held by a thread that it does not have.
+inline void regions_at_fork() {
+  pthread_atfork([] { regions_lock.lock(); }, [] { regions_lock.unlock(); },
+                 [] {
+                   Regions::give_back_all();
+                   regions_lock.unlock();
+                 });
+}
 
 #else  // the C library's allocator, then
 

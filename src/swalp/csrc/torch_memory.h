@@ -1,11 +1,12 @@
 // PyTorch's large tensors on the CPU, in regions; `share_with_torch` in swalp/buffers.py says why.
-// PyTorch has no setting for where they lie, but all of them come from `posix_memalign` and go to `free`,
-// which its library libc10.so calls through two pointers of the dynamic linker: these are changed.
+// PyTorch has no setting for where they lie. But all of them come from its `c10::alloc_cpu` and go to
+// `c10::free_cpu`, which their own library libc10.so calls through two pointers of the dynamic linker:
+// these are changed. Those to the C library's functions are left to tools that watch memory.
 #pragma once
 #include <stdint.h>
 #include <string.h>
 
-#include <algorithm>
+#include <atomic>
 #include <memory>
 
 #include "regions.h"
@@ -21,11 +22,11 @@ namespace {
 
 class TorchMemory {
  public:
-  // From now on tensors of `smallest` bytes and more lie in these regions, once in a process. Returns
-  // whether they do: not if the pointers are not found, cannot be written, or have not been used yet, as
-  // the linker would write to them then. In that case nothing has changed.
-  static bool hold(const std::shared_ptr<Regions>& regions, size_t smallest) {
-    if (regions_) return false;
+  // Where tensors of `smallest` bytes and more lie from now on, once and for all. Null: they do not, as the
+  // pointers are not found, cannot be written, or do not lead where they should: the linker writes to them
+  // at the first call, and somebody else may have. Then nothing has changed.
+  static std::shared_ptr<Regions> hold(size_t smallest, size_t region, int64_t window) {
+    if (regions_) return *regions_;
     Pointers found;
     dl_iterate_phdr(
         [](dl_phdr_info* library, size_t, void* to) {
@@ -35,41 +36,34 @@ class TorchMemory {
           return 1;
         },
         &found);
-    if (!found.used(found.allocate) || !found.used(found.free)) return false;
+    if (!found.allocate || !found.free) return nullptr;
     smallest_ = smallest;
-    regions_ = new std::shared_ptr<Regions>(regions);  // to the process's end, as tensors may live that long
     allocate_ = reinterpret_cast<Allocate*>(*found.allocate);
     free_ = reinterpret_cast<Free*>(*found.free);
+    // To the process's end, as tensors may live that long.
+    regions_ = new std::shared_ptr<Regions>(std::make_shared<Regions>(region, window, false));
     // The second first: nothing may be taken here that would not be left here.
-    __atomic_store_n(found.free, reinterpret_cast<void*>(release), __ATOMIC_SEQ_CST);
+    __atomic_store_n(found.free, reinterpret_cast<void*>(free), __ATOMIC_SEQ_CST);
     __atomic_store_n(found.allocate, reinterpret_cast<void*>(allocate), __ATOMIC_SEQ_CST);
-    return true;
+    return *regions_;
   }
 
  private:
-  using Allocate = int(void**, size_t, size_t);
+  using Allocate = void*(size_t);
   using Free = void(void*);
 
-  // Those of a library; null: not found, or for the linker alone to write.
+  // Those of a library to its own two functions; null: not found, not led there, or not to be written.
   struct Pointers {
     void **allocate = nullptr, **free = nullptr;
-    ElfW(Addr) begin = UINTPTR_MAX, end = 0;  // of the library
-
-    // Before its first call a pointer leads to code of the library that asks the linker.
-    bool used(void** pointer) const {
-      const auto target = pointer ? reinterpret_cast<ElfW(Addr)>(*pointer) : begin;
-      return target < begin || target >= end;
-    }
 
     void find(const dl_phdr_info& library) {
       const ElfW(Dyn)* entry = nullptr;
       ElfW(Addr) fixed = 0, fixed_end = 0;  // what is read-only once it is loaded
       for (const ElfW(Phdr)* part = library.dlpi_phdr; part != library.dlpi_phdr + library.dlpi_phnum;
            ++part) {
-        const ElfW(Addr) from = library.dlpi_addr + part->p_vaddr, to = from + part->p_memsz;
-        if (part->p_type == PT_LOAD) begin = std::min(begin, from), end = std::max(end, to);
-        if (part->p_type == PT_DYNAMIC) entry = reinterpret_cast<const ElfW(Dyn)*>(from);
-        if (part->p_type == PT_GNU_RELRO) fixed = from, fixed_end = to;
+        const ElfW(Addr) begin = library.dlpi_addr + part->p_vaddr;
+        if (part->p_type == PT_DYNAMIC) entry = reinterpret_cast<const ElfW(Dyn)*>(begin);
+        if (part->p_type == PT_GNU_RELRO) fixed = begin, fixed_end = begin + part->p_memsz;
       }
       const ElfW(Rela)* relocations = nullptr;
       const ElfW(Sym)* symbols = nullptr;
@@ -87,31 +81,33 @@ class TorchMemory {
       }
       if (!relocations || !symbols || !names) return;
       for (size_t i = 0; i < bytes / sizeof *relocations; ++i) {
+        const ElfW(Sym)& symbol = symbols[ELF64_R_SYM(relocations[i].r_info)];
+        const char* const name = names + symbol.st_name;
+        void*** const found = !strcmp(name, "_ZN3c109alloc_cpuEm")  ? &allocate
+                              : !strcmp(name, "_ZN3c108free_cpuEPv") ? &free
+                                                                     : nullptr;
         const ElfW(Addr) at = library.dlpi_addr + relocations[i].r_offset;
-        if (at >= fixed && at < fixed_end) continue;
-        const char* const name = names + symbols[ELF64_R_SYM(relocations[i].r_info)].st_name;
-        if (!strcmp(name, "posix_memalign")) allocate = reinterpret_cast<void**>(at);
-        if (!strcmp(name, "free")) free = reinterpret_cast<void**>(at);
+        if (!found || (at >= fixed && at < fixed_end)) continue;
+        auto** const pointer = reinterpret_cast<void**>(at);
+        if (reinterpret_cast<ElfW(Addr)>(*pointer) == library.dlpi_addr + symbol.st_value) *found = pointer;
       }
     }
   };
 
-  static int allocate(void** to, size_t alignment, size_t bytes) {
-    if (bytes >= smallest_ && (*regions_)->aligns(alignment)) {
-      if (uint8_t* const found = (*regions_)->take(bytes)) {
-        *to = found;
-        return 0;
-      }
-    }
-    return allocate_(to, alignment, bytes);
+  static void* allocate(size_t bytes) {
+    std::atomic_thread_fence(std::memory_order_acquire);  // of what was stored before the pointers
+    if (bytes >= smallest_ && bytes <= PTRDIFF_MAX)
+      if (void* const found = (*regions_)->take(bytes)) return found;
+    return allocate_(bytes);  // which says what is wrong, if it is
   }
-  static void release(void* address) {
+  static void free(void* address) {
+    std::atomic_thread_fence(std::memory_order_acquire);
     if (!(*regions_)->leave(static_cast<uint8_t*>(address))) free_(address);
   }
 
   static inline std::shared_ptr<Regions>* regions_ = nullptr;
   static inline size_t smallest_ = 0;
-  static inline Allocate* allocate_ = nullptr;  // the C library's, or somebody else's in between
+  static inline Allocate* allocate_ = nullptr;  // PyTorch's own
   static inline Free* free_ = nullptr;
 };
 
@@ -119,7 +115,7 @@ class TorchMemory {
 
 class TorchMemory {
  public:
-  static bool hold(const std::shared_ptr<Regions>&, size_t) { return false; }
+  static std::shared_ptr<Regions> hold(size_t, size_t, int64_t) { return nullptr; }
 };
 
 #endif
