@@ -25,7 +25,7 @@ if available:
     from swalp.extension import TORCH
 
 SMALLEST = 1 << 18  # bytes: below, the allocator of the C library is as good
-SMALLEST_OF_TORCH = 1 << 20  # bytes: what is smaller need not leave the C library
+SMALLEST_OF_TORCH = 1 << 21  # bytes: what is smaller would hold a page of that
 REGION = 1 << 30  # bytes of address space; memory only where it has been written
 WINDOW = 1 << 12  # results after which memory that was free all the time goes back to the system
 # Kind, by DLPack's numbers, and bytes.
@@ -85,7 +85,7 @@ def share_with_torch() -> bool:
     ``SWALP_SHARE_MEMORY=0`` is in the environment. It cannot be undone. Numbers do not change, nor
     does where older tensors lie.
 
-    PyTorch's tensors of 1 MB and more are meant, on Linux; its library ``libc10.so`` is told to ask
+    PyTorch's tensors of 2 MB and more are meant, on Linux; its library ``libc10.so`` is told to ask
     for their memory here. Memory comes in pages of 2 MB: tensors that are written only here and
     there take more of it than from the C library.
 

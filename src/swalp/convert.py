@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swalp._validation import require_bool, require_model
-from swalp.buffers import share_with_torch
+from swalp.buffers import release, share_with_torch
 from swalp.layers import (
     CONVERTIBLE,
     Family,
@@ -166,6 +166,8 @@ def convert(
     _round_parameters(model, resolved, packed)
     if recipe.product == "native":
         share_with_torch()
+    if packed:
+        release()  # memory of float weights
     model._swalp = Conversion(resolved, clock, _significand(resolved))  # type: ignore[assignment]  # no tensor or module
     model.register_forward_pre_hook(model._swalp)  # type: ignore[arg-type]  # typed as above
     return model

@@ -175,7 +175,7 @@ class Region {
     return Moved::none;
   }
 
-  // A large page is memory now: what of it nobody has taken is free.
+  // A large page is memory: what of it nobody has taken is free.
   void add_memory(const uint8_t* page) {
     make_room(taken_.size());
     size_t begin = page - memory_;
@@ -365,17 +365,18 @@ class Regions {
     return true;
   }
 
-  // In that region, with memory that is free elsewhere where it has none.
+  // In that region, with memory that is free elsewhere where it has none. What does not move there the
+  // system will give, in large pages.
   static uint8_t* place(Region& region, size_t bytes) {
     std::vector<uint8_t*> holes;
     uint8_t* const found = region.take(bytes, holes);
+    Moved moved = Moved::done;
     for (uint8_t* const hole : holes) {
-      const Moved moved = move_to(hole);
+      if (moved == Moved::done) moved = move_to(hole);
       if (moved == Moved::lost) {
         region.give_up(hole);
         return place(region, bytes);
       }
-      if (moved == Moved::none) break;
       region.add_memory(hole);
     }
     return found;
