@@ -297,9 +297,6 @@ class Regions {
                        [&](const Regions* one) { return one->own_ && one->found(address); });
   }
 
-  // Whether all that is taken here begins on a multiple of that.
-  bool aligns(size_t bytes) const { return page_ % bytes == 0; }
-
   size_t free_bytes() const {
     const std::lock_guard<std::mutex> held(regions_lock);
     size_t all = 0;
@@ -410,7 +407,6 @@ class Regions {
   std::list<Region> regions_;
   // Between them all regions lie, and ever lay: most addresses of others are told without the lock.
   std::atomic<uint8_t*> lowest_{reinterpret_cast<uint8_t*>(UINTPTR_MAX)}, highest_{nullptr};
-  int64_t results_ = 0;
 };
 
 // A child must not be born with the lock held by a thread that it does not have.
