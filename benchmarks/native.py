@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ HUGE_PAGES = {"THP_MEM_ALLOC_ENABLE": "1"}  # PyTorch's large tensors go back to
 _LONGER = 3
 # In training a step follows another, for long.
 _TURN = 0.5
+_TRANSFORMERS = ("encoder", "small")
 Step = Callable[[], object]
 
 FLOAT, LAST, BFLOAT, NATIVE = (
@@ -123,9 +124,10 @@ class Work:
 
 
 def works(plan: Plan) -> dict[str, Work]:
-    """The networks measured, by the names of their benchmarks."""
+    """The networks measured, by the names of their benchmarks, or of `_TRANSFORMERS`."""
     large = plan.vgg_batch == 128
     rows, wide, images = (512, 2048, 128) if large else (64, 64, 8)
+    count, short = (8, 32) if large else (1, 2)
     return {
         "native-mlp": Work(
             f"MLP 784-1024-1024-10, batch {rows}", lambda: _mlp(784, 1024, 1024, 10), (rows, 784),
@@ -136,12 +138,21 @@ def works(plan: Plan) -> dict[str, Work]:
             {FLOAT: 3.7, BFLOAT: 1.7},
         ),
         "native-block": Work(
-            f"GPT-2 block, 768 wide, 12 heads, 512 tokens x {8 if large else 1}",
-            lambda: Block(768, 12), (8 if large else 1, 512, 768), {FLOAT: 2.5, BFLOAT: 1.4}, None,
+            f"GPT-2 block, 768 wide, 12 heads, 512 tokens x {count}",
+            lambda: Block(768, 12), (count, 512, 768), {FLOAT: 2.5, BFLOAT: 1.4}, None,
         ),
         "native-vgg16": Work(
             f"VGG16, 32x32 images, batch {images}", _vgg16, (images, 3, 32, 32),
             {FLOAT: 2.4, LAST: 2.0, BFLOAT: 1.05},
+        ),
+        "encoder": Work(
+            f"encoder layer of PyTorch's, 768 wide, 12 heads, 512 tokens x {count}",
+            lambda: nn.TransformerEncoderLayer(768, 12, 3072, 0.0, "gelu", batch_first=True),
+            (count, 512, 768), {}, None,
+        ),
+        "small": Work(
+            f"4 GPT-2 blocks, 128 wide, 4 heads, 64 tokens x {short}",
+            lambda: nn.Sequential(*(Block(128, 4) for _ in range(4))), (short, 64, 128), {}, None,
         ),
     }  # fmt: skip
 
@@ -153,9 +164,7 @@ def network(name: str) -> Callable[[Plan], list[Row]]:
         work = works(plan)[name]
         kinds = [NATIVE, *work.goals]
         what = f"step, {work.what}"
-        steps = {
-            kind: f"works({plan!r})[{name!r}].step({kind!r})" for kind in (*kinds, peers.TORCHAO)
-        }
+        steps = _steps(name, (*kinds, peers.TORCHAO), plan)
         times, rows = _against(name, what, steps, work.goals, plan)
         what = f"peak memory of {what}"
         # Whose time was not worth a second turn would take minutes for this, too.
@@ -169,6 +178,11 @@ def network(name: str) -> Callable[[Plan], list[Row]]:
         return [*rows, _peak_row(name, f"{what}, {setting}", FLOAT, peaks, None)]
 
     return measure
+
+
+def _steps(name: str, kinds: Sequence[str], plan: Plan) -> dict[str, str]:
+    """Calls that make a step of one of `works`, by their kinds."""
+    return {kind: f"works({plan!r})[{name!r}].step({kind!r})" for kind in kinds}
 
 
 def _against(
@@ -220,30 +234,10 @@ def _peak_row(
 def transformers(plan: Plan) -> list[Row]:
     """Steps of PyTorch's own encoder layer, and of a small GPT, whose kernels are short."""
     rows = []
-    for name, work in small_works(plan).items():
-        steps = {
-            kind: f"small_works({plan!r})[{name!r}].step({kind!r})"
-            for kind in (NATIVE, FLOAT, BFLOAT)
-        }
-        rows += _against("native-transformers", f"step, {work.what}", steps, {}, plan)[1]
+    for name in _TRANSFORMERS:
+        what, steps = f"step, {works(plan)[name].what}", _steps(name, (NATIVE, FLOAT, BFLOAT), plan)
+        rows += _against("native-transformers", what, steps, {}, plan)[1]
     return rows
-
-
-def small_works(plan: Plan) -> dict[str, Work]:
-    """The networks of `transformers`."""
-    large = plan.vgg_batch == 128
-    count, short = (8, 32) if large else (1, 2)
-    return {
-        "encoder": Work(
-            f"encoder layer of PyTorch's, 768 wide, 12 heads, 512 tokens x {count}",
-            lambda: nn.TransformerEncoderLayer(768, 12, 3072, 0.0, "gelu", batch_first=True),
-            (count, 512, 768), {}, None,
-        ),
-        "small": Work(
-            f"4 GPT-2 blocks, 128 wide, 4 heads, 64 tokens x {short}",
-            lambda: nn.Sequential(*(Block(128, 4) for _ in range(4))), (short, 64, 128), {}, None,
-        ),
-    }  # fmt: skip
 
 
 def linear(plan: Plan) -> list[Row]:

@@ -22,19 +22,19 @@ from benchmarks.harness import Contender, MissingError
 _AGAIN = 0.3  # by then a step of the smaller MLP takes no longer than others, in float32, too
 
 
-def command(module: str, call: str) -> list[str]:
-    """Python that prints what a call of a benchmark returns; a plan may be an argument."""
-    program = f"import {module}; from benchmarks.plan import Plan; print({module}.{call})"
-    return [sys.executable, "-c", program]
-
-
 def result(module: str, call: str, environment: Mapping[str, str] | None = None) -> float:
     """The number that a fresh process prints, with these variables in its environment."""
     run = subprocess.run(
-        command(module, call), capture_output=True, text=True, check=True, cwd=ROOT,
-        env={**os.environ, **(environment or {})},
+        _python(module, f"print({module}.{call})"), capture_output=True, text=True, check=True,
+        cwd=ROOT, env={**os.environ, **(environment or {})},
     )  # fmt: skip
     return float(run.stdout)
+
+
+def _python(module: str, statement: str) -> list[str]:
+    """Python that does this; the module is there, and plans may be arguments."""
+    imports = f"import {module}; from benchmarks import process; from benchmarks.plan import Plan"
+    return [sys.executable, "-c", f"{imports}; {statement}"]
 
 
 @contextmanager
@@ -78,13 +78,10 @@ class _Worker:
     """A process that `serve`s."""
 
     def __init__(self, module: str, call: str, threads: int) -> None:
-        program = (
-            f"from benchmarks import process; import {module}; from benchmarks.plan import Plan; "
-            f"process.serve(lambda: {module}.{call}, {threads})"
-        )
         self._process = subprocess.Popen(
-            [sys.executable, "-c", program], text=True, cwd=ROOT, stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, start_new_session=True,  # Ctrl-C is for the one that waits
+            _python(module, f"process.serve(lambda: {module}.{call}, {threads})"), text=True,
+            cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the one that waits
         )  # fmt: skip
 
     def contender(self, name: str) -> Contender:

@@ -137,14 +137,14 @@ class Region {
     return true;
   }
 
-  // Up to so many bytes of free memory go back to the system, the highest first, in whole units of so many.
-  // Returns how many.
-  size_t give_back(size_t bytes, size_t unit) {
+  // Up to so many bytes of free memory go back to the system, the highest first, in large pages. Returns
+  // how many.
+  size_t give_back(size_t bytes) {
     size_t given = 0;
     for (size_t i = spare_.size(); i-- > 0 && given < bytes;) {
       const Stretch one = spare_[i];
       const size_t most = std::min(one.end - one.begin, bytes - given);
-      const Stretch gone{round_up(one.end - most, unit), one.end / unit * unit};
+      const Stretch gone{round_up(one.end - most, kLargePage), one.end / kLargePage * kLargePage};
       if (gone.begin >= gone.end) continue;
       make_room(1);
       madvise(memory_ + gone.begin, gone.end - gone.begin, MADV_DONTNEED);
@@ -327,7 +327,7 @@ class Regions {
     least = std::min(least, free);
     if (++taken < window_) return;
     for (Regions* const each : all())
-      for (Region& region : each->regions_) least -= region.give_back(least, kLargePage);
+      for (Region& region : each->regions_) least -= region.give_back(least);
     taken = 0;
     least = SIZE_MAX;
   }
