@@ -17,7 +17,7 @@ void tile(int64_t depth, const int8_t* const* rows, int64_t height, int64_t step
   const int64_t row = height > 1 ? rows[1] - rows[0] : 0;
   for (int64_t r = 0; r < height; ++r)  // on their way here while their sums are made
     for (int z = 0; z < Z; ++z)
-      __builtin_prefetch(static_cast<int32_t*>(out) + r * stride + 16 * z, 1);
+      fetch(static_cast<int32_t*>(out) + r * stride + 16 * z);
   written();
   clear_sums<R, Z>();
   for (int64_t k = 0; k < depth; k += kDeep, upper += step, lower += step, panel += kPanel)
@@ -42,7 +42,7 @@ class Amx {
   static constexpr int64_t kTall = kSide;                  // rows of a panel of the left operand
   static constexpr int64_t kDepth = 1024, kAlign = kDeep;  // a panel is 32 KB
   static constexpr int64_t kStep = kDeep;  // bytes of a row side by side in a panel
-  static constexpr int64_t kRowBlock = 128, kColumnBlock = 512;  // of a thread's piece of work
+  static constexpr int64_t kRowBlock = 64, kColumnBlock = 512;  // of a thread's piece of work
   static constexpr bool kSums = false;
 
   static int64_t right_bytes(int64_t depth) { return padded(depth) * kSide; }

@@ -47,6 +47,8 @@ void sums_of_rows(const Operand& x, int64_t depth, int64_t count, int32_t* out) 
 template <int R, int Z>
 void tile(int64_t depth, const int8_t* const* rows, int64_t, int64_t step, const uint8_t* panel,
           const int32_t* sums, void* out, int64_t stride, int64_t columns, const Finish& f) {
+  for (int64_t r = 0; r < R; ++r)  // on their way here while their sums are made
+    for (int z = 0; z < Z; ++z) fetch(static_cast<int32_t*>(out) + r * stride + 16 * z);
   __m512i sum[R][Z];
   const int8_t* row[R];
   unrolled<R>([&](auto r) SWALP_INLINE {

@@ -50,6 +50,33 @@ template <int n, class Body> inline __attribute__((always_inline)) void unrolled
 using Tile = void (*)(int64_t, const int8_t* const*, int64_t, int64_t, const uint8_t*,
                       const int32_t*, void*, int64_t, int64_t, const Finish&);
 
+// Memory that will be read or written, on its way to the second cache, where many lines can be waited
+// for: of the nearest one's few places tiles need all.
+inline void fetch(const void* line) { __builtin_prefetch(line, 0, 1); }
+
+// Rows of the left operand, `bytes` of each, that are read where they lie soon: some lines at each turn.
+class Coming {
+ public:
+  Coming(const int8_t* first, int64_t stride, int64_t rows, int64_t bytes, int64_t turns)
+      : row_(first), stride_(stride), left_(rows), bytes_(bytes),
+        each_(ceil_div(rows * ceil_div(bytes, 64), turns)) {}
+
+  void turn() {
+    for (int64_t i = 0; i < each_ && left_ > 0; ++i) {
+      fetch(row_ + at_);
+      at_ += 64;
+      if (at_ < bytes_) continue;
+      at_ = 0;
+      row_ += stride_;
+      --left_;
+    }
+  }
+
+ private:
+  const int8_t* row_;
+  int64_t stride_, left_, bytes_, each_, at_ = 0;
+};
+
 thread_local Workspace workspace;
 
 // One matrix product, and where its packed operands lie.
@@ -140,6 +167,9 @@ template <class Isa> struct Product {
              const Finish& f, uint8_t* memory) const {
     const int64_t k = part.k, depth = part.depth;
     const int32_t* sums = sums_in(memory);
+    const int64_t next = pack_left || Isa::kSums ? 0 : smaller(p.m - m1, Isa::kRowBlock);  // rows that come after these
+    const int64_t tiles = ceil_div(n1 - n0, Isa::kWide) * ceil_div(m1 - m0, Isa::kRows);
+    Coming coming(left.data + m1 * left.outer + k, left.outer, next, depth, tiles);
     for (int64_t n = n0; n < n1; n += Isa::kWide) {
       const int64_t width = smaller(Isa::kWide, n1 - n);
       const uint8_t* panel = right_in(memory, (n - part.n) / Isa::kWide, depth);
@@ -150,6 +180,7 @@ template <class Isa> struct Product {
         const int8_t* rows[Isa::kRows];
         for (int64_t r = 0; r < height; ++r)
           rows[r] = pack_left ? row_in(memory, m + r, depth) : left.data + (m + r) * left.outer + k;
+        coming.turn();
         void* to = static_cast<int32_t*>(out) + m * p.out_outer + n;
         if (f.passed) here.passed = f.passed + (m * p.out_outer + n) / 8;
         isa.tile_of(height, width)(depth, rows, height,
