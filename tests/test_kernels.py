@@ -1033,10 +1033,9 @@ def test_parts_are_rounded_as_in_the_whole(shape, part, rule):
     room = torch.full(x.shape, 99, dtype=torch.int8)
     own = []
     for i in range(len(x)):
-        exponent, has_nan = cpu.pack_part(
-            x[i][:, rows, columns].contiguous(), room[i][:, rows, columns], fmt, rule,
-            i * x[0].numel() + rows.start * shape[2] + columns.start, int(exponents),
-        )  # fmt: skip
+        parts = cpu.Parts(room[i], fmt, rule, i * x[0].numel(), int(exponents))
+        part = x[i][:, rows, columns].contiguous()
+        exponent, has_nan = parts.pack(part, rows.start, columns.start)
         assert not has_nan
         own.append(exponent)
     expected = torch.full_like(room, 99)
@@ -1044,9 +1043,8 @@ def test_parts_are_rounded_as_in_the_whole(shape, part, rule):
     assert torch.equal(room, expected)
     assert own[2] == max(own) == int(exponents)
     x[0, 0, rows.start, columns.start] = torch.nan
-    assert cpu.pack_part(
-        x[0][:, rows, columns].contiguous(), room[0][:, rows, columns], fmt, rule, 0, 0
-    )[1]
+    parts = cpu.Parts(room[0], fmt, rule, 0, 0)
+    assert parts.pack(x[0][:, rows, columns].contiguous(), rows.start, columns.start)[1]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "convolution.h"
+#include "heads.h"
 #include "kernels.h"
 #include "linear.h"
 #include "packing.h"
@@ -431,6 +432,16 @@ NB_MODULE(_kernels, m) {
   m.def("product", &product, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
         nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg().none());
   m.def("matmul_used", &swalp_multiply_used);
+  nb::class_<Heads>(m, "Heads")
+      .def(nb::init<const Torch&, nb::object, nb::handle, int64_t>(), nb::arg(), nb::arg(), nb::arg().none(),
+           nb::arg())
+      .def("part", &Heads::part, nb::arg().none(), nb::arg().none() = nb::none(), nb::arg().none() = nb::none())
+      .def("transposed", &Heads::transposed)
+      .def("view", &Heads::view)
+      .def("exponent", &Heads::exponent);
+  m.def("multiply", [](const Heads& left, const Heads& right, const Heads& out, int threads) {
+    return multiply(left, right, out, threads);
+  });
   m.def("linear", &linear, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
         nb::arg(), nb::arg(), nb::arg().none(), nb::arg());
   m.def("linear_gradients", &linear_gradients, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),

@@ -9,6 +9,9 @@ extern "C" {
 // out[b, i, j] = 2**e * sum over l of left[b, i, l] * right[b, j, l], plus bias[j]
 // with e = exponent + left_exponents[b] + right_exponents[b].
 //
+// Matrices lie `batch` strides apart; with a `group`, this is so within so many of them, and the groups'
+// own strides lead from one to the next.
+//
 // Of the strides of i (or j) and of l one is 1. k > 0; a sum must fit an int32: k <= 2**17 for codes
 // within ±127.
 typedef struct {
@@ -26,6 +29,7 @@ typedef struct {
   void* out;  // float32, or the sums as int32
   int32_t integers;
   int64_t out_batch, out_outer;  // strides of b, i; that of j is 1
+  int64_t group, left_group, right_group, out_group;  // group: or 0
 } swalp_matmul;
 
 // Returns -1 without memory, 1 where the machine or the build has no AVX2, else 0.

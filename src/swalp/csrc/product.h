@@ -251,9 +251,10 @@ template <class Isa> bool rows_apart(const swalp_matmul& task, int64_t begin, in
 // Of matrix `i` of a batch.
 swalp_matmul at(const swalp_matmul& task, int64_t i) {
   swalp_matmul one = task;
-  one.left += i * task.left_batch;
-  one.right += i * task.right_batch;
-  one.out = static_cast<int32_t*>(task.out) + i * task.out_batch;
+  const int64_t group = task.group ? i / task.group : 0, place = task.group ? i % task.group : i;
+  one.left += group * task.left_group + place * task.left_batch;
+  one.right += group * task.right_group + place * task.right_batch;
+  one.out = static_cast<int32_t*>(task.out) + group * task.out_group + place * task.out_batch;
   return one;
 }
 

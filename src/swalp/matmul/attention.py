@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from swalp import buffers
+from swalp.matmul import heads
 from swalp.matmul.handed import whole
+from swalp.matmul.heads import matrices, multiplication
 from swalp.matmul.linear import operand, transpose
 from swalp.matmul.once import once
 from swalp.matmul.operands import Operand, Quantization, exponent_of, gap_of
-from swalp.matmul.products import product, product_into
+from swalp.matmul.products import product
 from swalp.matmul.shares import Places, never, places, runs_everything
 from swalp.quantize import cpu, plans
 
@@ -127,19 +129,22 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(scores.mask, *parts)
         ctx.settings, ctx.room = (probabilities, errors, scores[3:], guesses), room
         # Heads of a position side by side, as PyTorch has them: who joins them has nothing to copy.
-        samples, heads, length = query.shape[:-1]
-        out = whole(buffers.empty(samples, length, heads, value.shape[-1]).transpose(1, 2))
-        codes = _codes_of_some(q, k)
+        samples, count, length = query.shape[:-1]
+        out = whole(buffers.empty(samples, length, count, value.shape[-1]).transpose(1, 2))
+        codes, floats, bands = _codes_of_some(q, k), _room_for_scores(q, k), _bands(q)
+        values, result, multiply = matrices(v).transposed(), matrices(out), multiplication(q, k, v)
+        softmax = _Softmax(scores, multiply)
 
         def run(some: slice, guess: int) -> int:
-            block = _Block(probabilities, codes, heads, some, guess)
+            block = _Block(probabilities, codes, some, guess)
             own = []
-            for rows in _bands(q):
+            for rows in bands:
                 columns = _seen(rows, k, scores.causal)
-                p = scores.softmax(some, rows, columns)
+                p = softmax.of(some, rows, columns, floats)
                 own.append(block.round(p, rows, columns))
-                values = _part(v, some, columns, 2).transpose()
-                _write(out[some, :, rows], block.part(rows, columns), values)
+                multiply(
+                    block.part(rows, columns), values.part(some, columns), result.part(some, rows)
+                )
             return max(own)
 
         ctx.exponent = _settle(run, _together(q, k), guesses.probabilities)
@@ -154,33 +159,40 @@ class _Attention(torch.autograd.Function):
         codes, exponents, has_nan = cpu.pack_integers(grad, *error)
         if has_nan:
             return (*_in_float(ctx, scores, v, grad), *[None] * 7)
-        gradients = _room(ctx, q, k, v)
-        dq, dk, dv = gradients
+        gradients = _places_of_gradients(ctx, q, k, v)
         gap = gap_of(error[0])
         assert gap is not None
         e = Operand(codes, exponents, gap)
         narrow = scores.causal and not _may_be_large(e, v, 1.0)  # 0 * infinity is NaN
         p_codes, s_codes = _codes_of_some(q, k), _codes_of_some(q, k)
-        heads = q.codes.shape[1]
+        p_room, s_room = _room_for_scores(q, k), _room_for_scores(q, k)
+        count, length = q.codes.shape[1:3]
+        row_bands, column_bands, multiply = _bands(q), _bands(k), multiplication(q, k, v)
+        softmax = _Softmax(scores, multiply)
+        queries, keys, values, errors = (matrices(x) for x in (q, k, v, e))
+        to_q, to_k, to_v = (matrices(x) for x in gradients)
 
         def run(some: slice, guess: int) -> int:
-            p_block = _Block(probabilities, p_codes, heads, some, ctx.exponent)
-            s_block = _Block(score_error, s_codes, heads, some, guess)
+            p_block = _Block(probabilities, p_codes, some, ctx.exponent)
+            s_block = _Block(score_error, s_codes, some, guess)
             own = []
-            for rows in _bands(q):
+            for rows in row_bands:
                 columns = _seen(rows, k, narrow)
-                p = scores.softmax(some, rows, columns)
+                p = softmax.of(some, rows, columns, p_room)
                 p_block.round(p, rows, columns)
-                dp = product(_part(e, some, rows), _part(v, some, columns, 2))
+                dp, to = s_room.of(some, count, rows, columns)
+                multiply(errors.part(some, rows), values.part(some, None, columns), to)
                 torch.ops.aten._softmax_backward_data.out(dp, p, -1, torch.float32, grad_input=dp)
                 own.append(s_block.round(dp.mul_(scores.factor), rows, columns))
-                _write(dq[some, :, rows], s_block.part(rows, columns), _part(k, some, columns))
-            for columns in _bands(k):
-                rows = slice(columns.start if narrow else 0, q.codes.shape[2])
-                left = p_block.part(rows, columns).transpose()
-                _write(dv[some, :, columns], left, _part(e, some, rows))
-                left = s_block.part(rows, columns).transpose()
-                _write(dk[some, :, columns], left, _part(q, some, rows))
+                multiply(
+                    s_block.part(rows, columns), keys.part(some, columns), to_q.part(some, rows)
+                )
+            for columns in column_bands:
+                rows = slice(columns.start if narrow else 0, length)
+                left = p_block.part(rows, columns).transposed()
+                multiply(left, errors.part(some, rows), to_v.part(some, columns))
+                left = s_block.part(rows, columns).transposed()
+                multiply(left, queries.part(some, rows), to_k.part(some, columns))
             return max(own)
 
         try:
@@ -192,16 +204,16 @@ class _Attention(torch.autograd.Function):
         return (*gradients, *[None] * 7)
 
 
-def _room(ctx: Any, q: Operand, k: Operand, v: Operand) -> list[Tensor]:
+def _places_of_gradients(ctx: Any, q: Operand, k: Operand, v: Operand) -> list[Tensor]:
     """For the gradients of queries, keys and values."""
     if ctx.room is not None:
         found: list[Tensor] = ctx.room.gradients()
         return found
-    samples, heads, columns, length = v.codes.shape
+    samples, count, columns, length = v.codes.shape
     return [
         buffers.empty(*q.codes.shape),
         buffers.empty(*k.codes.shape),
-        buffers.empty(samples, heads, length, columns),
+        buffers.empty(samples, count, length, columns),
     ]
 
 
@@ -216,8 +228,9 @@ def _in_float(ctx: Any, scores: _Scores, v: Operand, grad: Tensor) -> tuple[Tens
     """The gradients where one of the errors has a NaN: its products in float, all samples."""
     q, k = scores.q, scores.k
     probabilities, (score_error, error), *_ = ctx.settings
-    every = slice(0, q.codes.shape[2]), slice(0, k.codes.shape[2])
-    p = scores.softmax(slice(0, len(grad)), *every)
+    every = [slice(0, n) for n in (len(grad), q.codes.shape[2], k.codes.shape[2])]
+    room = heads.Room(q.codes.shape[0] * q.codes.shape[1] * q.codes.shape[2] * k.codes.shape[2])
+    p = _Softmax(scores, multiplication(q, k)).of(every[0], every[1], every[2], room)
     p = p.view(*grad.shape[:2], *p.shape[1:])
     e = operand(grad, error)
     dv = product(transpose(operand(p, probabilities)), e)
@@ -271,14 +284,6 @@ def _together(q: Operand, k: Operand) -> list[slice]:
     return [slice(at, min(at + count, samples)) for at in range(0, samples, count)]
 
 
-def _write(out: Tensor, left: Operand, right: Operand) -> None:
-    """Products of some samples into a part of a result: (samples, heads, rows, columns)."""
-    if len(out) == 1:
-        product_into(out[0], left, right)
-    else:  # which has no one distance between its matrices
-        out.copy_(product(left, right).view(out.shape))
-
-
 def _bands(x: Operand) -> list[slice]:
     """The rows of (batch, heads, rows, ...), `BAND` at a time."""
     count = x.codes.shape[2]
@@ -291,14 +296,8 @@ def _seen(rows: slice, k: Operand, causal: bool) -> slice:
     return slice(0, min(rows.start + BAND, count) if causal else count)
 
 
-def _part(x: Operand, some: slice, part: slice, dim: int = 1) -> Operand:
-    """Of some samples, their heads one after another, a part along that dimension."""
-    at = (slice(None),) * dim + (part,)
-    return x._replace(codes=x.codes[some].flatten(0, 1)[at])
-
-
 class _Scores(NamedTuple):
-    """The scores of attention, ``factor * q @ k.T + mask``, and their softmax.
+    """The scores of attention: ``factor * q @ k.T + mask``.
 
     Attributes:
         q: codes of the queries.
@@ -316,40 +315,60 @@ class _Scores(NamedTuple):
     factor: float
     finite: bool
 
-    def softmax(self, some: slice, rows: slice, columns: slice) -> Tensor:
-        """Probabilities of some samples: (samples * heads, rows, columns)."""
-        p = product(_part(self.q, some, rows), _part(self.k, some, columns).transpose())
-        if self.causal:
+
+class _Softmax:
+    """Of scores, as probabilities."""
+
+    def __init__(self, scores: _Scores, multiply: heads.Multiply) -> None:
+        self._scores, self._multiply = scores, multiply
+        self._queries = matrices(scores.q)
+        self._keys = matrices(scores.k).transposed()
+        self._heads = scores.q.codes.shape[1]
+
+    def of(self, some: slice, rows: slice, columns: slice, room: heads.Room) -> Tensor:
+        """Those of some samples, in `room`: (samples * heads, rows, columns)."""
+        scores = self._scores
+        p, to = room.of(some, self._heads, rows, columns)
+        self._multiply(self._queries.part(some, rows), self._keys.part(some, None, columns), to)
+        if scores.causal:
             planes, count, length = p.shape
             _kernels.causal(
-                (planes, count, length), rows.start, self.factor, p.data_ptr(),
+                (planes, count, length), rows.start, scores.factor, p.data_ptr(),
                 torch.get_num_threads(),
             )  # fmt: skip
         else:
-            p.mul_(self.factor)
-        mask = self.mask
+            p.mul_(scores.factor)
+        mask = scores.mask
         if mask is not None:
             part = mask[some] if mask.dim() == 4 and mask.size(0) > 1 else mask
             if part.dim() > 1 and part.size(-2) > 1:
                 part = part[..., rows, :]
-            each = p.view(-1, self.q.codes.shape[1], *p.shape[1:])
+            each = p.view(-1, self._heads, *p.shape[1:])
             if part.dtype == torch.bool:
                 each.masked_fill_(part, -math.inf)
             else:
                 each.add_(part)
         # Of rows of which nothing takes part: zeros.
-        none_hidden = mask is None and self.finite
+        none_hidden = mask is None and scores.finite
         hidden = None if none_hidden else p.amax(-1, keepdim=True) == -math.inf
         torch.ops.aten._softmax.out(p, -1, False, out=p)
-        return p if hidden is None or not bool(hidden.any()) else p.masked_fill_(hidden, 0.0)
+        if hidden is not None and bool(hidden.any()):
+            p.masked_fill_(hidden, 0.0)
+        return p
 
 
 def _codes_of_some(q: Operand, k: Operand) -> Tensor:
-    """Room for the codes of the probabilities of samples that are run together: (samples * heads,
+    """Room for the codes of the probabilities of samples that are run together: (samples, heads,
     rows, columns).
     """
-    first, (heads, rows) = _together(q, k)[0], q.codes.shape[1:3]
-    return buffers.empty(first.stop * heads, rows, k.codes.shape[2], dtype=torch.int8)
+    first, (count, rows) = _together(q, k)[0], q.codes.shape[1:3]
+    return buffers.empty(first.stop, count, rows, k.codes.shape[2], dtype=torch.int8)
+
+
+def _room_for_scores(q: Operand, k: Operand) -> heads.Room:
+    """For a band of scores of samples that are run together."""
+    first, (count, rows) = _together(q, k)[0], q.codes.shape[1:3]
+    return heads.Room(first.stop * count * min(rows, BAND) * k.codes.shape[2])
 
 
 class _Block:
@@ -357,34 +376,26 @@ class _Block:
 
     Args:
         quantization: how the whole, all samples, is rounded: one exponent.
-        codes: where they go.
-        heads: of a sample.
+        codes: where they go: (samples, heads, rows, columns).
         some: the samples.
         guess: the exponent to round with.
     """
 
-    def __init__(
-        self, quantization: Quantization, codes: Tensor, heads: int, some: slice, guess: int
-    ) -> None:
-        self._format, self._rounding = quantization
-        self._codes, self._guess = codes[: (some.stop - some.start) * heads], guess
-        self._columns = codes.shape[2]
-        self._start = some.start * heads * codes.shape[1] * self._columns
-        gap = gap_of(self._format)
+    def __init__(self, quantization: Quantization, codes: Tensor, some: slice, guess: int) -> None:
+        mine = codes[: some.stop - some.start]
+        gap = gap_of(quantization[0])
         assert gap is not None
-        exponents = torch.tensor([guess], dtype=torch.int8, device="cpu")
-        self._whole = Operand(self._codes, exponents, gap)
+        start = some.start * codes[0].numel()
+        self._parts = cpu.Parts(mine.flatten(0, 1), *quantization, start, guess)
+        self._codes = matrices(Operand(mine, None, gap + guess))
 
     def round(self, x: Tensor, rows: slice, columns: slice) -> int:
         """Round these rows and columns; returns the exponent that they would have alone."""
-        start = self._start + rows.start * self._columns + columns.start
-        exponent, has_nan = cpu.pack_part(
-            x, self._codes[:, rows, columns], self._format, self._rounding, start, self._guess
-        )
+        exponent, has_nan = self._parts.pack(x, rows.start, columns.start)
         if has_nan:
             raise FloatingPointError
         return exponent
 
-    def part(self, rows: slice, columns: slice) -> Operand:
+    def part(self, rows: slice, columns: slice) -> _kernels.Heads:
         """Their codes."""
-        return self._whole._replace(codes=self._codes[:, rows, columns])
+        return self._codes.part(None, rows, columns)

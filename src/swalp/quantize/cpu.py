@@ -166,30 +166,44 @@ def pack_integers(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, T
     return codes, exponents, lost
 
 
-def pack_part(
-    x: Tensor, codes: Tensor, fmt: Format, rounding: Rounding, start: int, exponent: int
-) -> tuple[int, bool]:
-    """A part of a tensor that is one block, as `pack_integers`, its exponent given.
+class Parts:
+    """A tensor that is one block, its exponent given, rounded as by `pack_integers`, part by part.
 
     Args:
-        x: float32 on the CPU, three dimensions, contiguous.
-        codes: int8, of that shape: where they go in the codes of the whole, whose last dimension is
-            contiguous.
+        codes: int8, three dimensions: where the codes go; the last dimension is contiguous.
         fmt: `FixedPoint`, or `BlockFloat` with one exponent, of at most 8 bits.
         rounding: the rule.
-        start: index of the first element in the whole.
-        exponent: of the whole.
-
-    Returns:
-        The exponent that the part would have alone, of all parts the largest being that of the
-        whole; and whether `x` has a NaN.
+        start: index of the first element of `codes` in the tensor.
+        exponent: of the tensor.
     """
-    plan = plan_of(fmt)
-    lost, own = _kernels.quantize_part(
-        plan.without_nan(), (start, *x.shape, *codes.stride()[:2]), x.data_ptr(), codes.data_ptr(),
-        exponent, *rule_arguments(rounding), torch.get_num_threads(),
-    )  # fmt: skip
-    return own, lost
+
+    def __init__(
+        self, codes: Tensor, fmt: Format, rounding: Rounding, start: int, exponent: int
+    ) -> None:
+        self._codes, self._start = codes, start
+        self._strides, self._address = codes.stride()[:2], codes.data_ptr()
+        self._format = plan_of(fmt).without_nan()
+        self._rule = (exponent, *rule_arguments(rounding), torch.get_num_threads())
+
+    def pack(self, x: Tensor, row: int, column: int) -> tuple[int, bool]:
+        """Round a part.
+
+        Args:
+            x: float32 on the CPU, three dimensions, contiguous; the first is all of the codes'.
+            row: of the codes, where the part begins.
+            column: likewise.
+
+        Returns:
+            The exponent that the part would have alone, of all parts the largest being that of the
+            whole; and whether `x` has a NaN.
+        """
+        plane, step = self._strides
+        at = row * step + column
+        lost, own = _kernels.quantize_part(
+            self._format, (self._start + at, *x.shape, plane, step), x.data_ptr(),
+            self._address + at, *self._rule,
+        )  # fmt: skip
+        return own, lost
 
 
 def unpack(codes: Tensor, exponents: Tensor | None, fmt: Format) -> Tensor:
