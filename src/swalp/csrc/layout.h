@@ -266,6 +266,7 @@ struct Task {
       for (; begin < end && !low.load(std::memory_order_relaxed); ++begin) {
         const auto [at, n] = place(base, length, begin);
         const Largest here = largest_of(at, n);
+        if (begin + 1 < end && !transposed && !layout.apart) fetch(x + at + n, kChunk);
         if (shared_exponent(format, here.magnitude) > likely) {
           low.store(true, std::memory_order_relaxed);
           break;
@@ -305,6 +306,7 @@ struct Task {
       const int64_t group = kChunk / length;
       for (int64_t b = begin; b < end; b += group) {
         const int64_t count = end - b < group ? end - b : group, at = b * length;
+        if (b + count < end) fetch(x + at + count * length, count * length);
         const Words words = fill(noise, at, count * length, buffer);
         lost |= put(at, count * length, [&](void* to) {
           return kernel.rows(format, rule, x + at, to, count, length, words,

@@ -222,7 +222,7 @@ template <int values> struct Scratch {
 // block the processor does not expect it.
 Largest search_gradient(const float* gradient, int64_t n) {
   const Largest found = largest(gradient, n);
-  for (int64_t i = n; i < 2 * n && i < n + kChunk; i += 16) __builtin_prefetch(gradient + i);
+  fetch(gradient + n, smaller(n, kChunk));
   return found;
 }
 

@@ -50,10 +50,6 @@ template <int n, class Body> inline __attribute__((always_inline)) void unrolled
 using Tile = void (*)(int64_t, const int8_t* const*, int64_t, int64_t, const uint8_t*,
                       const int32_t*, void*, int64_t, int64_t, const Finish&);
 
-// Memory that will be read or written, on its way to the second cache, where many lines can be waited
-// for: of the nearest one's few places tiles need all.
-inline void fetch(const void* line) { __builtin_prefetch(line, 0, 1); }
-
 // Rows of the left operand, `bytes` of each, that are read where they lie soon: some lines at each turn.
 class Coming {
  public:
