@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from swalp.layers.base import Quantized
-from swalp.layers.lean import LeanBatchNorm, LeanGELU, LeanLayerNorm, LeanMaxPool, LeanReLU
+from swalp.layers.lean import LeanBatchNorm, LeanGELU, LeanMaxPool, LeanReLU
 from swalp.layers.native import NativeLinear, is_linear
 from swalp.layers.native_convolution import ChannelsLast, NativeConvolution, unable
 from swalp.layers.sequence import NativeSequential
@@ -36,7 +36,6 @@ def simulated_mixin(module: nn.Module, mixin: type[QuantizedLayer]) -> type[Quan
 _LEAN: dict[Any, type[Quantized]] = {
     nn.ReLU.forward: LeanReLU,
     nn.GELU.forward: LeanGELU,
-    nn.LayerNorm.forward: LeanLayerNorm,
     nn.MaxPool2d.forward: LeanMaxPool,
     nn.BatchNorm2d.forward: LeanBatchNorm,
 }

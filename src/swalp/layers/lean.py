@@ -26,7 +26,6 @@ if plans.available:
     from swalp import _kernels
 
 _PART = 1 << 23  # bytes of an input that are computed again at a time
-_BAND = 1 << 20  # bytes of a norm's result that PyTorch allocates at a time
 
 
 class LeanReLU(QuantizedLayer):
@@ -59,25 +58,6 @@ class LeanGELU(QuantizedLayer):
         if again is None or not (_plain(x) and _keeps(x) and x.is_contiguous() and x.dim() > 1):
             return super().forward(x, *args, **kwargs)
         return _GELU.apply(x, self.approximate, again, self.inplace)  # type: ignore[no-untyped-call]  # PyTorch ships no type
-
-
-class LeanLayerNorm(QuantizedLayer):
-    """Mixin over `torch.nn.LayerNorm`: what PyTorch keeps, but results in memory used again."""
-
-    normalized_shape: tuple[int, ...]
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The parent's forward."""
-        shape = self.normalized_shape
-        keeps = any(map(_keeps, (one for one in (x, self.weight, self.bias) if one is not None)))
-        if not (_plain(x) and keeps and x.is_contiguous() and x.shape[-len(shape) :] == shape):
-            return super().forward(x, *args, **kwargs)
-        return _LayerNorm.apply(  # type: ignore[no-untyped-call]  # PyTorch ships no type
-            x, self.weight, self.bias, shape, self.eps
-        )
 
 
 class LeanMaxPool(QuantizedLayer):
@@ -199,53 +179,6 @@ class _GELU(torch.autograd.Function):
                 grad_input=result[part],
             )  # fmt: skip
         return result, None, None, None
-
-
-class _LayerNorm(torch.autograd.Function):
-    """By bands of rows: PyTorch's function has no way to write its result to given memory."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        shape: tuple[int, ...],
-        eps: float,
-    ) -> Tensor:
-        scale, shift = map(_float, (weight, bias))
-        y = buffers.empty(*x.shape)
-        rows, results = x.view(-1, *shape), y.view(-1, *shape)
-        mean, own_scale = x.new_empty(2, len(rows), *(1 for _ in shape))
-        for band in _parts(rows, _BAND):
-            results[band], mean[band], own_scale[band] = torch.native_layer_norm(
-                rows[band], shape, scale, shift, eps
-            )
-        ctx.save_for_backward(x, mean, own_scale, scale, shift)
-        ctx.shape = shape
-        return y
-
-    @staticmethod
-    @once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, own_scale, scale, shift = ctx.saved_tensors
-        shape, (wanted, *others) = ctx.shape, ctx.needs_input_grad[:3]
-        rows, grads = x.view(-1, *shape), grad.contiguous().view(-1, *shape)
-        backward = torch.ops.aten.native_layer_norm_backward
-        dx = dscale = dshift = None
-        if any(others):
-            _, dscale, dshift = backward(
-                grads, rows, shape, mean, own_scale, scale, shift, [False, *others]
-            )
-        if wanted:
-            dx = buffers.empty(*x.shape)
-            results = dx.view(-1, *shape)
-            for band in _parts(rows, _BAND):
-                results[band], _, _ = backward(
-                    grads[band], rows[band], shape, mean[band], own_scale[band], scale, shift,
-                    [True, False, False],
-                )  # fmt: skip
-        return dx, dscale, dshift, None, None
 
 
 def _parts(x: Tensor, most: int) -> list[slice]:
