@@ -15,13 +15,13 @@ void tile(int64_t depth, const int8_t* const* rows, int64_t height, int64_t step
           const int32_t*, void* out, int64_t stride, int64_t columns, const Finish& f) {
   const int8_t *upper = rows[0], *lower = rows[R == 2 ? 16 : 0];
   const int64_t row = height > 1 ? rows[1] - rows[0] : 0;
-  for (int64_t r = 0; r < height; ++r)  // on their way here while their sums are made
-    for (int z = 0; z < Z; ++z)
-      fetch(static_cast<int32_t*>(out) + r * stride + 16 * z);
   written();
   clear_sums<R, Z>();
-  for (int64_t k = 0; k < depth; k += kDeep, upper += step, lower += step, panel += kPanel)
+  for (int64_t k = 0; k < depth; k += kDeep, upper += step, lower += step, panel += kPanel) {
     add_products<R, Z>(upper, lower, row, panel);
+    f.rows->turn();
+    f.result->turn();
+  }
   alignas(64) int32_t sums[16 * R * kSide];
   store_sums<R, Z>(sums);
   const __mmask16 last = static_cast<__mmask16>(0xffff >> (-columns & 15));
@@ -45,6 +45,7 @@ class Amx {
   static constexpr int64_t kRowBlock = 64, kColumnBlock = 512;  // of a thread's piece of work
   static constexpr bool kSums = false;
 
+  static int64_t turns(int64_t depth) { return ceil_div(depth, kDeep); }
   static int64_t right_bytes(int64_t depth) { return padded(depth) * kSide; }
   static int64_t left_bytes(int64_t depth) { return padded(depth) * kSide; }
 

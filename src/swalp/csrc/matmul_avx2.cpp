@@ -105,6 +105,7 @@ void tile(int64_t depth, const int8_t* const* rows, int64_t, int64_t, const uint
   unrolled<R>([&](auto r) SWALP_INLINE {
     unrolled<Z>([&](auto z) SWALP_INLINE { sum[r][z] = zeros(); });
   });
+  f.result->turn();
   const int8_t* left = rows[0];
   for (int64_t k = 0; k < depth; k += kTerms, panel += 4 * kWide, left += 4 * kTall) {
     Sums b[Z];
@@ -146,6 +147,7 @@ struct Avx2 {
   static constexpr int64_t kRowBlock = 96, kColumnBlock = 256;  // of a thread's piece of work
   static constexpr bool kSums = false;
 
+  static int64_t turns(int64_t) { return 1; }
   static int64_t right_bytes(int64_t depth) { return ceil_div(depth, 2) * 4 * kWide; }
   // The last store of 8 lanes reaches beyond the 6 that are wanted.
   static int64_t left_bytes(int64_t depth) {

@@ -47,8 +47,7 @@ void sums_of_rows(const Operand& x, int64_t depth, int64_t count, int32_t* out) 
 template <int R, int Z>
 void tile(int64_t depth, const int8_t* const* rows, int64_t, int64_t step, const uint8_t* panel,
           const int32_t* sums, void* out, int64_t stride, int64_t columns, const Finish& f) {
-  for (int64_t r = 0; r < R; ++r)  // on their way here while their sums are made
-    for (int z = 0; z < Z; ++z) fetch(static_cast<int32_t*>(out) + r * stride + 16 * z);
+  f.result->turn();
   __m512i sum[R][Z];
   const int8_t* row[R];
   unrolled<R>([&](auto r) SWALP_INLINE {
@@ -94,6 +93,7 @@ struct Vnni {
   static constexpr int64_t kRowBlock = 96, kColumnBlock = 256;  // of a thread's piece of work
   static constexpr bool kSums = true;
 
+  static int64_t turns(int64_t) { return 1; }
   static int64_t right_bytes(int64_t depth) { return ceil_div(depth, 4) * kPanel; }
   static int64_t left_bytes(int64_t depth) { return right_bytes(depth); }
 

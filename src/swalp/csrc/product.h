@@ -25,12 +25,37 @@ struct Operand {
   int64_t outer, inner;  // strides
 };
 
+// Rows that are needed soon, `bytes` of each: some of their lines are asked for at each of so many turns, as
+// all at once would be waited for.
+class Coming {
+ public:
+  Coming(const void* first, int64_t stride, int64_t rows, int64_t bytes, int64_t turns)
+      : row_(static_cast<const char*>(first)), stride_(stride), left_(rows), bytes_(bytes),
+        each_(ceil_div(rows * ceil_div(bytes, 64), turns)) {}
+
+  void turn() {
+    for (int64_t i = 0; i < each_ && left_ > 0; ++i) {
+      fetch(row_ + at_);
+      at_ += 64;
+      if (at_ < bytes_) continue;
+      at_ = 0;
+      row_ += stride_;
+      --left_;
+    }
+  }
+
+ private:
+  const char* row_;
+  int64_t stride_, left_, bytes_, each_, at_ = 0;
+};
+
 // What becomes of the sums.
 struct Finish {
   bool first, last, integers;
   Factors scale;      // 2**exponent
   const float* bias;  // of the tile's columns, or null
   uint8_t* passed;    // from the tile on, for ReLU; or null
+  Coming *result, *rows;  // where the next tile goes; of the left operand, what those after that read
 };
 
 // body(0), body(1) .. as constants, so that arrays indexed by them live in registers.
@@ -49,29 +74,6 @@ template <int n, class Body> inline __attribute__((always_inline)) void unrolled
 // sums, where the result goes, its rows' stride, its columns.
 using Tile = void (*)(int64_t, const int8_t* const*, int64_t, int64_t, const uint8_t*,
                       const int32_t*, void*, int64_t, int64_t, const Finish&);
-
-// Rows of the left operand, `bytes` of each, that are read where they lie soon: some lines at each turn.
-class Coming {
- public:
-  Coming(const int8_t* first, int64_t stride, int64_t rows, int64_t bytes, int64_t turns)
-      : row_(first), stride_(stride), left_(rows), bytes_(bytes),
-        each_(ceil_div(rows * ceil_div(bytes, 64), turns)) {}
-
-  void turn() {
-    for (int64_t i = 0; i < each_ && left_ > 0; ++i) {
-      fetch(row_ + at_);
-      at_ += 64;
-      if (at_ < bytes_) continue;
-      at_ = 0;
-      row_ += stride_;
-      --left_;
-    }
-  }
-
- private:
-  const int8_t* row_;
-  int64_t stride_, left_, bytes_, each_, at_ = 0;
-};
 
 thread_local Workspace workspace;
 
@@ -163,32 +165,39 @@ template <class Isa> struct Product {
              const Finish& f, uint8_t* memory) const {
     const int64_t k = part.k, depth = part.depth;
     const int32_t* sums = sums_in(memory);
-    const int64_t next = pack_left || Isa::kSums ? 0 : smaller(p.m - m1, Isa::kRowBlock);  // rows that come after these
-    const int64_t tiles = ceil_div(n1 - n0, Isa::kWide) * ceil_div(m1 - m0, Isa::kRows);
-    Coming coming(left.data + m1 * left.outer + k, left.outer, next, depth, tiles);
+    const auto place = [&](int64_t i, int64_t j) { return static_cast<int32_t*>(out) + i * p.out_outer + j; };
+    const int64_t tiles = ceil_div(n1 - n0, Isa::kWide) * ceil_div(m1 - m0, Isa::kRows), turns = Isa::turns(depth);
+    // Sums of rows have been made of what lies there, just now.
+    const int64_t after = pack_left || Isa::kSums ? 0 : smaller(p.m - m1, Isa::kRowBlock);
+    Coming coming(left.data + m1 * left.outer + k, left.outer, after, depth, tiles * turns);
     for (int64_t n = n0; n < n1; n += Isa::kWide) {
       const int64_t width = smaller(Isa::kWide, n1 - n);
       const uint8_t* panel = right_in(memory, (n - part.n) / Isa::kWide, depth);
       Finish here = f;
+      here.rows = &coming;
       if (f.bias) here.bias = f.bias + n;
       for (int64_t m = m0; m < m1; m += Isa::kRows) {
         const int64_t height = smaller(Isa::kRows, m1 - m);
         const int8_t* rows[Isa::kRows];
         for (int64_t r = 0; r < height; ++r)
           rows[r] = pack_left ? row_in(memory, m + r, depth) : left.data + (m + r) * left.outer + k;
-        coming.turn();
-        void* to = static_cast<int32_t*>(out) + m * p.out_outer + n;
+        const bool lower = m + Isa::kRows < m1, right_of = n + Isa::kWide < n1;
+        const int32_t* const next = lower      ? place(m + Isa::kRows, n)
+                                    : right_of ? place(m0, n + Isa::kWide)
+                                               : place(m1, n0);
+        Coming result(next, 4 * p.out_outer, Isa::kRows, 4 * Isa::kWide, turns);
+        here.result = &result;
         if (f.passed) here.passed = f.passed + (m * p.out_outer + n) / 8;
         isa.tile_of(height, width)(depth, rows, height,
                                    pack_left ? Isa::kStep * Isa::kTall : Isa::kStep, panel, sums + m,
-                                   to, p.out_outer, width, here);
+                                   place(m, n), p.out_outer, width, here);
       }
     }
   }
 
   Finish finish(const Part& part, int64_t exponent) const {
     return {part.k == 0, part.k + part.depth == p.k, p.integers != 0, Factors(exponent),
-            p.bias, p.passed};
+            p.bias, p.passed, nullptr, nullptr};
   }
 
   template <class Work> void each_part(const Work& work) const {
