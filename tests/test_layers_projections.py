@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import swalp
 from swalp import BlockFloat, Nearest, Stochastic
-from swalp.matmul import kernels, passes, projections
+from swalp.matmul import heads, kernels, passes, projections
 from swalp.matmul.linear import linear
+from swalp.quantize import plans
 from test_layers_native import NATIVE, SIMULATED
 
 EIGHT = BlockFloat(8)
@@ -27,9 +28,12 @@ class Counted:
     def __init__(self, monkeypatch):
         kernels.kernel()  # checked at its first use, by products
         self.count = 0
-        for name in ("product", "run_codes"):
-            own = getattr(kernels, name)
-            monkeypatch.setattr(kernels, name, lambda *a, own=own: self.note(own(*a)))
+        places = [(kernels, "product"), (kernels, "run_codes")]
+        if plans.available:  # those of attention
+            places.append((heads._kernels, "multiply"))
+        for place, name in places:
+            own = getattr(place, name)
+            monkeypatch.setattr(place, name, lambda *a, own=own: self.note(own(*a)))
 
     def note(self, result):
         self.count += 1
