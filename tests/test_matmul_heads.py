@@ -118,6 +118,8 @@ def test_what_does_not_fit_is_refused():
         multiply(matrices(x), matrices(y), matrices(torch.empty(2, 3, 4, 8)).transposed())
     with pytest.raises(ValueError, match="of other samples"):
         multiply(matrices(x).part(slice(0, 1)), matrices(y), out)
+    with pytest.raises(TypeError, match="codes become floats"):
+        multiply(out, matrices(torch.empty(2, 3, 4, 4)), matrices(torch.empty(2, 3, 8, 4)))
     with pytest.raises(ValueError, match="in one piece"):
         matrices(x).part(slice(0, 2, 2))
     with pytest.raises(TypeError, match="slices"):

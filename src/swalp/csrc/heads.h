@@ -47,16 +47,19 @@ class Heads {
   nb::object view() const {
     const auto base = nb::cast<uintptr_t>(tensor_.attr("data_ptr")());
     const int64_t offset = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data_) - base) / bytes_;
-    return tensor_.attr("as_strided")(std::vector<int64_t>(size_, size_ + 4), std::vector<int64_t>(stride_, stride_ + 4),
-                                      nb::cast<int64_t>(tensor_.attr("storage_offset")()) + offset);
+    const std::vector<int64_t> sizes(size_, size_ + 4), strides(stride_, stride_ + 4);
+    const auto first = nb::cast<int64_t>(tensor_.attr("storage_offset")());
+    return tensor_.attr("as_strided")(sizes, strides, first + offset);
   }
 
   // left @ right, of floats. False, and nothing done: there is nothing to sum, or neither of the last two
   // strides of an operand is 1.
   friend bool multiply(const Heads& left, const Heads& right, const Heads& out, int threads) {
     const auto same = [](const Heads& a, const Heads& b, int i, int j) { return a.size_[i] == b.size_[j]; };
-    for (const Heads* each : {&left, &right})
+    for (const Heads* each : {&left, &right}) {
+      if (each->bytes_ != 1 || out.bytes_ != 4) throw nb::type_error("Heads: codes become floats");
       if (!same(*each, out, 0, 0) || !same(*each, out, 1, 1)) throw nb::value_error("Heads: of other samples");
+    }
     if (!same(left, out, 2, 2) || !same(right, out, 3, 3) || !same(left, right, 3, 2) || out.stride_[3] != 1)
       throw nb::value_error("Heads: shapes do not fit");
     swalp_matmul t = {};
