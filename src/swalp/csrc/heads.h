@@ -76,9 +76,7 @@ class Heads {
     std::tie(t.out_group, t.out_batch, t.out_outer, one) = out.strides();
     t.exponent = left.exponent_ + right.exponent_;
     nb::gil_scoped_release unlocked;
-    const int status = swalp_multiply(&t, threads);
-    if (status < 0) throw std::bad_alloc();
-    if (status > 0) throw std::runtime_error("this machine has no integer products");
+    run(t, threads);
     return true;
   }
 

@@ -90,6 +90,13 @@ struct Bias {
   }
 };
 
+// One task, without the interpreter's lock.
+void run(const swalp_matmul& task, int threads) {
+  const int status = swalp_multiply(&task, threads);
+  if (status < 0) throw std::bad_alloc();
+  if (status > 0) throw std::runtime_error("this machine has no integer products");
+}
+
 // False, and nothing done: there is nothing to sum, or neither of the last two strides of an operand is 1.
 // `integers`: whether `to` has int32.
 bool multiply(const Operand& left, const Operand& right, const Planes& to, bool integers, int64_t exponent,
@@ -118,9 +125,7 @@ bool multiply(const Operand& left, const Operand& right, const Planes& to, bool 
     for (int64_t j = 0; j < std::min(bias.count, t.n); ++j) values[j] = static_cast<float>(bias.codes[j] * scale);
     t.bias = values.data();
   }
-  const int status = swalp_multiply(&t, threads);
-  if (status < 0) throw std::bad_alloc();
-  if (status > 0) throw std::runtime_error("this machine has no integer products");
+  run(t, threads);
   return true;
 }
 

@@ -229,7 +229,7 @@ def _in_float(ctx: Any, scores: _Scores, v: Operand, grad: Tensor) -> tuple[Tens
     q, k = scores.q, scores.k
     probabilities, (score_error, error), *_ = ctx.settings
     every = [slice(0, n) for n in (len(grad), q.codes.shape[2], k.codes.shape[2])]
-    room = heads.Room(q.codes.shape[0] * q.codes.shape[1] * q.codes.shape[2] * k.codes.shape[2])
+    room = heads.Room(math.prod(q.codes.shape[:3]) * k.codes.shape[2])
     p = _Softmax(scores, multiplication(q, k)).of(every[0], every[1], every[2], room)
     p = p.view(*grad.shape[:2], *p.shape[1:])
     e = operand(grad, error)

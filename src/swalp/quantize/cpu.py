@@ -180,7 +180,7 @@ class Parts:
     def __init__(
         self, codes: Tensor, fmt: Format, rounding: Rounding, start: int, exponent: int
     ) -> None:
-        self._codes, self._start = codes, start
+        self._codes, self._start = codes, start  # held, as their address is kept
         self._strides, self._address = codes.stride()[:2], codes.data_ptr()
         self._format = plan_of(fmt).without_nan()
         self._rule = (exponent, *rule_arguments(rounding), torch.get_num_threads())
