@@ -328,6 +328,28 @@ def test_blocks(shape, fmt, build, threads):
         assert_equals_definition(uneven, shape, fmt, rule)
 
 
+def to_the_ends(shape):
+    """Rows that reach from the lowest integer of a byte, and of a few words below, to beyond the highest."""
+    make = torch.Generator().manual_seed(1)
+    reach = 2.0 ** torch.randint(2, 8, (shape[0], 1), generator=make)
+    x = torch.rand(shape, generator=make).sub(0.5).mul(2 * reach)
+    x[:, 1::7] = reach * (1 - torch.rand(x[:, 1::7].shape, generator=make) / reach)
+    x[:, 2::9] = -x[:, 1:2]
+    x[:, 3::11] = -reach
+    x[:, 5::13] = -0.0
+    x[::2] *= 2.0**-30
+    return x
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("word", [3, 4, 7, 8, 9])
+def test_codes_at_the_ends(word, symmetric, build):
+    for shape, axes in (((60, 333), (0,)), ((60, 64), (0,)), ((1, 3000), None)):
+        fmt = BlockFloat(word, axes=axes, symmetric=symmetric)
+        for rule in FEW_RULES:
+            assert_equals_definition(to_the_ends, shape, fmt, rule)
+
+
 def ugly_of_shape(shape):
     return ugly(*shape)
 

@@ -27,6 +27,7 @@ SETTINGS = [
     {"lr": 0.1, "weight_decay": 0.01},
     {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
     {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+    {"lr": 0.1, "momentum": 1e-37},
 ]
 LOSSLESS = Recipe(
     name="float32 as a minifloat",
@@ -334,6 +335,7 @@ def odd_network():
             "rows": nn.Parameter(torch.randn(37, 53)),
             "conv": nn.Parameter(torch.randn(5, 3, 3, 3)),
             "wide": nn.Parameter(torch.randn(2, 70_003)),
+            "middle": nn.Parameter(torch.randn(3, 1100)),
             "scalar": nn.Parameter(torch.randn(())),
             "even": nn.Parameter(torch.randn(6, 2, 17)),
             "tiny": nn.Parameter(torch.randn(4, 17) * 1e-36),
@@ -381,7 +383,7 @@ def gradient_of(name, shape, step):
     gradient = torch.randn(shape, generator=generator)
     if name == "rows":
         gradient[7] = 0
-        gradient[:, 0] = 0
+        gradient[:, 0], gradient[:, 1] = 0, -0.0
     if name == "wide" and step == 2:
         gradient[0, 5] = torch.inf
     return gradient * (1e-37 if name == "tiny" else 1)
@@ -440,6 +442,11 @@ LONG = {
     "all": {},
     "nearest": {"gradient": Quantizer(BIG, Nearest())},
     "no gradient": {"gradient": None},
+    "16 bits": {"gradient": Quantizer(BIG, Stochastic(random_bits=16))},
+    "16 bits, evenly": {
+        "gradient": Quantizer(BlockFloat(8, symmetric=True), Stochastic(random_bits=16)),
+        "momentum": Quantizer(Minifloat(4, 3), Stochastic()),
+    },
     "fixed gradient": {"gradient": Quantizer(FixedPoint(8, 6), Stochastic())},
     "clamped gradient": {"gradient": Quantizer(BlockFloat(8, exponent_bits=2), Stochastic())},
     "minifloat gradient": {"gradient": Quantizer(Minifloat(4, 3), Stochastic())},

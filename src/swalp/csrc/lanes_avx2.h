@@ -8,7 +8,7 @@ namespace {
 struct Lanes {
   static constexpr int N = 8;
   static constexpr int counters = 4;
-  static constexpr bool pairs = false;
+  static constexpr bool fours = false;
   static constexpr float exact_limit = 128;
 
   using F = __m256;
@@ -77,6 +77,7 @@ struct Lanes {
   static I ceil_minus_half(F a, F c) {
     return _mm256_cvtps_epi32(_mm256_ceil_ps(_mm256_fmsub_ps(a, c, set(0.5f))));
   }
+  static I ceil_above(F a, F c) { return add(ceil_minus_half(a, c), set(0xffff)); }
 
   static I add(I a, I b) { return _mm256_add_epi32(a, b); }
   static I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
@@ -114,6 +115,7 @@ struct Lanes {
   static F select(M m, F a, F b) { return _mm256_blendv_ps(b, a, floats(m)); }
   static I increment(M m, I v) { return sub(v, m); }
   static I with_sign(F x, I v) { return _mm256_sign_epi32(v, bits(x)); }
+  static F product_with_sign(F x, I v, F gap) { return mul(convert(with_sign(x, v)), gap); }
   static F keep_nan(F x, F v) { return select(is_nan(x), _mm256_add_ps(x, x), v); }
 
   static W wide(uint64_t v) { return _mm256_set1_epi64x(static_cast<long long>(v)); }
@@ -127,8 +129,11 @@ struct Lanes {
   static W wide_even(uint64_t first, uint64_t stride) {  // counters of lanes 0, 2, 4 ...
     return wide_add(wide(first), _mm256_setr_epi64x(0, 2 * stride, 4 * stride, 6 * stride));
   }
-  static void store_words(uint32_t* p, W c0, W c1, W c2, W c3) {
-    const W a = zip(c0, c1), b = zip(c2, c3);
+  static W pair(W product, W other, W key) {
+    const W even = _mm256_blend_epi32(wide_xor(other, key), _mm256_setzero_si256(), 0xaa);
+    return wide_xor(_mm256_shuffle_epi32(product, _MM_SHUFFLE(2, 3, 0, 1)), even);
+  }
+  static void store_pairs(uint32_t* p, W a, W b) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_unpacklo_epi64(a, b));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), _mm256_unpackhi_epi64(a, b));
   }

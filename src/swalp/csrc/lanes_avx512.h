@@ -8,7 +8,7 @@ namespace {
 struct Lanes {
   static constexpr int N = 16;
   static constexpr int counters = 8;
-  static constexpr bool pairs = true;  // there is `round_up`
+  static constexpr bool fours = true;  // there is `round_up`
   // Rounding toward +infinity makes ceil_minus_half exact as long as its result fits an int32.
   static constexpr float exact_limit = 16384;
   static constexpr int up = _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC;
@@ -67,6 +67,14 @@ struct Lanes {
   static I ceil_minus_half(F a, F c) {
     return _mm512_cvt_roundps_epi32(_mm512_fmsub_round_ps(a, c, set(0.5f), up), up);
   }
+  // The same: the sum is below 2**24, so that what is rounded to a float32 stays on its side of an integer.
+  static I ceil_above(F a, F c) {
+    return _mm512_cvt_roundps_epi32(_mm512_fmadd_round_ps(a, c, set(0x1p16f - 1.5f), up), up);
+  }
+  static I floor_above(F a, F c) {
+    constexpr int down = _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC;
+    return _mm512_cvttps_epi32(_mm512_fmadd_round_ps(a, c, set(0x1p16f - 1), down));
+  }
 
   static I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
@@ -99,22 +107,33 @@ struct Lanes {
   static I with_sign(F x, I v) {
     return _mm512_mask_sub_epi32(v, sign(x), _mm512_setzero_si512(), v);
   }
-  // Of 2 * N numbers x = a, b with the integers k of 2**16 times their magnitudes, w = k >> 16: w, or w + 1
-  // where the rest of k is more than the 16 random bits, with the sign of x. False, and nothing written,
-  // if `unequal` is asked for and rest and bits are equal somewhere.
-  static bool round_up(F a, F b, I k0, I k1, const uint16_t* bits, bool unequal, int8_t* out) {
-    alignas(64) static constexpr uint16_t evens[32] = {0,  2,  4,  6,  8,  10, 12, 14, 16, 18, 20,
-                                                       22, 24, 26, 28, 30, 32, 34, 36, 38, 40, 42,
-                                                       44, 46, 48, 50, 52, 54, 56, 58, 60, 62};
-    const I even = _mm512_load_si512(evens), odd = _mm512_add_epi16(even, _mm512_set1_epi16(1));
-    const I rest = _mm512_permutex2var_epi16(k0, even, k1), u = _mm512_loadu_si512(bits);
-    if (unequal && __builtin_expect(_mm512_cmpeq_epi16_mask(rest, u) != 0, false)) return false;
-    const I whole = _mm512_permutex2var_epi16(k0, odd, k1);
-    const __mmask32 up = _mm512_cmpgt_epu16_mask(rest, u), minus = _mm512_kunpackw(sign(b), sign(a));
-    const I w = _mm512_mask_sub_epi16(whole, up, whole, _mm512_set1_epi16(-1));
-    const I q = _mm512_mask_sub_epi16(w, minus, _mm512_setzero_si512(), w);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi16_epi8(q));
+  // Codes of a byte for 4 * N numbers x, of which k has `ceil_above` or `floor_above`: rounded up where the rest
+  // is more than the 16 random bits, at most `most` above 0. False, and nothing written, if `unequal` is asked
+  // for and rest and bits are equal somewhere.
+  static bool round_up(const float* x, const I* k, const uint16_t* bits, bool unequal, int32_t most, int8_t* out) {
+    alignas(64) static constexpr int32_t order[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+    I sum[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sum[i] = sub(k[i], load(bits + i * N));
+    if (unequal) {  // where a sum ends in ones
+      const I largest = _mm512_max_epu16(_mm512_max_epu16(sum[0], sum[1]), _mm512_max_epu16(sum[2], sum[3]));
+      if (__builtin_expect(any_low_ones(largest), false)) return false;
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sum[i] = right<16>(sum[i]);
+    // What packs works on each 128 bits: `order` brings four numbers of each vector back to their places.
+    const I size = _mm512_packus_epi16(_mm512_packus_epi32(sum[0], sum[1]), _mm512_packus_epi32(sum[2], sum[3]));
+    const auto raw = [x](int i) { return _mm512_loadu_si512(x + i * N); };
+    const __mmask64 minus = _mm512_movepi8_mask(
+        _mm512_packs_epi16(_mm512_packs_epi32(raw(0), raw(1)), _mm512_packs_epi32(raw(2), raw(3))));
+    const I code = _mm512_mask_sub_epi8(_mm512_min_epu8(size, _mm512_set1_epi8(static_cast<char>(most))), minus,
+                                        _mm512_setzero_si512(), size);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi32(_mm512_load_si512(order), code));
     return true;
+  }
+  static F product_with_sign(F x, I v, F gap) {  // -0 + 0 is 0
+    const I bits_of_gap = _mm512_ternarylogic_epi32(bits(gap), bits(x), set(INT32_MIN), 0x78);
+    return fma(convert(v), floats(bits_of_gap), set(0.0f));
   }
   static F keep_nan(F x, F v) { return _mm512_mask_add_ps(v, is_nan(x), x, x); }
 
@@ -132,8 +151,11 @@ struct Lanes {
     return wide_add(wide(first), _mm512_mullo_epi64(wide(2 * stride),
                                                     _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7)));
   }
-  static void store_words(uint32_t* p, W c0, W c1, W c2, W c3) {
-    const W a = zip(c0, c1), b = zip(c2, c3);
+  static W pair(W product, W other, W key) {
+    const W swapped = _mm512_shuffle_epi32(product, _MM_PERM_CDAB);
+    return _mm512_mask_ternarylogic_epi32(swapped, 0x5555, other, key, 0x96);
+  }
+  static void store_pairs(uint32_t* p, W a, W b) {
     _mm512_storeu_si512(p, _mm512_unpacklo_epi64(a, b));
     _mm512_storeu_si512(p + 16, _mm512_unpackhi_epi64(a, b));
   }

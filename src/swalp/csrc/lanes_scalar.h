@@ -8,7 +8,7 @@ namespace {
 struct Lanes {
   static constexpr int N = 1;         // elements of a vector
   static constexpr int counters = 1;  // Philox counters of a vector
-  static constexpr bool pairs = false;  // there is `round_up`, for two vectors at a time
+  static constexpr bool fours = false;  // there is `round_up`, for four vectors at a time
   static constexpr float exact_limit = 128;  // see ceil_minus_half
 
   using F = float;
@@ -67,6 +67,9 @@ struct Lanes {
     const I whole = static_cast<I>(y);
     return whole + (static_cast<float>(whole) < y);
   }
+  // ceil(a * c - 1/2) + 2**16 - 1 for a * c in [0, 2**23]; vectors that have `fours` also have `floor_above`,
+  // floor(a * c) + 2**16 - 1.
+  static I ceil_above(F a, F c) { return add(ceil_minus_half(a, c), 0xffff); }
 
   static I add(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
   static I sub(I a, I b) { return static_cast<I>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b)); }
@@ -102,20 +105,27 @@ struct Lanes {
     const I negative = -static_cast<I>(sign(x));
     return (v ^ negative) - negative;
   }
+  // v * gap >= 0 with the sign of x, and 0 without.
+  static F product_with_sign(F x, I v, F gap) { return mul(convert(with_sign(x, v)), gap); }
   static F keep_nan(F x, F v) { return x != x ? x + x : v; }  // x + x makes the NaN a quiet one
 
   static W wide(uint64_t v) { return v; }
-  static W wide_counters(uint64_t first) { return first; }  // in the order that store_words undoes
+  static W wide_counters(uint64_t first) { return first; }  // in the order that store_pairs undoes
   static W wide_add(W a, W b) { return a + b; }
   static W wide_mul(W a, W b) { return (a & 0xffffffff) * (b & 0xffffffff); }
   static W wide_high(W v) { return v >> 32; }
   static W wide_xor(W a, W b) { return a ^ b; }
   static W wide_xor(W a, W b, W c) { return a ^ b ^ c; }
-  static void store_words(uint32_t* p, W c0, W c1, W c2, W c3) {
-    p[0] = static_cast<uint32_t>(c0);
-    p[1] = static_cast<uint32_t>(c1);
-    p[2] = static_cast<uint32_t>(c2);
-    p[3] = static_cast<uint32_t>(c3);
+  // Two words of Philox's last round from a product of its: the upper word of that, ^ other ^ key; the lower.
+  static W pair(W product, W other, W key) {
+    return static_cast<uint32_t>(wide_high(product) ^ other ^ key) | product << 32;
+  }
+  // The words 0 and 1 of each block, and 2 and 3.
+  static void store_pairs(uint32_t* p, W a, W b) {
+    p[0] = static_cast<uint32_t>(a);
+    p[1] = static_cast<uint32_t>(a >> 32);
+    p[2] = static_cast<uint32_t>(b);
+    p[3] = static_cast<uint32_t>(b >> 32);
   }
 };
 

@@ -32,10 +32,10 @@ struct Noise {
   }
 };
 
-// The four words of the Philox blocks `low + (high << 32)`, `groups` vectors at a time so that their
-// chains of multiplications overlap. Two words of the counter are the same in all lanes: so are half
+// The four words of the Philox blocks `low + (high << 32)` after so many rounds, `groups` vectors at a time so
+// that their chains of multiplications overlap. Two words of the counter are the same in all lanes: so are half
 // the products of the first two rounds.
-template <class V, int groups>
+template <class V, int groups, int rounds>
 inline __attribute__((always_inline)) void philox(const Noise& noise, const typename V::W* low,
                                                   uint32_t high, typename V::W (*c)[4]) {
   using W = typename V::W;
@@ -65,7 +65,7 @@ inline __attribute__((always_inline)) void philox(const Noise& noise, const type
     c[g][3] = q0;
   }
 #pragma GCC unroll 8
-  for (int round = 3; round < 10; ++round) {
+  for (int round = 3; round < rounds; ++round) {
     const W k0 = V::wide(noise.key0[round]), k1 = V::wide(noise.key1[round]);
 #pragma GCC unroll 4
     for (int g = 0; g < groups; ++g) {
@@ -76,6 +76,13 @@ inline __attribute__((always_inline)) void philox(const Noise& noise, const type
       c[g][3] = q0;
     }
   }
+}
+
+// The blocks of a vector whose words after nine rounds are c.
+template <class V>
+inline __attribute__((always_inline)) void store_last(const Noise& noise, const typename V::W (&c)[4], uint32_t* out) {
+  const auto q0 = V::wide_mul(V::wide(kMultiplier0), c[0]), q1 = V::wide_mul(V::wide(kMultiplier1), c[2]);
+  V::store_pairs(out, V::pair(q1, c[1], V::wide(noise.key0[9])), V::pair(q0, c[3], V::wide(noise.key1[9])));
 }
 
 // Vectors of Philox blocks that are worked on together: more of them hide the multiplications'
@@ -90,10 +97,10 @@ inline __attribute__((always_inline)) void fill_groups(const Noise& noise, uint6
   W low[groups], c[groups][4];
 #pragma GCC unroll 4
   for (int g = 0; g < groups; ++g) low[g] = V::wide_counters(block + g * V::counters);
-  philox<V, groups>(noise, low, high, c);
+  philox<V, groups, 9>(noise, low, high, c);
 #pragma GCC unroll 4
   for (int g = 0; g < groups; ++g)
-    V::store_words(out + 4 * g * V::counters, c[g][0], c[g][1], c[g][2], c[g][3]);
+    store_last<V>(noise, c[g], out + 4 * g * V::counters);
 }
 
 // Writes the Philox blocks first .. first + count - 1, rounded up to a multiple of Lanes::counters.
@@ -115,8 +122,8 @@ template <class V> void fill_blocks(const Noise& noise, uint64_t first, int64_t 
     const uint64_t block = first + static_cast<uint64_t>(done);
     typename V::W low[1] = {V::wide(block)}, c[1][4];
     uint32_t words[4 * V::counters];
-    philox<V, 1>(noise, low, static_cast<uint32_t>(block >> 32), c);
-    V::store_words(words, c[0][0], c[0][1], c[0][2], c[0][3]);
+    philox<V, 1, 9>(noise, low, static_cast<uint32_t>(block >> 32), c);
+    store_last<V>(noise, c[0], words);
     for (int w = 0; w < 4; ++w) out[4 * done + w] = words[w];
   }
 }
@@ -181,7 +188,7 @@ void fill_lanes(const Noise& noise, int64_t start, int64_t stride, int64_t posit
       const uint64_t block = first + p / kPerBlock + c * step;
       const W low[2] = {V::wide_even(block, step), V::wide_even(block + step, step)};
       W words[2][4];
-      philox<V, 2>(noise, low, static_cast<uint32_t>(block >> 32), words);
+      philox<V, 2, 10>(noise, low, static_cast<uint32_t>(block >> 32), words);
       for (int w = 0; w < 4; ++w) {
         const typename V::I both = V::zip(words[0][w], words[1][w]);
         int16_t* at = reinterpret_cast<int16_t*>(out) + (p + 2 * w) * row + c;

@@ -28,10 +28,13 @@ struct Role {
   const Kernel kernel;
   const bool halved;
   const float* const table;
+  const bool in_byte;  // `value_of_code` rounds to it what is bounded
 
   Role(const swalp_role& role, int output)
       : format(role.format), rule(role.rounding), noise(role.rounding),
-        kernel(choose(role.format, role.rounding, output)), halved(role.halved), table(role.table) {}
+        kernel(choose(role.format, role.rounding, output)), halved(role.halved), table(role.table),
+        in_byte(format.kind == SWALP_GRID && format.min_integer >= -128 && format.max_integer <= 127 &&
+                role.rounding.rule == SWALP_STOCHASTIC && role.rounding.bits == 16) {}
 
   bool span(const float* x, void* out, int64_t at, int64_t n, Scale scale, uint32_t* buffer) const {
     return kernel.span(format, rule, x, out, n, fill(noise, at, n, buffer), scale);
@@ -137,20 +140,25 @@ template <> struct Stored<float> {
   static constexpr int output = SWALP_FLOAT32;
   Stored(const swalp_format&, int32_t) {}
   bool are_plain(const float*, int64_t) const { return true; }
+  bool are_scaled(float) const { return true; }
+  template <bool> F scaled(float factor) const { return Lanes::set(factor); }
   template <bool whole, bool plain = false> F get(const float* from, int64_t n) const {
     return load<whole>(from, n);
+  }
+  template <bool whole, bool> F times(const float* from, int64_t n, F factor) const {
+    return Lanes::mul(load<whole>(from, n), factor);
   }
 };
 
 template <> struct Stored<int8_t> {
   static constexpr int output = SWALP_CODE8;
+  int32_t gap;
   bool has_nan, extreme;
   int nan_code;
   I nan;
   F first, second;  // 2**gap is `first`, or if `extreme` their product: with a code, exact
   Stored(const swalp_format& f, int32_t shared)
-      : has_nan(f.has_nan), nan_code(f.nan_code), nan(Lanes::set(f.nan_code)) {
-    const int32_t gap = gap_of(f, shared);
+      : gap(gap_of(f, shared)), has_nan(f.has_nan), nan_code(f.nan_code), nan(Lanes::set(f.nan_code)) {
     extreme = gap < -126 || gap > 126;
     const int32_t half = extreme ? gap / 2 : gap;
     first = power_of_two(Lanes::set(half));
@@ -161,6 +169,22 @@ template <> struct Stored<int8_t> {
     int8_t lowest = INT8_MAX;  // NaN has the lowest code
     for (int64_t i = 0; i < n; ++i) lowest = from[i] < lowest ? from[i] : lowest;
     return lowest != nan_code;
+  }
+  // Whether 2**gap times that is a normal number, or 0: what makes codes values can take it along, as it is
+  // exact, and rounds the product of all three once.
+  bool are_scaled(float factor) const {
+    uint32_t bits;
+    memcpy(&bits, &factor, sizeof bits);
+    const int32_t field = bits >> 23 & 0xff;  // of the exponent
+    return factor == 0 || (field > 0 && field < 255 && field + gap > 0 && field + gap < 255);
+  }
+  // The factor for `times`, which multiplies values by it.
+  template <bool plain> F scaled(float factor) const {
+    return plain ? Lanes::mul(first, Lanes::set(factor)) : Lanes::set(factor);
+  }
+  template <bool whole, bool plain> F times(const int8_t* from, int64_t n, F factor) const {
+    if constexpr (plain) return Lanes::mul(Lanes::convert(load<whole>(from, n)), factor);
+    return Lanes::mul(get<whole>(from, n), factor);
   }
   template <bool whole, bool plain = false> F get(const int8_t* from, int64_t n) const {
     const I code = load<whole>(from, n);
@@ -193,7 +217,7 @@ void keep_exponent(int8_t* exponents, int64_t block, const swalp_format& f, cons
   if (exponents) exponents[block] = static_cast<int8_t>(shared_exponent(f, most.value().magnitude));
 }
 
-// The numbers that all threads share at a block. Magnitudes are those of `order`.
+// The numbers that all threads at a block share. Magnitudes are those of `order`.
 template <int values> struct Block {
   int64_t base, length;
   int32_t before[values] = {};  // exponents of what is kept, until this step
@@ -203,6 +227,11 @@ template <int values> struct Block {
   int flags = 0;                // of SWALP_LOST, SWALP_STRANGE
 
   void flag(int bit) { __atomic_fetch_or(&flags, bit, __ATOMIC_RELAXED); }
+  void own() {  // by one thread
+    gradient.own();
+    for (Raised& each : most) each.own();
+    for (Raised& each : surveyed) each.own();
+  }
 };
 
 // Steps of a parameter do not keep more floats than this for a block before its exponents are known.
@@ -218,23 +247,47 @@ template <int values> struct Scratch {
   }
 };
 
-// The largest of a block's gradient. What comes next is on its way to the cache then: from block to
-// block the processor does not expect it.
-Largest search_gradient(const float* gradient, int64_t n) {
-  const Largest found = largest(gradient, n);
-  fetch(gradient + n, smaller(n, kChunk));
-  return found;
-}
+// The gradient of a chunk, a vector at a time: as it is,
+struct Given {
+  const float* from;
+  template <bool whole> F get(int64_t i, int64_t left) const { return load<whole>(from + i, left); }
+};
 
-// The gradient of a chunk, rounded into `rounded` if it has a role.
-template <class Parameter, class B>
-const float* gradient_of(const Role* role, const Parameter& p, const B& b, int64_t at, int64_t n,
-                         float* rounded, uint32_t* buffer) {
-  const float* g = p.gradient + b.base + at;
-  if (!role) return g;
-  role->span(g, rounded, b.base + at, n, scale_of(role->format, b.gradient.value()), buffer);
+// or rounded on the way. As much that follows is on its way to the cache then: from block to block the
+// processor does not expect it.
+template <int range> struct OnTheWay {
+  const float* from;
+  int64_t n;
+  const Grid<kFast16, range> grid;
+  const uint16_t* upper;
+  template <bool whole> inline __attribute__((always_inline)) F get(int64_t i, int64_t left) const {
+    fetch_near(from + n + i);
+    return grid.value_of_code(load<whole>(from + i, left), Lanes::load(upper + i));
+  }
+};
+
+// body(gradient) with that of a chunk, rounded if it has a role.
+template <class Parameter, class B, class Body>
+void with_gradient(const Role* role, const Parameter& p, const B& b, int64_t at, int64_t n, uint32_t* buffer,
+                   const Body& body) {
+  const float* const g = p.gradient + b.base + at;
+  if (!role) return body(Given{g});
+  const swalp_format& f = role->format;
+  const Scale scale = scale_of(f, b.gradient.value());
+  const int32_t gap = gap_of(f, scale.exponent);
+  if (role->in_byte && scale.bounded && !is_extreme(gap)) {
+    const uint16_t* const upper = fill(role->noise, b.base + at, n, buffer).upper;
+    if (f.min_integer == -f.max_integer)
+      body(OnTheWay<kBoundedEvenly>{g, n, {f, role->rule, Lanes::set(gap)}, upper});
+    else
+      body(OnTheWay<kBounded>{g, n, {f, role->rule, Lanes::set(gap)}, upper});
+  } else {
+    alignas(64) float rounded[kChunk];
+    fetch(g + n, n);
+    role->span(g, rounded, b.base + at, n, scale, buffer);
+    body(Given{rounded});
+  }
   if (p.reused) leave_written(g, n);
-  return rounded;
 }
 
 // body(at, n) for the chunks of [begin, begin + count).
@@ -303,7 +356,7 @@ template <class Kept> struct SgdStep {
   }
 
   void search(Shared& b, int64_t at, int64_t n) const {
-    if (h.has_gradient) b.gradient.raise(search_gradient(p.gradient + b.base + at, n));
+    if (h.has_gradient) b.gradient.raise(largest(p.gradient + b.base + at, n));
   }
 
   // The same, and what the step would be with the gradient as it is: close enough to the step, most
@@ -312,7 +365,7 @@ template <class Kept> struct SgdStep {
     if (!has_exponents()) return search(b, begin, count);
     Surveyed most;
     chunks(begin, count, [&](int64_t at, int64_t n) {
-      most = walk(b, at, n, p.gradient + b.base + at, nullptr, nullptr, most);
+      most = walk(b, at, n, Given{p.gradient + b.base + at}, nullptr, nullptr, most);
     });
     b.gradient.raise(largest_of(most.gradient, p.gradient + b.base + begin, count));
     b.surveyed[kVelocity].raise(largest_of(most.velocity));
@@ -346,10 +399,9 @@ template <class Kept> struct SgdStep {
   void step(Shared& b, int64_t begin, int64_t count, const Scratch<values>& to, uint32_t* buffer) const {
     Most most;
     chunks(begin, count, [&](int64_t at, int64_t n) {
-      alignas(64) float rounded[kChunk];
-      const float* const g =
-          gradient_of(h.has_gradient ? &gradient : nullptr, p, b, at, n, rounded, buffer);
-      most = walk(b, at, n, g, to.of[kVelocity] + (at - begin), to.of[kMoved] + (at - begin), most);
+      with_gradient(h.has_gradient ? &gradient : nullptr, p, b, at, n, buffer, [&](const auto& g) {
+        most = walk(b, at, n, g, to.of[kVelocity] + (at - begin), to.of[kMoved] + (at - begin), most);
+      });
     });
     b.most[kVelocity].raise(largest_of(most.velocity, to.of[kVelocity], count));
     const Largest moved = largest_of(most.moved, to.of[kMoved], count);
@@ -391,7 +443,7 @@ template <class Kept> struct SgdStep {
                              p.momentum, at, n, each.read(p.momentum_exponents, first, count, length), v)
                        : nullptr;
     float *const velocity = to.of[kVelocity], *const next = to.of[kMoved];
-    const Most most = walk(n, g, w0, m0, velocity, next, Most());
+    const Most most = walk(n, Given{g}, w0, m0, velocity, next, Most());
     const int flags = largest_of(most.moved, next, n).finite ? 0 : SWALP_STRANGE;
     bool lost = h.has_momentum && momentum.template keep_rows<Kept>(velocity, p.momentum, at, count, length,
                                                                     p.momentum_exponents, buffer);
@@ -417,8 +469,8 @@ template <class Kept> struct SgdStep {
 
   // The step of a chunk with the gradient g, and the largest magnitudes. With `Most` velocity and moved
   // weight are stored.
-  template <class Wanted>
-  Wanted walk(const Shared& b, int64_t at, int64_t n, const float* g, float* velocity, float* next,
+  template <class Gradient, class Wanted>
+  Wanted walk(const Shared& b, int64_t at, int64_t n, const Gradient& g, float* velocity, float* next,
               Wanted most) const {
     if (weight.table || momentum.table) {
       alignas(64) float weight_values[kChunk], momentum_values[kChunk];
@@ -435,25 +487,26 @@ template <class Kept> struct SgdStep {
     alignas(64) Kept weight_room[kRoom<Kept>], momentum_room[kRoom<Kept>];
     const Kept* const w0 = weight.kept(p.weight, b.base + at, n, weight_room);
     const Kept* const m0 = h.has_momentum ? momentum.kept(p.momentum, b.base + at, n, momentum_room) : nullptr;
-    return weights.are_plain(w0, n) && (!m0 || velocities.are_plain(m0, n))
+    return weights.are_plain(w0, n) && (!m0 || (velocities.are_plain(m0, n) && velocities.are_scaled(h.momentum)))
                ? walk<true>(n, g, weights, w0, velocities, m0, velocity, next, most)
                : walk<false>(n, g, weights, w0, velocities, m0, velocity, next, most);
   }
 
   // The same with the values of what is kept.
-  template <class Wanted>
-  Wanted walk(int64_t n, const float* g, const float* w0, const float* m0, float* velocity, float* next,
+  template <class Gradient, class Wanted>
+  Wanted walk(int64_t n, const Gradient& g, const float* w0, const float* m0, float* velocity, float* next,
               Wanted most) const {
     const Stored<float> as_they_are(weight.format, 0);
     return walk<true>(n, g, as_they_are, w0, as_they_are, m0, velocity, next, most);
   }
 
-  template <bool plain, class Any, class Wanted>
-  Wanted walk(int64_t n, const float* g, const Stored<Any>& weights, const Any* w0,
+  template <bool plain, class Gradient, class Any, class Wanted>
+  Wanted walk(int64_t n, const Gradient& g, const Stored<Any>& weights, const Any* w0,
               const Stored<Any>& velocities, const Any* m0, float* velocity, float* next,
               Wanted most) const {
     constexpr bool stores = Wanted::stores;
-    const F decay = Lanes::set(h.weight_decay), rho = Lanes::set(h.momentum), rate = Lanes::set(-h.lr);
+    const F decay = Lanes::set(h.weight_decay), rho = Lanes::set(h.momentum);
+    const F own_rho = velocities.template scaled<plain>(h.momentum), rate = Lanes::set(-h.lr);
     const bool decays = h.weight_decay != 0, has_momentum = h.has_momentum, nesterov = h.nesterov;
     const auto larger = [](I most, F x) __attribute__((always_inline)) {
       return Lanes::max_unsigned(most, twice_bits(x));
@@ -461,13 +514,13 @@ template <class Kept> struct SgdStep {
     return vectors(n, most, [=](int64_t i, int64_t left, auto is_whole, Wanted so_far)
                                 __attribute__((always_inline)) {
       constexpr bool whole = decltype(is_whole)::value;
-      F d = load<whole>(g + i, left);
+      F d = g.template get<whole>(i, left);
       if constexpr (!stores) so_far.gradient = larger(so_far.gradient, d);
       const F w = weights.template get<whole, plain>(w0 + i, left);
       if (decays) d = Lanes::fma(w, decay, d);
       if constexpr (!stores) so_far.direction = larger(so_far.direction, d);
       if (has_momentum) {
-        const F v = Lanes::add(Lanes::mul(velocities.template get<whole, plain>(m0 + i, left), rho), d);
+        const F v = Lanes::add(velocities.template times<whole, plain>(m0 + i, left, own_rho), d);
         if constexpr (stores) store<whole>(velocity + i, v, left);
         so_far.velocity = larger(so_far.velocity, v);
         d = nesterov ? Lanes::fma(v, rho, d) : v;
@@ -504,7 +557,7 @@ template <class Kept> struct AdamStep {
   }
 
   void search(Shared& b, int64_t at, int64_t n) const {
-    if (h.has_gradient) b.gradient.raise(search_gradient(p.gradient + b.base + at, n));
+    if (h.has_gradient) b.gradient.raise(largest(p.gradient + b.base + at, n));
   }
 
   void survey(Shared& b, int64_t at, int64_t n) const { search(b, at, n); }
@@ -514,11 +567,10 @@ template <class Kept> struct AdamStep {
   void step(Shared& b, int64_t begin, int64_t count, const Scratch<values>& to, uint32_t* buffer) const {
     Most most;
     chunks(begin, count, [&](int64_t at, int64_t n) {
-      alignas(64) float rounded[kChunk], roots[kChunk];
-      const float* const g =
-          gradient_of(h.has_gradient ? &gradient : nullptr, p, b, at, n, rounded, buffer);
+      alignas(64) float roots[kChunk];
       const float* const r0 = root.template values<Kept>(p.root, b.base + at, n, kNoExponents, roots);
-      most = walk(b, at, n, g, r0, to, at - begin, most);
+      with_gradient(h.has_gradient ? &gradient : nullptr, p, b, at, n, buffer,
+                    [&](const auto& g) { most = walk(b, at, n, g, r0, to, at - begin, most); });
     });
     b.most[kMoment].raise(largest_of(most.moment, to.of[kMoment], count));
     const Largest moved = largest_of(most.moved, to.of[kMoved], count);
@@ -558,7 +610,7 @@ template <class Kept> struct AdamStep {
         p.weight, at, n, each.read(p.weight_exponents, first, count, length), w);
     const float* const m0 = moment.template values<Kept>(
         p.moment, at, n, each.read(p.moment_exponents, first, count, length), m);
-    const Most most = walk(n, g, r0, w0, m0, to, 0, Most());
+    const Most most = walk(n, Given{g}, r0, w0, m0, to, 0, Most());
     const int flags = largest_of(most.moved, to.of[kMoved], n).finite ? 0 : SWALP_STRANGE;
     bool lost = moment.template keep_rows<Kept>(to.of[kMoment], p.moment, at, count, length,
                                                 p.moment_exponents, buffer);
@@ -574,7 +626,8 @@ template <class Kept> struct AdamStep {
   };
 
   // The step of a chunk with the gradient g and the roots r0, stored from `place` on.
-  Most walk(const Shared& b, int64_t at, int64_t n, const float* g, const float* r0,
+  template <class Gradient>
+  Most walk(const Shared& b, int64_t at, int64_t n, const Gradient& g, const float* r0,
             const Scratch<values>& to, int64_t place, Most most) const {
     if (weight.table || moment.table) {
       alignas(64) float w[kChunk], m[kChunk];
@@ -590,14 +643,15 @@ template <class Kept> struct AdamStep {
                 moment.kept(p.moment, b.base + at, n, moment_room), to, place, most);
   }
 
-  Most walk(int64_t n, const float* g, const float* r0, const float* w0, const float* m0,
+  template <class Gradient>
+  Most walk(int64_t n, const Gradient& g, const float* r0, const float* w0, const float* m0,
             const Scratch<values>& to, int64_t place, Most most) const {
     const Stored<float> as_they_are(weight.format, 0);
     return walk(n, g, r0, as_they_are, w0, as_they_are, m0, to, place, most);
   }
 
-  template <class Any>
-  Most walk(int64_t n, const float* g, const float* r0, const Stored<Any>& weights, const Any* w0,
+  template <class Gradient, class Any>
+  Most walk(int64_t n, const Gradient& g, const float* r0, const Stored<Any>& weights, const Any* w0,
             const Stored<Any>& moments, const Any* m0, const Scratch<values>& to, int64_t place,
             Most most) const {
     const F decay = Lanes::set(h.weight_decay), share = Lanes::set(h.share1), beta2 = Lanes::set(h.beta2);
@@ -610,7 +664,7 @@ template <class Kept> struct AdamStep {
     return vectors(n, most, [=](int64_t i, int64_t left, auto is_whole, Most so_far)
                                 __attribute__((always_inline)) {
       constexpr bool whole = decltype(is_whole)::value;
-      F d = load<whole>(g + i, left);
+      F d = g.template get<whole>(i, left);
       F w = weights.template get<whole>(w0 + i, left);
       if (decoupled) w = Lanes::mul(w, decay);  // decay = 1 - lr * weight_decay
       else if (decays) d = Lanes::fma(w, decay, d);
@@ -704,6 +758,7 @@ int optimize(const Hyper& hyper, const Parameter* parameters, int64_t count, int
       }
       for (int64_t i = first; i < last; ++i) {
         typename Step::Shared b = step.block(i);
+        b.own();
         const Raised* most = b.most;
         if (p.length <= kKept) {
           step.search(b, 0, p.length);

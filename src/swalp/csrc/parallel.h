@@ -71,7 +71,10 @@ inline void leave_written(const float* x, int64_t n) {
 // the nearest one can wait for few, and what is worked on meanwhile needs those.
 inline void fetch(const void* line) { __builtin_prefetch(line, 0, 1); }
 
-// The same of n elements.
+// The same to the nearest cache, by who hardly waits for it otherwise.
+inline void fetch_near(const void* line) { __builtin_prefetch(line, 0, 3); }
+
+// Those of n elements, to the second cache.
 inline void fetch(const float* x, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(float))) fetch(static_cast<const void*>(x + i));
 }

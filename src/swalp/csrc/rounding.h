@@ -141,7 +141,7 @@ template <int way, int range> struct Grid {
   static constexpr bool stochastic = way >= kFast16, simple = true;
   static constexpr bool fast = way == kFast16 || way == kFast32;
   static constexpr bool extreme = range == kExtreme, bounded = range >= kBounded;
-  static constexpr bool pairs = Lanes::pairs && fast && bounded;
+  static constexpr bool fours = Lanes::fours && fast && bounded;
 
   const swalp_format& f;
   const Rule rule;
@@ -177,15 +177,26 @@ template <int way, int range> struct Grid {
     return Lanes::abs(Lanes::min(Lanes::max(moved, low), high));
   }
 
-  // The codes of two vectors, if `pairs`. False, and nothing written: where the lower bits must decide.
+  // The codes, of a byte, of four vectors, if `fours`. False, and nothing written: where the lower bits must
+  // decide.
   template <class V>
   inline __attribute__((always_inline)) bool codes(const float* x, const uint16_t* upper, int8_t* out) const {
-    const auto integer = [this](F v) __attribute__((always_inline)) {
-      if constexpr (way == kFast16) return V::ceil_minus_half(magnitude(v), scale);
-      else return V::truncate(V::mul(magnitude(v), scale));
-    };
-    const F a = V::load(x), b = V::load(x + V::N);
-    return V::round_up(a, b, integer(a), integer(b), upper, way == kFast32, out);
+    I k[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const F v = V::load(x + i * V::N);
+      // What is clamped above is so as a code.
+      const F size = range == kBoundedEvenly ? V::smaller_magnitude(v, high) : V::abs(v);
+      if constexpr (way == kFast16) k[i] = V::ceil_above(size, scale);
+      else k[i] = V::floor_above(size, scale);
+    }
+    return V::round_up(x, k, upper, way == kFast32, f.max_integer, out);
+  }
+
+  // The value of x, for kFast16, if `bounded` and of codes of a byte: a little less to do than in general.
+  inline __attribute__((always_inline)) F value_of_code(F x, I upper) const {
+    const I steps = Lanes::right<16>(Lanes::sub(Lanes::ceil_above(magnitude(x), scale), upper));
+    return Lanes::product_with_sign(x, steps, gap);
   }
 
   inline __attribute__((always_inline)) I integers(F x, const Random& random) const {
@@ -202,6 +213,10 @@ template <int way, int range> struct Grid {
   }
 
   inline __attribute__((always_inline)) F value(F x, const Random& random) const {
+    if constexpr (fast && !extreme) {
+      const F v = Lanes::product_with_sign(x, shifted<way>(magnitude(x), scale, random, rule), gap);
+      return bounded ? v : Lanes::keep_nan(x, v);
+    }
     F v = Lanes::mul(Lanes::convert(integers(x, random)), gap);
     if constexpr (extreme) v = Lanes::add(Lanes::mul(v, after), Lanes::set(0.0f));  // no -0
     return bounded ? v : Lanes::keep_nan(x, v);
@@ -218,7 +233,7 @@ template <int way, int range> struct Grid {
 
 // Values of a minifloat times 2**shared.
 template <int way> struct Mini {
-  static constexpr bool stochastic = way >= kFast16, simple = false, pairs = false;
+  static constexpr bool stochastic = way >= kFast16, simple = false, fours = false;
 
   const swalp_format& f;
   const Rule rule;
@@ -339,7 +354,7 @@ template <int way> struct Mini {
 // The same of the usual kind: each value is an integer of `mantissa_bits + 1` bits times a gap that is a
 // normal float32, as its inverse is, and what is beyond the largest becomes that.
 template <int way> struct Usual {
-  static constexpr bool stochastic = way >= kFast16, simple = false, pairs = false;
+  static constexpr bool stochastic = way >= kFast16, simple = false, fours = false;
   static constexpr bool fast = way == kFast16 || way == kFast32;
 
   const swalp_format& f;
@@ -400,7 +415,7 @@ template <int way> struct Usual {
 
 // The two values ±largest.
 template <int way> struct Sign {
-  static constexpr bool stochastic = way >= kFast16, simple = false, pairs = false;
+  static constexpr bool stochastic = way >= kFast16, simple = false, fours = false;
 
   const swalp_format& f;
   const Rule rule;

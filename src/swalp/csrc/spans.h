@@ -30,10 +30,10 @@ inline __attribute__((always_inline)) bool each(const Op& op, const float* x, Ou
     else Lanes::store(to, op.code(v, bits, nan));
   };
   int64_t i = 0;
-  if constexpr (sizeof(Out) == 1 && Op::pairs) {
-    for (; i + 2 * N <= n; i += 2 * N)
+  if constexpr (sizeof(Out) == 1 && Op::fours) {
+    for (; i + 4 * N <= n; i += 4 * N)
       if (!op.template codes<Lanes>(x + i, upper + i, out + i))
-        for (int k = 0; k < 2 * N; k += N) one(x + i + k, out + i + k, random(i + k));
+        for (int k = 0; k < 4 * N; k += N) one(x + i + k, out + i + k, random(i + k));
   } else if constexpr (sizeof(Out) == 1 && Op::simple) {
     for (; i + 4 * N <= n; i += 4 * N) {
       I code[4];
