@@ -329,7 +329,7 @@ def test_blocks(shape, fmt, build, threads):
 
 
 def to_the_ends(shape):
-    """Rows that reach from the lowest integer of a byte, and of a few words below, to beyond the highest."""
+    """Rows from the lowest integer of a byte, or of a shorter word, to beyond the highest."""
     make = torch.Generator().manual_seed(1)
     reach = 2.0 ** torch.randint(2, 8, (shape[0], 1), generator=make)
     x = torch.rand(shape, generator=make).sub(0.5).mul(2 * reach)
