@@ -100,6 +100,7 @@ class Torch:
         self, torch: object, forward_ad: object, watchers: tuple[Callable[[], object], ...],
         fresh_seed: Callable[[], int], look: bool, /,
     ) -> None: ...  # fmt: skip
+    def addresses(self, tensors: Sequence[Tensor], /) -> list[int] | None: ...
 
 class Layouts:
     def __init__(self, torch: Torch, packed: type[Tensor], tensors: list[Tensor], /) -> None: ...

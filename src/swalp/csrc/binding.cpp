@@ -397,7 +397,9 @@ NB_MODULE(_kernels, m) {
   nb::class_<Layouts>(m, "Layouts")
       .def(nb::init<const Torch&, nb::handle, nb::list>())
       .def("hold", &Layouts::hold);
-  nb::class_<Torch>(m, "Torch").def(nb::init<nb::object, nb::object, nb::tuple, nb::object, bool>());
+  nb::class_<Torch>(m, "Torch")
+      .def(nb::init<nb::object, nb::object, nb::tuple, nb::object, bool>())
+      .def("addresses", &Torch::addresses);
   m.def("quantize_plain", &quantize_plain, nb::arg(), nb::arg(), nb::arg().none(), nb::arg().none(),
         nb::arg().none(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg());
   m.def("quantize_many", &quantize_many);

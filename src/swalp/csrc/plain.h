@@ -45,10 +45,17 @@ class Torch {
   }
 
   // Of a tensor or parameter that is just its memory.
-  Memory in_order(nb::handle x) const {
-    const nb::handle type = nb::handle(reinterpret_cast<PyObject*>(Py_TYPE(x.ptr())));
-    if (!type.is(tensor_) && !type.is(parameter_)) return {};
-    return negated(x) ? Memory{} : memory(x);
+  Memory in_order(nb::handle x) const { return just_memory(x) ? memory(x) : Memory{}; }
+
+  // Where the memory of such tensors lies; None: one is not. There may be empty ones.
+  nb::object addresses(nb::sequence tensors) const {
+    nb::list found;
+    for (nb::handle x : tensors) {
+      Look at;
+      if (!just_memory(x) || !look(x, at) || !at.float32_in_order()) return nb::none();
+      found.append(reinterpret_cast<uintptr_t>(at.data()));
+    }
+    return found;
   }
 
   // The same, with no gradient to record.
@@ -62,9 +69,7 @@ class Torch {
   // Of what is no subclass, without a look at its signs.
   Memory memory(nb::handle x) const {
     Look at;
-    const DLTensor& seen = at.seen;
-    if (!look(x, at) || seen.device.type != 1 || !is(seen, 2, 32)) return {};
-    const int64_t count = at.contiguous() ? at.count() : 0;
+    const int64_t count = look(x, at) && at.float32_in_order() ? at.count() : 0;
     return count ? Memory{static_cast<float*>(at.data()), count} : Memory{};
   }
 
@@ -106,6 +111,9 @@ class Torch {
       for (int32_t axis = seen.dims; axis-- > 0; after *= seen.shape[axis])
         if (seen.shape[axis] != 1 && seen.strides[axis] != after) return false;
       return true;
+    }
+    bool float32_in_order() const {  // on the CPU
+      return seen.device.type == 1 && is(seen, 2, 32) && (contiguous() || !count());
     }
   };
 
@@ -187,6 +195,12 @@ class Torch {
     int (*look)(void* object, DLTensor* out);  // 0: well
     void (*current_stream)();
   };
+
+  // A tensor or parameter whose memory has its signs.
+  bool just_memory(nb::handle x) const {
+    const nb::handle type = nb::handle(reinterpret_cast<PyObject*>(Py_TYPE(x.ptr())));
+    return (type.is(tensor_) || type.is(parameter_)) && !negated(x);
+  }
 
   // Of a new object; null: an error.
   static bool is_true(PyObject* answer) {

@@ -60,26 +60,32 @@ def quantize(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = No
     return out
 
 
+def addresses(tensors: Sequence[Tensor]) -> list[int] | None:
+    """Where the memory of tensors lies, if all are float32, in order, on the CPU."""
+    return TORCH.addresses(tensors)
+
+
 def quantize_many(
-    tensors: Sequence[Tensor],
+    memory: Sequence[int],
     shapes: Sequence[Size],
     fmt: Format,
     rules: Sequence[tuple[int, int, int, int, int]],
     out: Sequence[Tensor],
+    to: Sequence[int],
 ) -> None:
     """`quantize` each of many tensors into its place, in one call.
 
     Args:
-        tensors: of which `is_plain` holds.
+        memory: their `addresses`.
         shapes: theirs.
         fmt: a format that `supports` accepts.
         rules: the `rule_arguments` of all or of each, of one kind and one number of random bits.
-        out: likewise plain; tensors of `tensors` itself included.
+        out: of their shapes; the tensors themselves included.
+        to: the `addresses` of those.
     """
     plan = plan_of(fmt)
     increment_version(out)
     rule, bits = rules[0][:2]
-    addresses = [tensor.data_ptr() for tensor in tensors]
     if shapes.count(shapes[0]) == len(shapes):  # hashes of shapes take longer
         rows = [plan.rows_of(shapes[0])] * len(shapes)
     else:
@@ -87,8 +93,7 @@ def quantize_many(
         rows = [found[shape] for shape in shapes]
     assert plan.kernel is not None  # `supports`
     _kernels.quantize_many(
-        plan.kernel, rows,
-        addresses, addresses if out is tensors else [target.data_ptr() for target in out],
+        plan.kernel, rows, memory, to,
         rule, bits, [each[2:] for each in rules], torch.get_num_threads(),
     )  # fmt: skip
 

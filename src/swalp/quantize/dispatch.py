@@ -46,20 +46,19 @@ def run_many(
     """
     if len(rules) == 1 and isinstance(rules[0], Stochastic) and rules[0].seed is None:
         rules = list(rules) * len(tensors)  # a fresh seed for each
-    plain = storage.are_plain(tensors)
+    fresh = out is None
     if out is None:
-        out = [torch.empty_like(x) for x in tensors]  # as plain as they
-    elif out is not tensors:
-        plain = (
-            plain and storage.are_plain(out) and not any(map(storage.partly_the_same, tensors, out))
-        )
+        out = [torch.empty_like(x) for x in tensors]
     # By the rules, not their arguments: a key that is drawn and not used would change later ones.
     alike = len({(type(rule), getattr(rule, "random_bits", 0)) for rule in rules}) == 1
-    plain = bool(tensors) and plain and alike and _has_kernels()
-    if plain and plans.supports(fmt, rules[0], tensors[0].dtype):
-        arguments = [plans.rule_arguments(rule) for rule in rules]
-        cpu.quantize_many(tensors, shapes, fmt, arguments, out)
-        return out
+    if tensors and alike and _has_kernels() and plans.supports(fmt, rules[0], tensors[0].dtype):
+        memory = cpu.addresses(tensors)
+        to = memory if out is tensors else cpu.addresses(out)
+        apart = fresh or out is tensors or not any(map(storage.partly_the_same, tensors, out))
+        if memory is not None and to is not None and apart:
+            arguments = [plans.rule_arguments(rule) for rule in rules]
+            cpu.quantize_many(memory, shapes, fmt, arguments, out, to)
+            return out
     each = rules if len(rules) == len(tensors) else list(rules) * len(tensors)
     for tensor, rule, target in zip(tensors, each, out, strict=True):
         run(tensor, fmt, rule, target)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -24,17 +22,6 @@ def is_faked() -> bool:
 def is_plain(x: Tensor) -> bool:
     """Whether memory holds just the tensor: float32 on the CPU, contiguous."""
     return x.dtype is torch.float32 and in_order(x)
-
-
-def are_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether `is_plain` holds of each: many are asked in less time."""
-    kinds: set[type[Tensor]] = set(map(type, tensors))
-    if any(kind.__torch_dispatch__ is not _NOT_HANDED for kind in kinds):
-        return False
-    float32 = torch.float32
-    return all(
-        [x.is_contiguous() and x.dtype is float32 and x.is_cpu and not x.is_neg() for x in tensors]
-    )
 
 
 def in_order(x: Tensor) -> bool:
