@@ -29,6 +29,7 @@ constexpr int64_t kStreamed = 1 << 23;
 // From here on the likely exponent of a block is tried first: smaller blocks are still in the caches
 // when they are read for the second time.
 constexpr int64_t kGuessed = 1 << 20;
+constexpr int64_t kOwned = 1 << 16;  // elements that stay in a thread's caches
 // Codes, which products read in other parts, from here on, if there are several threads.
 constexpr int64_t kShared = 1 << 18;
 
@@ -187,7 +188,9 @@ struct Task {
     if (transposed) {
       lost = run_tile(base, piece, scale, buffer);
     } else {
-      const Words words = fill(noise, at, n, buffer);
+      // Of a short block all is in the caches: what comes then is the next.
+      const float* const coming = layout.apart ? nullptr : x + at + (length <= kOwned ? length : n);
+      const Words words = fill(noise, at, n, buffer, 0, coming);
       alignas(64) float room[kChunk];
       const float* const own = from(at, n, room);
       lost = put(at, n, [&, count = n](void* to) {
@@ -266,7 +269,6 @@ struct Task {
       for (; begin < end && !low.load(std::memory_order_relaxed); ++begin) {
         const auto [at, n] = place(base, length, begin);
         const Largest here = largest_of(at, n);
-        if (begin + 1 < end && !transposed && !layout.apart) fetch(x + at + n, kChunk);
         if (shared_exponent(format, here.magnitude) > likely) {
           low.store(true, std::memory_order_relaxed);
           break;
@@ -306,8 +308,7 @@ struct Task {
       const int64_t group = kChunk / length;
       for (int64_t b = begin; b < end; b += group) {
         const int64_t count = end - b < group ? end - b : group, at = b * length;
-        if (b + count < end) fetch(x + at + count * length, count * length);
-        const Words words = fill(noise, at, count * length, buffer);
+        const Words words = fill(noise, at, count * length, buffer, 0, x + at + count * length);
         lost |= put(at, count * length, [&](void* to) {
           return kernel.rows(format, rule, x + at, to, count, length, words,
                              exponents ? exponents + b : nullptr);

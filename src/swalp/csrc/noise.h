@@ -2,6 +2,7 @@
 // lower 16, which are rarely wanted, come one by one. `swalp/noise.py` has the definition.
 #pragma once
 #include "kernels.h"
+#include "parallel.h"
 
 namespace {
 
@@ -103,15 +104,20 @@ inline __attribute__((always_inline)) void fill_groups(const Noise& noise, uint6
     store_last<V>(noise, c[g], out + 4 * g * V::counters);
 }
 
-// Writes the Philox blocks first .. first + count - 1, rounded up to a multiple of Lanes::counters.
-template <class V> void fill_blocks(const Noise& noise, uint64_t first, int64_t count, uint32_t* out) {
+// Writes the Philox blocks first .. first + count - 1, rounded up to a multiple of Lanes::counters. That waits
+// for no memory: meanwhile as many elements from `coming` on are asked for, if it is not null.
+template <class V>
+void fill_blocks(const Noise& noise, uint64_t first, int64_t count, uint32_t* out, const float* coming = nullptr) {
   constexpr int many = kGroups * V::counters;
   int64_t done = 0;
   // The upper word of the counter must be the same in all lanes.
   const bool crosses = (first >> 32) != ((first + static_cast<uint64_t>(count) + many) >> 32);
   if (!crosses) {
-    for (; done + many <= count; done += many)
+    for (; done + many <= count; done += many) {
+      if (coming) fetch(coming + kPerBlock * done, kPerBlock * many);
       fill_groups<V, kGroups>(noise, first + done, out + 4 * done);
+    }
+    if (coming) fetch(coming + kPerBlock * done, kPerBlock * (count - done));
     for (; kGroups > 2 && done + 2 * V::counters <= count; done += 2 * V::counters)
       fill_groups<V, 2>(noise, first + done, out + 4 * done);
     for (; done < count; done += V::counters)
@@ -164,12 +170,16 @@ struct Words {
 };
 
 // The noise of the elements start .. start + count - 1, somewhere in `buffer`, which holds count / 2
-// words, and kPadding more. Nothing if none is used.
-Words fill(const Noise& noise, int64_t start, int64_t count, uint32_t* buffer, uint64_t part = 0) {
-  if (!noise.used) return {};
+// words, and kPadding more. Nothing if none is used. As many elements from `coming` on are asked for.
+Words fill(const Noise& noise, int64_t start, int64_t count, uint32_t* buffer, uint64_t part = 0,
+           const float* coming = nullptr) {
+  if (!noise.used) {
+    if (coming) fetch(coming, count);
+    return {};
+  }
   const int64_t first = start / kPerBlock, skip = start % kPerBlock;
   const int64_t blocks = (skip + count + kPerBlock - 1) / kPerBlock;
-  fill_blocks<Lanes>(noise, static_cast<uint64_t>(first) | part, blocks, buffer);
+  fill_blocks<Lanes>(noise, static_cast<uint64_t>(first) | part, blocks, buffer, coming);
   return {reinterpret_cast<const uint16_t*>(buffer) + skip, &noise, start};
 }
 
