@@ -14,7 +14,7 @@ from swalp.formats import BlockFloat, FixedPoint, Format, Microscaling, Minifloa
 from swalp.packed import PackedTensor, joined
 from swalp.quantize import plans, storage
 from swalp.quantize.blocks import block_extents
-from swalp.quantize.codes import code_dtype, exponent_dtype
+from swalp.quantize.codes import code_dtype, exponent_dtype, holds_nan
 from swalp.recipes import Quantizer, Recipe, fit
 from swalp.rounding import Stochastic
 
@@ -85,6 +85,7 @@ class Prepared:
         kernel: of that kind, with its roles.
         kind: whether the parameter is packed, and whether gradients are rounded.
         written: the tensors whose memory a step writes to, each once.
+        noted: the parameter, if it is packed and has a code for NaN.
     """
 
     def __init__(
@@ -100,6 +101,9 @@ class Prepared:
         self.parameter = parameter = kept[0]
         self.state: dict[str, Any] = {}
         self.kind = isinstance(parameter, PackedTensor), recipe.gradient is not None
+        self.noted: PackedTensor | None = None
+        if isinstance(parameter, PackedTensor) and holds_nan(parameter.format):
+            self.noted = parameter
         self._for = recipe, roles, seed
         memories = [
             (resident(x), x.exponents if isinstance(x, PackedTensor) else None) for x in kept
@@ -147,8 +151,8 @@ def announce(steps: Sequence[Prepared], finite: bool) -> None:
     increment_version([tensor for step in steps for tensor in step.written])
     if finite:
         for step in steps:
-            if isinstance(step.parameter, PackedTensor):
-                step.parameter.note_no_nan()
+            if step.noted is not None:
+                step.noted.note_no_nan()
 
 
 def empty_state(recipe: Recipe, role: str, parameter: Tensor) -> Tensor:
