@@ -28,7 +28,7 @@ struct Role {
   const Kernel kernel;
   const bool halved;
   const float* const table;
-  const bool in_byte;  // `value_of_code` rounds to it what is bounded
+  const bool in_byte;  // what is bounded can be rounded with `value_of_code`
 
   Role(const swalp_role& role, int output)
       : format(role.format), rule(role.rounding), noise(role.rounding),
