@@ -510,6 +510,27 @@ def test_exponents_of_long_blocks(name, packed, monkeypatch):
                     assert torch.equal(*same_nan), (seed, key)
 
 
+def test_a_momentum_whose_product_with_a_gap_is_subnormal(monkeypatch):
+    """The compiled step takes both as one factor where that is exact, and only there."""
+    roles = {role: Quantizer(BIG, Stochastic()) for role in ("gradient", "momentum", "weight")}
+    gradient = torch.randn(100_000, generator=torch.Generator().manual_seed(0)) * 1e-36
+    kept = []
+    for compiled in (False, True):
+        with monkeypatch.context() as patch:
+            if not compiled:
+                patch.setattr(fused, "available", lambda: False)
+            weight = nn.Parameter(swalp.pack(torch.zeros(100_000), BIG))
+            optimizer = swalp.optim.SGD(
+                [("w", weight)], 1.0, momentum=1e-7, recipe=Recipe(name="r", **roles), seed=0
+            )
+            for scale in (1, 0):
+                weight.grad = gradient * scale
+                optimizer.step()
+            kept.append(optimizer.state[weight]["momentum_buffer"].to(torch.float64))
+    assert kept[0].count_nonzero() > 50
+    assert torch.equal(*kept)
+
+
 @pytest.mark.parametrize("which", [0, len(SETTINGS)], ids=["SGD", "Adam"])
 @pytest.mark.parametrize("name", ["paper-big-block-8", "fp8", "mxfp8", "mxfp4"])
 def test_compiled_step_does_not_depend_on_threads_or_instructions(name, which, monkeypatch):
