@@ -46,7 +46,7 @@ def run_many(
     """
     if len(rules) == 1 and isinstance(rules[0], Stochastic) and rules[0].seed is None:
         rules = list(rules) * len(tensors)  # a fresh seed for each
-    fresh = out is None
+    given = out is not None and out is not tensors
     if out is None:
         out = [torch.empty_like(x) for x in tensors]
     # By the rules, not their arguments: a key that is drawn and not used would change later ones.
@@ -54,8 +54,11 @@ def run_many(
     if tensors and alike and _has_kernels() and plans.supports(fmt, rules[0], tensors[0].dtype):
         memory = cpu.addresses(tensors)
         to = memory if out is tensors else cpu.addresses(out)
-        apart = fresh or out is tensors or not any(map(storage.partly_the_same, tensors, out))
-        if memory is not None and to is not None and apart:
+        if (
+            memory is not None
+            and to is not None
+            and not (given and any(map(storage.partly_the_same, tensors, out)))
+        ):
             arguments = [plans.rule_arguments(rule) for rule in rules]
             cpu.quantize_many(memory, shapes, fmt, arguments, out, to)
             return out
