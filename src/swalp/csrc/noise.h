@@ -33,36 +33,44 @@ struct Noise {
   }
 };
 
-// The four words of the Philox blocks `low + (high << 32)` after so many rounds, `groups` vectors at a time so
-// that their chains of multiplications overlap. Two words of the counter are the same in all lanes: so are half
-// the products of the first two rounds.
+// What the first rounds of blocks have in common whose numbers have the upper word `high`: two words of the
+// counter are the same for all, and so are half the products of the first two rounds.
+struct Start {
+  uint64_t first2, second0, second2, third2;
+
+  Start(const Noise& noise, uint32_t high) {
+    const uint64_t p1 = uint64_t{kMultiplier1} * noise.step;  // round 1
+    const uint64_t p0 = kMultiplier0 * ((p1 >> 32) ^ high ^ noise.key0[0]);  // round 2
+    first2 = noise.call ^ noise.key1[0];
+    second0 = static_cast<uint32_t>(p1) ^ noise.key0[1];
+    second2 = (p0 >> 32) ^ noise.key1[1];
+    third2 = static_cast<uint32_t>(p0) ^ noise.key1[2];
+  }
+
+  // Instructions can take them from there: in 16 registers they would push out the words worked on.
+  void stay_in_memory() const { __asm__ volatile("" : : "r"(this) : "memory"); }
+};
+
+// The four words of Philox blocks after so many rounds, `groups` vectors at a time so that their chains of
+// multiplications overlap. `first`: kMultiplier0 times the lower words of their numbers.
 template <class V, int groups, int rounds>
-inline __attribute__((always_inline)) void philox(const Noise& noise, const typename V::W* low,
-                                                  uint32_t high, typename V::W (*c)[4]) {
+inline __attribute__((always_inline)) void philox(const Noise& noise, const Start& start,
+                                                  const typename V::W* first, typename V::W (*c)[4]) {
   using W = typename V::W;
   const W m0 = V::wide(kMultiplier0), m1 = V::wide(kMultiplier1);
-  const uint64_t p1 = uint64_t{kMultiplier1} * noise.step;  // round 1
-  const uint32_t c0 = static_cast<uint32_t>(p1 >> 32) ^ high ^ static_cast<uint32_t>(noise.key0[0]);
-  const uint32_t c1 = static_cast<uint32_t>(p1);
-  const uint64_t p0 = uint64_t{kMultiplier0} * c0;  // round 2
-  const W first2 = V::wide(noise.call ^ noise.key1[0]);
-  const W second0 = V::wide(c1 ^ noise.key0[1]);
-  const W second2 = V::wide((p0 >> 32) ^ noise.key1[1]);
-  const W third2 = V::wide(static_cast<uint32_t>(p0) ^ noise.key1[2]);
 #pragma GCC unroll 4
   for (int g = 0; g < groups; ++g) {
-    const W q0 = V::wide_mul(m0, low[g]);
-    const W q1 = V::wide_mul(m1, V::wide_xor(V::wide_high(q0), first2));
-    c[g][0] = V::wide_xor(V::wide_high(q1), second0);
+    const W q1 = V::wide_mul(m1, V::wide_xor(V::wide_high(first[g]), V::wide(start.first2)));
+    c[g][0] = V::wide_xor(V::wide_high(q1), V::wide(start.second0));
     c[g][1] = q1;
-    c[g][2] = V::wide_xor(q0, second2);
+    c[g][2] = V::wide_xor(first[g], V::wide(start.second2));
   }
 #pragma GCC unroll 4
   for (int g = 0; g < groups; ++g) {
     const W q0 = V::wide_mul(m0, c[g][0]), q1 = V::wide_mul(m1, c[g][2]);
     c[g][0] = V::wide_xor(V::wide_high(q1), c[g][1], V::wide(noise.key0[2]));
     c[g][1] = q1;
-    c[g][2] = V::wide_xor(V::wide_high(q0), third2);
+    c[g][2] = V::wide_xor(V::wide_high(q0), V::wide(start.third2));
     c[g][3] = q0;
   }
 #pragma GCC unroll 8
@@ -90,15 +98,20 @@ inline __attribute__((always_inline)) void store_last(const Noise& noise, const 
 // latency, fewer fit plain registers.
 constexpr int kGroups = Lanes::N > 1 ? 4 : 1;
 
+// Of blocks that follow each other `product` is kMultiplier0 times the numbers of the first vector, and then of
+// the vector after these groups.
 template <class V, int groups>
-inline __attribute__((always_inline)) void fill_groups(const Noise& noise, uint64_t block,
-                                                       uint32_t* out) {
+inline __attribute__((always_inline)) void fill_groups(const Noise& noise, const Start& start,
+                                                       typename V::W& product, uint32_t* out) {
   using W = typename V::W;
-  const uint32_t high = static_cast<uint32_t>(block >> 32);
-  W low[groups], c[groups][4];
+  constexpr uint64_t further = uint64_t{kMultiplier0} * V::counters;
+  W first[groups], c[groups][4];
 #pragma GCC unroll 4
-  for (int g = 0; g < groups; ++g) low[g] = V::wide_counters(block + g * V::counters);
-  philox<V, groups, 9>(noise, low, high, c);
+  for (int g = 0; g < groups; ++g) {
+    first[g] = product;
+    product = V::wide_add(product, V::wide(further));
+  }
+  philox<V, groups, 9>(noise, start, first, c);
 #pragma GCC unroll 4
   for (int g = 0; g < groups; ++g)
     store_last<V>(noise, c[g], out + 4 * g * V::counters);
@@ -108,27 +121,33 @@ inline __attribute__((always_inline)) void fill_groups(const Noise& noise, uint6
 // for no memory: meanwhile as many elements from `coming` on are asked for, if it is not null.
 template <class V>
 void fill_blocks(const Noise& noise, uint64_t first, int64_t count, uint32_t* out, const float* coming = nullptr) {
+  using W = typename V::W;
   constexpr int many = kGroups * V::counters;
+  const W m0 = V::wide(kMultiplier0);
   int64_t done = 0;
   // The upper word of the counter must be the same in all lanes.
   const bool crosses = (first >> 32) != ((first + static_cast<uint64_t>(count) + many) >> 32);
   if (!crosses) {
+    const Start start(noise, static_cast<uint32_t>(first >> 32));
+    if (V::counters < 8) start.stay_in_memory();
+    W product = V::wide_mul(m0, V::wide_counters(first));
     for (; done + many <= count; done += many) {
       if (coming) fetch(coming + kPerBlock * done, kPerBlock * many);
-      fill_groups<V, kGroups>(noise, first + done, out + 4 * done);
+      fill_groups<V, kGroups>(noise, start, product, out + 4 * done);
     }
     if (coming) fetch(coming + kPerBlock * done, kPerBlock * (count - done));
     for (; kGroups > 2 && done + 2 * V::counters <= count; done += 2 * V::counters)
-      fill_groups<V, 2>(noise, first + done, out + 4 * done);
+      fill_groups<V, 2>(noise, start, product, out + 4 * done);
     for (; done < count; done += V::counters)
-      fill_groups<V, 1>(noise, first + done, out + 4 * done);
+      fill_groups<V, 1>(noise, start, product, out + 4 * done);
     return;
   }
   for (; done < count; ++done) {  // once in 2**34 elements: one block in all lanes
     const uint64_t block = first + static_cast<uint64_t>(done);
-    typename V::W low[1] = {V::wide(block)}, c[1][4];
+    const W product[1] = {V::wide_mul(m0, V::wide(block))};
+    W c[1][4];
     uint32_t words[4 * V::counters];
-    philox<V, 1, 9>(noise, low, static_cast<uint32_t>(block >> 32), c);
+    philox<V, 1, 9>(noise, Start(noise, static_cast<uint32_t>(block >> 32)), product, c);
     store_last<V>(noise, c[0], words);
     for (int w = 0; w < 4; ++w) out[4 * done + w] = words[w];
   }
@@ -193,12 +212,15 @@ void fill_lanes(const Noise& noise, int64_t start, int64_t stride, int64_t posit
                 int64_t channels, int64_t row, uint16_t* out) {
   using W = typename V::W;
   const uint64_t first = start / kPerBlock, step = stride / kPerBlock;
+  const W m0 = V::wide(kMultiplier0);
+  const Start begun(noise, static_cast<uint32_t>(first >> 32));
   for (int64_t p = 0; p < positions; p += kPerBlock)
     for (int64_t c = 0; c < channels; c += V::N) {
       const uint64_t block = first + p / kPerBlock + c * step;
-      const W low[2] = {V::wide_even(block, step), V::wide_even(block + step, step)};
+      const W products[2] = {V::wide_mul(m0, V::wide_even(block, step)),
+                             V::wide_mul(m0, V::wide_even(block + step, step))};
       W words[2][4];
-      philox<V, 2, 10>(noise, low, static_cast<uint32_t>(block >> 32), words);
+      philox<V, 2, 10>(noise, begun, products, words);
       for (int w = 0; w < 4; ++w) {
         const typename V::I both = V::zip(words[0][w], words[1][w]);
         int16_t* at = reinterpret_cast<int16_t*>(out) + (p + 2 * w) * row + c;
