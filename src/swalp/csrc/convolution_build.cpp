@@ -57,11 +57,13 @@ void pack(const swalp_convolution* c, int32_t backward, int32_t channels_last, c
       uint8_t* to = bytes + begin * w.block_bytes();
       if (width < kWide || w.source < kTerms * w.steps) memset(to, 0, static_cast<size_t>(w.block_bytes()));
       const int64_t tap_bytes = w.steps * kPanel;
+      constexpr int64_t kAhead = 4;  // steps: from row to row, or line to line, the processor does not expect it
       for (int64_t s = 0; s < w.source; s += kTerms)
         for (int64_t d = 0; d < width; ++d) {
           const int8_t* code = from + d * dest_stride + s * source_stride;
           const int64_t count = smaller(kTerms, w.source - s);
           uint8_t* place = to + s / kTerms * kPanel + d * 4;
+          for (int i = 0; i < kTerms; ++i) fetch(code + (kAhead * kTerms + i) * source_stride);
           // Sixteen bytes at a time, where there are so many.
           if (tap_stride == 1 && w.taps > 1 && w.taps <= 16 && count == kTerms &&
               code + (kTerms - 1) * source_stride + 16 <= weight + codes)

@@ -88,6 +88,18 @@ struct Tile {
   int64_t out_row;  // floats from one position to the next
   Scale scale;
   const float* bias;
+  Coming* result;  // where the next tile goes
+
+  // A tile asks for some of it with each instruction's products; or with each tap, where registers are few.
+#if defined(__AMX_INT8__)
+  int64_t turns_of_tap() const { return steps / together; }
+#else
+  int64_t turns_of_tap() const { return 1; }
+#endif
+  Coming coming(const float* next) const {
+    const int64_t turns = static_cast<int64_t>(source.size()) * turns_of_tap();
+    return Coming(next, 4 * out_row, kRows, 4 * columns, turns > 0 ? turns : 1);
+  }
 };
 
 #if defined(__AMX_INT8__)
@@ -98,8 +110,10 @@ template <int R, int V> void tile(const Tile& t, const uint8_t* from, int64_t ro
   for (size_t tap = 0; tap < t.source.size(); ++tap) {
     const uint8_t* a = from + t.source[tap];
     const uint8_t* b = t.weights + t.weight[tap] * t.steps * kPanel;
-    for (int64_t k = 0; k < t.steps; k += t.together, a += 4 * t.together, b += t.together * kPanel)
+    for (int64_t k = 0; k < t.steps; k += t.together, a += 4 * t.together, b += t.together * kPanel) {
       add_products<R, V>(a, a + 16 * t.row, t.row, b);
+      t.result->turn();
+    }
   }
   alignas(64) int32_t sums[16 * R * kSide];
   store_sums<R, V>(sums);
@@ -116,10 +130,12 @@ template <int R, int V> void tile(const Tile& t, const uint8_t* from, int64_t ro
   }
 }
 
-// `count` positions.
-void tiles(const Tile& t, int64_t count, const uint8_t* from, float* out) {
+// `count` positions; the next tile of others goes to `after`.
+void tiles(Tile& t, int64_t count, const uint8_t* from, float* out, const float* after) {
   for (int64_t at = 0; at < count; at += kRows) {
     const int64_t rows = smaller(kRows, count - at);
+    Coming result = t.coming(at + rows < count ? out + (at + rows) * t.out_row : after);
+    t.result = &result;
     const auto run = rows > 16 ? t.columns > kLanes ? tile<2, 2> : tile<2, 1>
                                : t.columns > kLanes ? tile<1, 2> : tile<1, 1>;
     run(t, from + at * t.row, rows, out + at * t.out_row);
@@ -140,6 +156,7 @@ template <int R, int V> void tile(const Tile& t, const uint8_t* from, float* out
     const uint8_t *a0 = from + t.source[tap], *a3 = a0 + 3 * row, *a6 = a3 + 3 * row,
                   *a9 = a6 + 3 * row;
     const uint8_t* b = t.weights + t.weight[tap] * t.steps * kPanel;
+    t.result->turn();
     for (int64_t k = t.steps; k > 0; --k, b += kPanel) {
       SWALP_ONE_POINTER(a0);
       SWALP_ONE_POINTER(a3);
@@ -187,12 +204,14 @@ TileFunction tile_of(int64_t rows, std::integer_sequence<int, R...>) {
   static constexpr TileFunction all[] = {tile<R + 1, V>...};
   return all[rows - 1];
 }
-// `count` positions, in tiles of nearly equal height.
-void tiles(const Tile& t, int64_t count, const uint8_t* from, float* out) {
+// `count` positions, in tiles of nearly equal height; the next tile of others goes to `after`.
+void tiles(Tile& t, int64_t count, const uint8_t* from, float* out, const float* after) {
   const int64_t pieces = ceil_div(count, kRows);
   int64_t at = 0;
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t end = count * (piece + 1) / pieces;
+    Coming result = t.coming(end < count ? out + end * t.out_row : after);
+    t.result = &result;
     const TileFunction run = t.columns > kLanes ? tile_of<2>(end - at, Heights())
                                                 : tile_of<1>(end - at, Heights());
     run(t, from + at * t.row, out + at * t.out_row);
@@ -244,20 +263,20 @@ class Correlation {
     const int32_t* sums = reinterpret_cast<const int32_t*>(packed_ + w_.sums_at());
     return {{}, {}, w_.steps, w_.together, row, packed_ + all * w_.block_bytes(),
             sums + all * w_.taps * kWide, static_cast<int>(smaller(kWide, w_.dest - first)), out_row,
-            Scale(Factors(exponent_)), bias_ ? bias_ + group * w_.dest + first : nullptr};
+            Scale(Factors(exponent_)), bias_ ? bias_ + group * w_.dest + first : nullptr, nullptr};
   }
 
-  // The channels of a stretch of positions, shifted.
+  // The channels of a stretch of positions, shifted. (Sizes as values: a byte that is written may be of
+  // those in memory, as far as a compiler knows, which then takes one at a time.)
   void copy(const int8_t* from, int64_t positions, uint8_t* bytes) const {
     Shifted* to = reinterpret_cast<Shifted*>(bytes);
-    if (w_.source == kTerms * w_.steps) {
-      for (int64_t i = 0; i < positions * w_.source * w_.groups; ++i) to[i] = shifted(from[i]);
-      return;
+    const int64_t source = w_.source, padded = kTerms * w_.steps, groups = w_.groups;
+    const int64_t stretches = source == padded ? 1 : positions * groups;
+    const int64_t there = source == padded ? positions * groups * source : source;
+    for (int64_t i = 0; i < stretches; ++i, from += there) {
+      for (int64_t k = 0; k < there; ++k) *to++ = shifted(from[k]);
+      for (int64_t k = source; k < padded; ++k) *to++ = shifted(int8_t{0});
     }
-    for (int64_t p = 0; p < positions; ++p)
-      for (int64_t g = 0; g < w_.groups; ++g)
-        for (int64_t s = 0; s < kTerms * w_.steps; ++s)
-          *to++ = shifted(s < w_.source ? *from++ : int8_t{0});
   }
 
   int run_by_rows(int threads) const {
@@ -315,8 +334,11 @@ class Correlation {
     for (int64_t g = 0; g < w_.groups; ++g)
       for (int64_t block = 0; block < w_.blocks; ++block) {
         Tile t = tile_for(g, block, width_.step * pixel_, width_.phases * out);
+        const int64_t phases = smaller(width_.phases, width_.dest);
+        float* const from = y_ + image * height_.dest * width_.dest * out + g * w_.dest + block * kWide;
+        const auto place = [&](int64_t d, int64_t phase) { return from + (d * width_.dest + phase) * out; };
         for (int64_t d = first; d < last; ++d)
-          for (int64_t phase = 0; phase < smaller(width_.phases, width_.dest); ++phase) {
+          for (int64_t phase = 0; phase < phases; ++phase) {
             t.source.clear();
             t.weight.clear();
             height_.visit(d, [&](int64_t k, int64_t s) {
@@ -326,9 +348,10 @@ class Correlation {
               }
             });
             const int64_t count = ceil_div(width_.dest - phase, width_.phases);
-            float* to = y_ + ((image * height_.dest + d) * width_.dest + phase) * out + g * w_.dest +
-                        block * kWide;
-            tiles(t, count, strip + g * w_.steps * 4, to);
+            const float* const after = phase + 1 < phases ? place(d, phase + 1)
+                                       : d + 1 < last     ? place(d + 1, 0)
+                                                          : place(first, 0) + kWide;
+            tiles(t, count, strip + g * w_.steps * 4, place(d, phase), after);
           }
       }
     return true;
@@ -364,7 +387,8 @@ class Correlation {
             t.weight.push_back(k * kernel_width() + l);
           });
         });
-        tiles(t, batch_, source + g * w_.steps * 4, y_ + position * out + g * w_.dest + block * kWide);
+        float* const to = y_ + position * out + g * w_.dest + block * kWide;
+        tiles(t, batch_, source + g * w_.steps * 4, to, to + out);
       }
       return false;
     });

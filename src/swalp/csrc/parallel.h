@@ -79,4 +79,28 @@ inline void fetch(const float* x, int64_t n) {
   for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(float))) fetch(static_cast<const void*>(x + i));
 }
 
+// Rows that are needed soon, `bytes` of each: some of their lines are asked for at each of so many turns, as
+// all at once would be waited for.
+class Coming {
+ public:
+  Coming(const void* first, int64_t stride, int64_t rows, int64_t bytes, int64_t turns)
+      : row_(static_cast<const char*>(first)), stride_(stride), left_(rows), bytes_(bytes),
+        each_((rows * ((bytes + 63) / 64) + turns - 1) / turns) {}
+
+  void turn() {
+    for (int64_t i = 0; i < each_ && left_ > 0; ++i) {
+      fetch(row_ + at_);
+      at_ += 64;
+      if (at_ < bytes_) continue;
+      at_ = 0;
+      row_ += stride_;
+      --left_;
+    }
+  }
+
+ private:
+  const char* row_;
+  int64_t stride_, left_, bytes_, each_, at_ = 0;
+};
+
 }  // namespace

@@ -125,10 +125,17 @@ void side_by_side(const int8_t* from, int64_t stride, int64_t images, int count,
 #endif
 }
 
-// Rows of `taps` floats for each of `count` channels, from [tap][kWide].
+// Rows of `taps` floats for each of `count` channels, from [tap][kWide]. The nine of most convolutions without a
+// loop.
 void interleave(const float (*from)[kWide], int64_t taps, int count, float* to) {
-  for (int c = 0; c < count; ++c)
-    for (int64_t t = 0; t < taps; ++t) *to++ = from[t][c];
+  for (int c = 0; c < count; ++c, to += taps) {
+    if (taps == 9) {
+#pragma GCC unroll 9
+      for (int t = 0; t < 9; ++t) to[t] = from[t][c];
+    } else {
+      for (int64_t t = 0; t < taps; ++t) to[t] = from[t][c];
+    }
+  }
 }
 
 class WeightGradient {
@@ -402,17 +409,17 @@ class WeightGradient {
     const int width = static_cast<int>(smaller(kWide, in_ - block * kWide));
     float(*rows)[kWide] = reinterpret_cast<float(*)[kWide]>(buffer);
     for (int64_t r = 0; r < smaller(rows_, out_ - tile * rows_); ++r) {
+      float* const to = dw + (g * out_ + tile * rows_ + r) * taps_ * in_;
       for (int64_t t = 0; t < taps_; ++t) {
         const Sums sign = everywhere(kShifted ? signs[t * kLanes + r] : 0);
-        for (int v = 0; v < kVectors; ++v)
-          store(rows[t] + v * kLanes,
-                scale(subtract(load(sums_of(item) + (t * rows_ + r) * kWide + v * kLanes), sign)));
+        float* const row = channels_last ? to + t * in_ + block * kWide : rows[t];
+        for (int v = 0; v < kVectors && v * kLanes < width; ++v) {
+          const Floats y = scale(subtract(load(sums_of(item) + (t * rows_ + r) * kWide + v * kLanes), sign));
+          if ((v + 1) * kLanes <= width) store(row + v * kLanes, y);
+          else store(row + v * kLanes, y, width - v * kLanes);
+        }
       }
-      float* to = dw + (g * out_ + tile * rows_ + r) * taps_ * in_;
       if (!channels_last) interleave(rows, taps_, width, to + block * kWide * taps_);
-      else
-        for (int64_t t = 0; t < taps_; ++t)
-          memcpy(to + t * in_ + block * kWide, rows[t], static_cast<size_t>(width) * 4);
     }
   }
 };
