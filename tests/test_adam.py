@@ -6,7 +6,7 @@ from torch import nn
 
 import swalp
 from swalp import Minifloat, PackedTensor, Stochastic
-from swalp.recipes import Quantizer, Recipe
+from swalp.recipes import Quantizer, Recipe, fit
 
 SETTINGS = [
     {"lr": 0.01},
@@ -154,3 +154,33 @@ def test_mistakes():
     override = swalp.recipes.Override(layers="0", accumulator=WIDE)
     with pytest.raises(ValueError, match="'b' has an accumulator, which only SGD keeps"):
         swalp.optim.Adam(parameters, recipe=Recipe(name="b", weight=WIDE, overrides=(override,)))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("first", "then"), [(None, "paper-small-block-8"), ("paper-small-block-8", None)]
+)
+def test_a_state_goes_from_float_to_rounded_and_back(first, then, packed):
+    """The second moment is kept as its root where it is rounded, under a name of its own."""
+    weights = torch.full((64,), 0.5)
+
+    def optimizer(recipe):
+        held = weights.clone()
+        if packed and recipe:
+            held = swalp.pack(held, fit(swalp.recipes.get(recipe).weight.format, held.shape))
+        parameter = torch.nn.Parameter(held)
+        return parameter, swalp.optim.Adam([("p", parameter)], 0.01, recipe=recipe)
+
+    parameter, before = optimizer(first)
+    for _ in range(1000):
+        parameter.grad = torch.full((64,), 1e-3)
+        before.step()
+    parameter, after = optimizer(then)
+    after.load_state_dict(before.state_dict())
+    assert len(after.state[parameter]) == 3
+    parameter.grad = torch.full((64,), 1e-3)
+    after.step()
+    moved = (parameter.dequantize() if packed and then else parameter.detach()) - weights
+    assert moved.mean().item() == pytest.approx(-0.01, rel=0.1)
+    assert ("root" in after.state[parameter]) == (then is not None)
+    assert ("exp_avg_sq" in after.state[parameter]) == (then is None)

@@ -453,3 +453,29 @@ def test_complex_parameters_are_refused_by_name():
     with pytest.raises(ValueError, match=r"'phase' is torch\.complex64.*torch\.view_as_real"):
         swalp.convert(model, "paper-big-block-4")
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize(("change", "recipe"), [
+    (lambda m: m.bfloat16(), "paper-small-block-8"),
+    (lambda m: m.double(), "paper-small-block-8"),
+    (lambda m: nn.init.constant_(m[2].bias, torch.nan), "paper-small-block-8"),
+])  # fmt: skip
+def test_what_cannot_be_packed_stays_as_it_was(change, recipe):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    change(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(
+        ValueError, match=r"convert: parameter '\d\.(weight|bias)' cannot be rounded"
+    ):
+        swalp.convert(model, recipe, packed=True)
+    assert [type(module) for module in model] == [nn.Linear, nn.ReLU, nn.Linear]
+    after = model.state_dict()
+    assert all(
+        torch.equal(after[name], value) or value.isnan().any() for name, value in before.items()
+    )
+
+
+def test_a_network_without_values_is_converted_packed():
+    model = nn.Linear(4, 4, device="meta")
+    swalp.convert(model, "paper-small-block-8", packed=True)
+    assert isinstance(model.weight, swalp.PackedTensor)

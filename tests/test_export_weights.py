@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -165,8 +166,6 @@ def test_mistakes(tmp_path):
     path.write_bytes(whole[:-5])
     with pytest.raises(ValueError, match="not a whole file of quantized weights"):
         swalp.load_quantized(path)
-    import safetensors.torch
-
     path.write_bytes(safetensors.torch.save({"a": torch.ones(1)}))
     with pytest.raises(ValueError, match="not a whole file of quantized weights"):
         swalp.load_quantized(path)
@@ -195,3 +194,36 @@ def test_a_file_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypat
     swalp.save_quantized(nn.Linear(5, 5), link, swalp.BlockFloat(8))
     assert link.is_symlink()
     assert path.read_bytes() != before
+
+
+@pytest.mark.parametrize("change", [
+    lambda tensors, about: about.update(shape=[3200000, 12]),
+    lambda tensors, about: about.update(shape=[-1, -1]),
+    lambda tensors, about: about.update(shape=[0]),
+    lambda tensors, about: about.update(shape=[32.0, 12.0]),
+    lambda tensors, about: about.update(format="bfp8"),
+    lambda tensors, about: about.update(format="bfp4[0]"),
+    lambda tensors, about: tensors.pop("weight.exponents"),
+    lambda tensors, about: tensors.pop("weight.codes"),
+    lambda tensors, about: tensors.update({"weight.codes": tensors["weight.codes"][:3]}),
+])  # fmt: skip
+def test_a_file_whose_parts_do_not_fit_is_damaged(change, tmp_path):
+    path = tmp_path / "model.safetensors"
+    swalp.save_quantized(nn.Linear(12, 32), path, swalp.BlockFloat(4))
+    tensors = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["swalp"])
+    change(tensors, about["parameters"]["weight"])
+    safetensors.torch.save_file(tensors, path, {"swalp": json.dumps(about)})
+    with pytest.raises(
+        ValueError, match=r"not a whole file of quantized weights: .*('weight'|shape)"
+    ):
+        swalp.load_quantized(path)
+
+
+def test_codes_of_four_bits_share_a_byte_also_where_there_is_one(tmp_path):
+    path = tmp_path / "model.safetensors"
+    swalp.save_quantized(nn.Linear(1, 1), path, swalp.BlockFloat(4))
+    with safetensors.safe_open(path, framework="pt") as file:
+        described = json.loads(file.metadata()["swalp"])["parameters"]
+    assert [each["codes_per_byte"] for each in described.values()] == [2, 2]

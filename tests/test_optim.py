@@ -620,22 +620,103 @@ def test_packed_weights_know_that_a_step_made_them_nan():
 ])  # fmt: skip
 @pytest.mark.parametrize(("first", "then"), [(True, False), (False, True), (True, True)])
 def test_compiled_step_leaves_other_memory_to_the_pure_step(make, first, then, monkeypatch):
-    """Parameters of another format than the recipe's, and state of another kind of run."""
+    """State of another kind of run."""
     small, big = (swalp.recipes.get(f"paper-{size}-block-8") for size in ("small", "big"))
     results = []
     for compiled in (False, True):
         if not compiled:
             monkeypatch.setattr(fused, "available", lambda: False)
-        model = swalp.convert(network(), big, packed=first)
+        model = swalp.convert(network(), small, packed=first)
         optimizer = make(model.named_parameters(), small)
         train(model, optimizer)
-        other = swalp.convert(network(), small, packed=then)
-        resumed = make(other.named_parameters(), big if first == then else small)
+        recipe = big if first == then else small
+        other = swalp.convert(network(), recipe, packed=then)
+        resumed = make(other.named_parameters(), recipe)
         resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
         train(other, resumed)
         results.append([torch.Tensor.detach(p).to(torch.float64) for p in other.parameters()])
         monkeypatch.undo()
     assert same(*results)
+
+
+@pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
+@pytest.mark.parametrize("formats", [("bfp8t", "bfp12t"), ("fixed8.4", "fixed16.12")])
+def test_packed_weights_of_another_format_than_the_recipes_are_refused(kind, formats):
+    """Rounded twice, small updates would be lost."""
+    held, wanted = map(swalp.parse_format, formats)
+    parameters = [nn.Parameter(swalp.pack(torch.ones(8, 8), fmt)) for fmt in (wanted, held)]
+    quantizer = swalp.recipes.Quantizer(wanted, swalp.Stochastic())
+    recipe = swalp.recipes.Recipe(name="other", weight=quantizer)
+    optimizer = kind([("fits", parameters[0]), ("not", parameters[1])], 0.1, recipe=recipe)
+    for parameter in parameters:
+        parameter.grad = torch.ones(8, 8)
+    with pytest.raises(ValueError, match=r"'not' is packed as .* was converted with"):
+        optimizer.step()
+    assert not optimizer.state[parameters[1]]
+
+
+@pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
+def test_a_part_of_a_packed_tensor_is_not_trained(kind):
+    """Its exponents are also those of the rest."""
+    whole = swalp.pack(torch.randn(8, 8), swalp.BlockFloat(8))
+    before = whole.dequantize()
+    model = swalp.convert(nn.Linear(8, 4, bias=False), "native-8", packed=True)
+    model.load_state_dict({"weight": whole[:4]}, assign=True)
+    optimizer = kind(model, 1.0, recipe="native-8")
+    model.weight.grad = torch.full((4, 8), 100.0)
+    with pytest.raises(RuntimeError, match="is read-only"):
+        optimizer.step()
+    assert torch.equal(whole.dequantize(), before)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_an_accumulator_is_kept_where_the_recipe_has_one(compiled, monkeypatch):
+    """Whatever recipe the run had that saved the state."""
+    if not compiled:
+        monkeypatch.setattr(fused, "available", lambda: False)
+
+    def train(recipe, state=None):
+        parameter = nn.Parameter(torch.full((64, 64), 0.5))
+        optimizer = swalp.optim.SGD([("p", parameter)], 0.01, recipe=recipe)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        for step in range(3):
+            parameter.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+        return parameter.detach(), optimizer.state[parameter], optimizer.state_dict()
+
+    with_one, without = "official-8", "paper-small-block-8"
+    *_, saved = train(with_one)
+    weights, state, _ = train(without, saved)
+    assert "accumulator" not in state
+    saved["state"][0].pop("accumulator")
+    assert torch.equal(weights, train(without, saved)[0])
+    *_, saved = train(without)
+    assert "accumulator" in train(with_one, saved)[1]
+
+
+@pytest.mark.parametrize(("kind", "values", "message"), [
+    (swalp.optim.SGD, {"lr": "x"}, "lr must be a number"),
+    (swalp.optim.SGD, {"lr": -1.0}, "lr=-1.0 must be 0 or more"),
+    (swalp.optim.SGD, {"lr": float("inf")}, "and finite"),
+    (swalp.optim.SGD, {"lr": torch.tensor([0.1])}, "tensor without axes"),
+    (swalp.optim.SGD, {"nesterov": 1}, "nesterov must be True or False"),
+    (swalp.optim.SGD, {"nesterov": True}, r"needs momentum > 0"),
+    (swalp.optim.Adam, {"betas": (0.9,)}, "must be two numbers"),
+    (swalp.optim.Adam, {"betas": "ab"}, "must be two numbers"),
+    (swalp.optim.Adam, {"betas": (None, 0.9)}, "must be two numbers"),
+])  # fmt: skip
+def test_hyperparameters_of_a_group_are_checked(kind, values, message):
+    """When it is added, and at each step, as schedules and users set them."""
+    parameter = nn.Parameter(torch.ones(3))
+    with pytest.raises((TypeError, ValueError), match=message):
+        kind([{"params": [parameter], **values}], 0.1)
+    optimizer = kind([parameter], 0.1)
+    optimizer.param_groups[0].update(values)
+    parameter.grad = torch.ones(3)
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.step()
+    assert torch.equal(parameter.detach(), torch.ones(3))
 
 
 @pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
@@ -820,7 +901,8 @@ def test_a_state_saved_under_other_names():
     ("theirs", "ours", "lacks"),
     [
         (torch.optim.SGD, swalp.optim.SGD, "'step'"),
-        (torch.optim.AdamW, swalp.optim.Adam, "'root'"),
+        (torch.optim.SGD, swalp.optim.Adam, "'exp_avg', 'root', 'step'"),
+        (torch.optim.AdamW, swalp.optim.Adam, "'decoupled'"),
     ],
 )
 def test_a_state_of_another_optimizer_is_refused(theirs, ours, lacks):
@@ -848,6 +930,8 @@ def test_sparse_gradients_are_refused():
     before = model.weight.detach().clone()
     plain.step()
     assert (model.weight != before).any(1).tolist() == [i in (1, 2) for i in range(9)]
+    with pytest.raises(ValueError, match="'weight' is sparse, which it takes no step along"):
+        swalp.optim.Adam(model.named_parameters()).step()
 
 
 @pytest.mark.parametrize("copied", [False, True])

@@ -20,7 +20,7 @@ from swalp import (
     parse_format,
     quantize,
 )
-from swalp.packed import from_plain, storage_bytes, to_plain
+from swalp.packed import _rebuild, from_plain, storage_bytes, to_plain
 from swalp.quantize import codes, dispatch
 
 NO_NAN = [
@@ -626,3 +626,84 @@ def test_shared_memory_is_told():
     packed = pack(torch.ones(4, 4), BlockFloat(8))
     assert not packed.is_shared()
     assert packed.share_memory_().is_shared()
+
+
+WHOLE = swalp.pack(torch.linspace(-1, 1, 24).reshape(4, 6), swalp.BlockFloat(8))
+
+
+@pytest.mark.parametrize(("codes", "exponents", "fmt", "shape"), [
+    (WHOLE.codes[:2], WHOLE.exponents, "bfp8t", (4, 6)),
+    (WHOLE.codes, None, "bfp8t", (4, 6)),
+    (WHOLE.codes, WHOLE.exponents, "bfp8t[0]", (4, 6)),
+    (WHOLE.codes, WHOLE.exponents, "bfp8t", (6, 4)),
+    (WHOLE.codes, WHOLE.exponents, "bfp12t", (4, 6)),
+    (WHOLE.codes, WHOLE.exponents, "bfp4t", (4, 6)),
+    (WHOLE.codes, WHOLE.exponents.to(torch.int16), "bfp8t", (4, 6)),
+    (WHOLE.codes, WHOLE.exponents, "bfp8t", (-4, -6)),
+    (WHOLE.codes, WHOLE.exponents, "fixed8.4", (4, 6)),
+    (WHOLE.codes, WHOLE.exponents, "bfp8t[7]", (4, 6)),
+])  # fmt: skip
+def test_codes_that_are_not_of_the_format_and_shape_are_refused(codes, exponents, fmt, shape):
+    """Kernels trust format and shape, and files may say anything."""
+    with pytest.raises(ValueError, match=r"bfp|fixed"):
+        swalp.PackedTensor(codes, exponents, swalp.parse_format(fmt), shape)
+    tensors = {"w.codes": codes}
+    if exponents is not None:
+        tensors["w.exponents"] = exponents
+    with pytest.raises(ValueError, match="from_plain: 'w': "):
+        from_plain(tensors, {"w": f"{fmt} {','.join(map(str, shape))}"})
+
+    class Forged:
+        def __reduce__(self):
+            return _rebuild, (codes, exponents, fmt, shape, None)
+
+    file = io.BytesIO()
+    torch.save({"w": Forged()}, file)
+    file.seek(0)
+    with pytest.raises(ValueError, match=r"bfp|fixed"):
+        torch.load(file, weights_only=True)
+
+
+def test_metadata_of_no_tensor_are_refused():
+    with pytest.raises(
+        ValueError, match=r"describe 'format', but there is no tensor 'format.codes'"
+    ):
+        from_plain({}, {"format": "pt"})
+
+
+def test_parts_stay_read_only_wherever_they_go():
+    """They share codes with the whole, but not all of its exponents."""
+    whole = swalp.pack(torch.randn(4, 8), swalp.BlockFloat(8))
+    values = whole.dequantize()
+    with pytest.raises(RuntimeError, match="read-only"):
+        copy.copy(whole[2:]).fill_(1000.0)
+    file = io.BytesIO()
+    torch.save({"whole": whole, "part": whole[2:]}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    with pytest.raises(RuntimeError, match="read-only"):
+        loaded["part"].fill_(1000.0)
+    assert torch.equal(loaded["part"].dequantize(), values[2:])
+    own = from_plain(*to_plain({"part": whole[2:]}))["part"]
+    own.fill_(1000.0)
+    whole[2:].clone().fill_(1000.0)
+    assert torch.equal(whole.dequantize(), values)
+
+
+def test_packed_parameters_come_back_from_the_meta_device_packed():
+    model = swalp.convert(torch.nn.Linear(64, 64), "paper-small-block-8", packed=True)
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    model.to("meta").to_empty(device="cpu")
+    assert all(isinstance(each, swalp.PackedTensor) for each in model.parameters())
+    model.load_state_dict(saved)
+    assert all(
+        torch.equal(value.dequantize(), saved[name].dequantize())
+        for name, value in model.state_dict().items()
+    )
+
+
+def test_tensors_without_values_are_packed():
+    for fmt in ("bfp8t", "fixed8.4", "e2m3", "mxfp4_e2m1"):
+        packed = swalp.pack(torch.empty(32, 32, device="meta"), swalp.parse_format(fmt))
+        assert packed.is_meta
+        assert packed.shape == (32, 32)

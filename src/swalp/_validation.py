@@ -1,5 +1,6 @@
 """One line for a caller's mistake: what was given, what is allowed, how to mend it."""
 
+import math
 from numbers import Real
 
 from torch import Tensor, nn
@@ -21,17 +22,22 @@ def require_int(owner: str, name: str, value: object, low: int, high: int, why: 
 
 
 def require_not_negative(owner: str, **values: object) -> None:
-    """Raise unless each value is a number of at least 0; a tensor of one will do.
+    """Raise unless each value is a finite number of at least 0; a tensor without axes will do.
 
     Raises:
         TypeError: one is no number (a bool is none here).
-        ValueError: one is below 0, or NaN.
+        ValueError: one is below 0, infinite or NaN.
     """
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real | Tensor):
             raise TypeError(f"{owner}: {name} must be a number, not {value!r}")
-        if not float(value) >= 0:  # NaN is not
-            raise ValueError(f"{owner}: {name}={value} must be 0 or more")
+        if isinstance(value, Tensor) and value.dim() > 0:
+            raise TypeError(
+                f"{owner}: {name} must be a number, or a tensor without axes, not one of shape "
+                f"{tuple(value.shape)}"
+            )
+        if not 0 <= float(value) < math.inf:  # NaN is not
+            raise ValueError(f"{owner}: {name}={value} must be 0 or more, and finite")
 
 
 def require_model(owner: str, model: object) -> None:

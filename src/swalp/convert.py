@@ -33,7 +33,7 @@ from swalp.layers import (
     quantized_class,
     simulated_mixin,
 )
-from swalp.packed import PackedTensor, pack
+from swalp.packed import PackedTensor, check_packable, pack
 from swalp.quantize import check, quantize
 from swalp.recipe import KEEP
 from swalp.recipes import LayerName, Quantizer, Recipe, fit, named
@@ -145,7 +145,7 @@ def convert(
         for name, module in model.named_modules()
     }
     _check_placements(recipe, resolved, layers, places)
-    _check_parameters(model, resolved)
+    _check_parameters(model, resolved, packed)
     for name, module in list(model.named_modules()):
         kind, (before, after) = kinds[name], places[name]
         lean = lean_mixin(module) if recipe.product == "native" else None
@@ -377,8 +377,8 @@ def _check_placements(
             )
 
 
-def _check_parameters(model: nn.Module, recipe: Recipe) -> None:
-    """Raise unless every parameter can be rounded, before any is."""
+def _check_parameters(model: nn.Module, recipe: Recipe, packed: bool) -> None:
+    """Raise unless every parameter can be rounded, and packed if so, before any is."""
     for layer, module in model.named_modules():
         for name, value in module._parameters.items():
             if value is None or not (value.is_floating_point() or value.is_complex()):
@@ -392,7 +392,10 @@ def _check_parameters(model: nn.Module, recipe: Recipe) -> None:
                 )
             try:
                 if quantizer is not None:
-                    check(value, fit(quantizer.format, value.shape), quantizer.rounding)
+                    grid = fit(quantizer.format, value.shape)
+                    check(value, grid, quantizer.rounding)
+                    if packed:
+                        check_packable(value, grid)
             except (TypeError, ValueError) as error:
                 raise ValueError(
                     f"convert: parameter {f'{layer}.{name}'.lstrip('.')!r} cannot be rounded: "

@@ -18,7 +18,13 @@ from swalp.packed_views import mode_of, read_only, refuse_collectives, targets, 
 from swalp.quantize import dispatch
 from swalp.quantize.api import check
 from swalp.quantize.blocks import block_extents, permuted
-from swalp.quantize.codes import code_dtype, exponent_dtype, holds_nan, nan_code
+from swalp.quantize.codes import (
+    code_dtype,
+    exponent_dtype,
+    holds_nan,
+    nan_code,
+    no_code_for_nan,
+)
 from swalp.rounding import Nearest, Rounding, Stochastic
 
 aten = torch.ops.aten
@@ -45,24 +51,21 @@ class PackedTensor(torch.Tensor):
     exponents: Tensor | None
     format: Format
 
+    # Set on results that share codes with another tensor but not its blocks' exponents.
+    readonly: bool
+    _found: tuple[weakref.ref[Tensor], int, bool] | None
+
     @staticmethod
     def __new__(
         cls, codes: Tensor, exponents: Tensor | None, fmt: Format, shape: Sequence[int]
     ) -> PackedTensor:
-        """Wrap codes and exponents that `pack` made."""
-        strides = None if joined(fmt) else codes.stride()
-        result: PackedTensor = torch.Tensor._make_wrapper_subclass(
-            cls, tuple(shape), strides, dtype=torch.float32, device=codes.device
-        )
-        result.codes, result.exponents, result.format = codes, exponents, fmt
-        return result
+        """Wrap codes and exponents that `pack` made.
 
-    def __init__(
-        self, codes: Tensor, exponents: Tensor | None, fmt: Format, shape: Sequence[int]
-    ) -> None:
-        # Set on results that share codes with another tensor but not its blocks' exponents.
-        self.readonly = False
-        self._found: tuple[weakref.ref[Tensor], int, bool] | None = None
+        Raises:
+            ValueError: they are not those of a tensor of that format and shape.
+        """
+        _require_whole(codes, exponents, fmt, shape)
+        return _wrapped(codes, exponents, fmt, shape)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         values = self.dequantize()
@@ -181,7 +184,7 @@ class PackedTensor(torch.Tensor):
         shape: Sequence[int] | None = None,
     ) -> PackedTensor:
         """The same values with `apply` done to codes and exponents."""
-        return PackedTensor(
+        return _wrapped(
             apply(self.codes),
             None if self.exponents is None else apply(self.exponents),
             fmt or self.format,
@@ -191,17 +194,18 @@ class PackedTensor(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The format as its string: `torch.load` then needs no class of ours on its safe list.
         grad = self.requires_grad if isinstance(self, torch.nn.Parameter) else None
-        return _rebuild, (self.codes, self.exponents, str(self.format), tuple(self.shape), grad)
+        parts = self.codes, self.exponents, str(self.format), tuple(self.shape), grad
+        return _rebuild, (*parts, True) if self.readonly else parts
 
-    def __tensor_flatten__(self) -> tuple[list[str], tuple[Format, torch.Size]]:
+    def __tensor_flatten__(self) -> tuple[list[str], tuple[Format, torch.Size, bool]]:
         names = ["codes"] if self.exponents is None else ["codes", "exponents"]
-        return names, (self.format, self.shape)
+        return names, (self.format, self.shape, self.readonly)
 
     @staticmethod
     def __tensor_unflatten__(
-        inner: Mapping[str, Tensor], context: tuple[Format, torch.Size], *_: object
+        inner: Mapping[str, Tensor], context: tuple[Format, torch.Size, bool], *_: object
     ) -> PackedTensor:
-        return PackedTensor(inner["codes"], inner.get("exponents"), *context)
+        return _wrapped(inner["codes"], inner.get("exponents"), *context)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # as PyTorch's own subclasses have it
@@ -238,13 +242,75 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding = Nearest()) -> PackedTensor
         uncompiled: PackedTensor = torch.compiler.disable(pack)(x, fmt, rounding)  # type: ignore[no-untyped-call]  # PyTorch has no type
         return uncompiled
     check(x, fmt, rounding)
+    _check_packable(x, fmt)
+    x = x.dequantize() if isinstance(x, PackedTensor) else x.detach()
+    codes, exponents = dispatch.pack(x, fmt, rounding)
+    return _wrapped(dispatch.join(codes) if joined(fmt) else codes, exponents, fmt, x.shape)
+
+
+def _check_packable(x: Tensor, fmt: Format) -> None:
     if x.dtype != torch.float32:
         raise TypeError(f"pack: x is {x.dtype}; packed tensors act as float32: use x.float()")
     if fmt.bits > 16:
         raise ValueError(f"pack: {fmt} has {fmt.bits} bits; codes have at most 16")
-    x = x.dequantize() if isinstance(x, PackedTensor) else x.detach()
-    codes, exponents = dispatch.pack(x, fmt, rounding)
-    return PackedTensor(dispatch.join(codes) if joined(fmt) else codes, exponents, fmt, x.shape)
+
+
+def check_packable(x: Tensor, fmt: Format) -> None:
+    """Raise, as `pack` would, unless `x`, which `quantize` takes, can be packed.
+
+    Raises:
+        TypeError: it is not float32.
+        ValueError: `fmt` has more than 16 bits, or no code for a NaN that is in `x`.
+    """
+    _check_packable(x, fmt)
+    if not (holds_nan(fmt) or x.is_meta) and bool(x.isnan().any()):
+        raise no_code_for_nan(fmt)
+
+
+def _wrapped(
+    codes: Tensor,
+    exponents: Tensor | None,
+    fmt: Format,
+    shape: Sequence[int],
+    readonly: bool = False,
+) -> PackedTensor:
+    """What `PackedTensor` makes, of parts that are known to belong together."""
+    strides = None if joined(fmt) else codes.stride()
+    result: PackedTensor = torch.Tensor._make_wrapper_subclass(
+        PackedTensor, tuple(shape), strides, dtype=torch.float32, device=codes.device
+    )
+    result.codes, result.exponents, result.format = codes, exponents, fmt
+    result.readonly, result._found = readonly, None
+    return result
+
+
+def _require_whole(
+    codes: Tensor, exponents: Tensor | None, fmt: Format, shape: Sequence[int]
+) -> None:
+    """Raise ValueError unless these are codes and exponents of a tensor: kernels rely on it."""
+    size = tuple(shape)
+    if fmt.bits > 16 or not all(isinstance(extent, int) and extent >= 0 for extent in size):
+        raise ValueError(f"no packed tensor has the format {fmt} and the shape {size}")
+    expected = [(code_dtype(fmt), size)]
+    if joined(fmt):
+        expected = [(torch.uint8, (-(-math.prod(size) // 2),))]
+    if isinstance(fmt, BlockFloat | Microscaling):
+        extents = block_extents(fmt, size)
+        blocks = tuple(n // extent if n else 0 for n, extent in zip(size, extents, strict=True))
+        expected.append((exponent_dtype(fmt), blocks))
+    given = [(part.dtype, tuple(part.shape)) for part in (codes, exponents) if part is not None]
+    if given != expected or (exponents is not None and exponents.device != codes.device):
+        raise ValueError(
+            f"{fmt} of shape {size} has {_described(expected)}, not {_described(given)}; give "
+            f"codes and exponents as swalp.pack made them"
+        )
+
+
+def _described(parts: list[tuple[torch.dtype, tuple[int, ...]]]) -> str:
+    texts = [f"{str(dtype).removeprefix('torch.')} {shape}" for dtype, shape in parts]
+    return " and ".join(
+        f"{name} {text}" for name, text in zip(("codes", "exponents"), texts, strict=False)
+    )
 
 
 def to_plain(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -261,26 +327,37 @@ def to_plain(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     metadata: dict[str, str] = {}
     for name, value in state.items():
         if isinstance(value, PackedTensor):
-            tensors[f"{name}.codes"] = value.codes.contiguous()
-            if value.exponents is not None:
-                tensors[f"{name}.exponents"] = value.exponents.contiguous()
-            metadata[name] = f"{value.format} {','.join(map(str, value.shape))}"
+            # Of a part a copy: the memory is another's.
+            held = value._like(torch.clone) if value.readonly else value
+            tensors[f"{name}.codes"] = held.codes.contiguous()
+            if held.exponents is not None:
+                tensors[f"{name}.exponents"] = held.exponents.contiguous()
+            metadata[name] = f"{held.format} {','.join(map(str, held.shape))}"
         else:
             tensors[name] = value.contiguous()
     return tensors, metadata
 
 
 def from_plain(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """The inverse of `to_plain`."""
+    """The inverse of `to_plain`.
+
+    Raises:
+        ValueError: the metadata do not describe tensors that are there.
+    """
     state = dict(tensors)
     for name, text in metadata.items():
+        if f"{name}.codes" not in state:
+            raise ValueError(
+                f"from_plain: the metadata describe {name!r}, but there is no tensor "
+                f"'{name}.codes'; give both as to_plain made them"
+            )
         fmt, _, shape = text.partition(" ")
-        state[name] = PackedTensor(
-            state.pop(f"{name}.codes"),
-            state.pop(f"{name}.exponents", None),
-            parse_format(fmt),
-            [int(extent) for extent in shape.split(",") if extent],
-        )
+        codes, exponents = state.pop(f"{name}.codes"), state.pop(f"{name}.exponents", None)
+        try:
+            size = [int(extent) for extent in shape.split(",") if extent]
+            state[name] = PackedTensor(codes, exponents, parse_format(fmt), size)
+        except ValueError as error:
+            raise ValueError(f"from_plain: {name!r}: {error}") from None
     return state
 
 
@@ -308,9 +385,7 @@ def joined(fmt: Format) -> bool:
 
 
 def _detach(x: PackedTensor) -> PackedTensor:
-    result = x._like(lambda part: part)
-    result.readonly = x.readonly
-    return result
+    return _wrapped(x.codes, x.exponents, x.format, x.shape, x.readonly)
 
 
 def _clone(
@@ -355,6 +430,14 @@ def _permute(x: PackedTensor, order: Sequence[int]) -> Any:
     return result
 
 
+def _empty_like(x: PackedTensor, **options: Any) -> Any:
+    """From the meta device, which holds no values, to one that does: what `to_empty` asks for."""
+    device = options.get("device")
+    if not x.is_meta or device is None or torch.device(device).type == "meta":
+        return NotImplemented
+    return x._like(lambda part: torch.zeros_like(part, device=device))
+
+
 def _t(x: PackedTensor) -> Any:
     return _permute(x, (1, 0)) if x.dim() == 2 else NotImplemented
 
@@ -387,9 +470,7 @@ def _slice(
             exponents = cut(exponents, extent)
         elif exponents.shape[dim] > 1:
             exponents = cut(exponents, extent)
-    result = PackedTensor(cut(x.codes, 1), exponents, x.format, shape)
-    result.readonly = True
-    return result
+    return _wrapped(cut(x.codes, 1), exponents, x.format, shape, readonly=True)
 
 
 _HANDLERS: dict[Any, Callable[..., Any]] = {
@@ -397,6 +478,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.alias.default: _detach,
     aten.clone.default: _clone,
     aten._to_copy.default: _to_copy,
+    aten.empty_like.default: _empty_like,
     aten.copy_.default: _copy,
     aten.t.default: _t,
     aten.transpose.int: _transpose,
@@ -435,8 +517,10 @@ def _rebuild(
     fmt: str,
     shape: tuple[int, ...],
     requires_grad: bool | None,
+    readonly: bool = False,
 ) -> Tensor:
     result = PackedTensor(codes, exponents, parse_format(fmt), shape)
+    result.readonly = readonly
     return result if requires_grad is None else torch.nn.Parameter(result, requires_grad)
 
 

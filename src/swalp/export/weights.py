@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from swalp.durable import write_file
 from swalp.formats import BlockFloat, FixedPoint, Format
-from swalp.packed import PackedTensor, from_plain, pack, to_plain
+from swalp.packed import PackedTensor, from_plain, joined, pack, to_plain
 from swalp.quantize import quantize
 from swalp.recipe import fit
 from swalp.rounding import Nearest
@@ -147,5 +147,5 @@ def _description(value: PackedTensor) -> dict[str, Any]:
         "format": str(value.format),
         "shape": list(value.shape),
         "scale": scale(value.format),
-        "codes_per_byte": 2 if value.codes.numel() < value.numel() else 1,
+        "codes_per_byte": 2 if joined(value.format) else 1,
     }

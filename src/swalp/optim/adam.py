@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 from swalp._validation import require_bool, require_not_negative
 from swalp.optim import fused
 from swalp.optim.base import LowPrecisionOptimizer, Quantize
+from swalp.packed import PackedTensor
 from swalp.recipes import Quantizer, Recipe, named
+
+_ROOT, _SQUARE = "root", "exp_avg_sq"  # keys of a state
 
 
 def adam_step(
@@ -105,7 +109,8 @@ class Adam(LowPrecisionOptimizer):
             no use for.
     """
 
-    kept_always = ("step", "exp_avg", "root")
+    kept_always = ("step", "exp_avg")  # and the second moment: see `_second`
+    takes_sparse = False
 
     def __init__(
         self,
@@ -119,12 +124,6 @@ class Adam(LowPrecisionOptimizer):
         recipe: Recipe | str | None = None,
         seed: int = 0,
     ) -> None:
-        require_not_negative("Adam", lr=lr, eps=eps, weight_decay=weight_decay)
-        require_bool("Adam", "decoupled", decoupled)
-        if not (isinstance(betas, Sequence) and len(betas) == 2):
-            raise ValueError(f"Adam: betas={betas} must be two numbers, such as (0.9, 0.999)")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"Adam: betas={betas} must lie in [0, 1)")
         if recipe is not None:
             recipe = named(recipe, "Adam")
             roles = [recipe.accumulator, *(override.accumulator for override in recipe.overrides)]
@@ -142,29 +141,62 @@ class Adam(LowPrecisionOptimizer):
         }
         super().__init__(params, defaults, recipe, seed)
 
+    def _check_values(self, group: dict[str, Any]) -> None:
+        require_not_negative(
+            "Adam", lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"]
+        )
+        require_bool("Adam", "decoupled", group["decoupled"])
+        betas = group["betas"]
+        if not (
+            isinstance(betas, Sequence)
+            and len(betas) == 2
+            and all(isinstance(beta, Real) for beta in betas)
+        ):
+            raise ValueError(f"Adam: betas={betas!r} must be two numbers, such as (0.9, 0.999)")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"Adam: betas={betas} must lie in [0, 1)")
+
+    def _lacking(self, state: dict[str, Any]) -> set[str]:
+        either = {_ROOT, _SQUARE} & state.keys()
+        return super()._lacking(state) | (set() if either else {_ROOT})
+
+    def _second(self, recipe: Recipe | None, state: dict[str, Any]) -> str:
+        """The key of the second moment: of its root where that is rounded, or of itself.
+
+        What the state of another recipe has becomes that.
+        """
+        rounds = recipe is not None and recipe.second_moment is not None
+        key, other = (_ROOT, _SQUARE) if rounds else (_SQUARE, _ROOT)
+        if other in state:
+            held = state.pop(other)
+            held = held.dequantize() if isinstance(held, PackedTensor) else held
+            state[key] = held.sqrt() if rounds else held.square()
+        return key
+
     def _update(
         self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
     ) -> None:
         recipe = self.recipe_of(name)
         state = self.state[parameter]
+        second = self._second(recipe, state)
         if parameter.is_complex():  # two numbers, as in PyTorch
             parameter, gradient = torch.view_as_real(parameter), torch.view_as_real(gradient)
         if not state:
             state["step"] = 0
             state["exp_avg"] = gradient.new_zeros(gradient.shape)
-            state["root"] = gradient.new_zeros(gradient.shape)
-        weight, state["exp_avg"], state["root"] = adam_step(
+            state[second] = gradient.new_zeros(gradient.shape)
+        weight, state["exp_avg"], state[second] = adam_step(
             parameter,
             gradient,
             state["exp_avg"],
-            state["root"],
+            state[second],
             state["step"] + 1,
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             decoupled=group["decoupled"],
-            keep_root=recipe is not None and recipe.second_moment is not None,
+            keep_root=second == _ROOT,
             quantized=self._quantizer(name, state["step"], parameter),
         )
         parameter.copy_(weight)
@@ -174,17 +206,18 @@ class Adam(LowPrecisionOptimizer):
         self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
     ) -> fused.Prepared | None:
         recipe = self.recipe_of(name)
-        if recipe is None:
+        if recipe is None or recipe.second_moment is None:
             return None
         state = self.state[parameter]
         roles = ("gradient", "weight", "momentum", "second_moment")
-        kept = [parameter, *(state[key] for key in ("exp_avg", "root") if key in state)]
+        moments = "exp_avg", self._second(recipe, state)
+        kept = [parameter, *(state[key] for key in moments if key in state)]
         prepared = self._prepared("AdamParameter", roles, recipe, name, gradient, state, kept)
         if prepared is None:
             return None
         if len(kept) == 1:
             empty = [fused.empty_state(recipe, role, parameter) for role in roles[2:]]
-            state.update(zip(("exp_avg", "root"), empty, strict=True))  # both, or none
+            state.update(zip(moments, empty, strict=True))  # both, or none
             kept += empty
             prepared = self._prepared("AdamParameter", roles, recipe, name, gradient, state, kept)
             assert prepared is not None

@@ -35,9 +35,11 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
 
     Attributes:
         kept_always: what the state of a parameter has after its first step.
+        takes_sparse: whether it steps along sparse gradients where nothing is rounded.
     """
 
     kept_always: tuple[str, ...] = ("step",)
+    takes_sparse: bool = True
 
     def __init__(
         self,
@@ -59,6 +61,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         # Derived; never saved.
         self._kernels: dict[int, fused.Prepared] = {}  # by the id of the parameter they hold
         self._recipes: dict[str, Recipe | None] = {}
+        self._check_values(defaults)
         super().__init__(params, defaults)
         if not whole:
             self._require_matches()
@@ -67,13 +70,15 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         """As in PyTorch.
 
         Raises:
-            ValueError: there is a recipe, and two parameters have one name; or it has overrides,
-                and the parameters come without names.
+            TypeError: a hyperparameter of the group is of a wrong kind.
+            ValueError: one is out of range; there is a recipe, and two parameters have one name; or
+                it has overrides, and the parameters come without names.
         """
         super().add_param_group(param_group)
         try:
+            self._check_values(self.param_groups[-1])
             self._check_names(self.param_groups[-1].get("param_names"))
-        except ValueError:
+        except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
@@ -133,9 +138,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
                 another order.
         """
         kind = type(self).__name__
-        needed = set(self.kept_always)
         for state in state_dict["state"].values():
-            if state and (missing := needed - state.keys()):
+            if state and (missing := self._lacking(state)):
                 raise ValueError(
                     f"{kind}: the saved state of a parameter lacks {sorted(missing)}: it is not of "
                     f"swalp.optim.{kind}; begin with a new state"
@@ -159,6 +163,10 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             group.pop("param_names", None)
             if names is not None:
                 group["param_names"] = names
+
+    def _lacking(self, state: dict[str, Any]) -> set[str]:
+        """Keys that the state of a parameter, of a step or more, should have and has not."""
+        return set(self.kept_always) - state.keys()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -234,6 +242,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             # Not a decorator, which would import all of Dynamo.
             torch.compiler.disable(self._update_group)(parameters, group)  # type: ignore[no-untyped-call]  # PyTorch has no type
             return
+        self._check_values(group)  # as someone may have set them
         ready: dict[tuple[bool, bool], list[fused.Prepared]] = {}
         others = []
         for name, parameter, gradient in parameters:
@@ -242,12 +251,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
                 others.append((name, parameter, gradient))
             else:
                 ready.setdefault(prepared.kind, []).append(prepared)
-        for name, _, gradient in others:  # all, before any is updated
-            if gradient.layout is not torch.strided and self.recipe_of(name) is not None:
-                raise ValueError(
-                    f"{type(self).__name__}: the gradient of {name!r} is sparse, which no recipe "
-                    f"quantizes; make it dense, as with nn.Embedding(sparse=False)"
-                )
+        for each in others:  # all, before any is updated
+            self._check_update(*each)
         if others:
             with torch.no_grad():
                 for each in others:
@@ -262,6 +267,29 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
                     f"{type(self).__name__}: a parameter or its state became NaN, for which its "
                     f"format has no code; lower the learning rate, or go back to a checkpoint"
                 )
+
+    def _check_update(self, name: str, parameter: Tensor, gradient: Tensor) -> None:
+        """Raise ValueError unless the pure step function can update the parameter."""
+        kind, recipe = type(self).__name__, self.recipe_of(name)
+        if gradient.layout is not torch.strided and not (recipe is None and self.takes_sparse):
+            what = "no recipe quantizes" if recipe is not None else "it takes no step along"
+            raise ValueError(
+                f"{kind}: the gradient of {name!r} is sparse, which {what}; make it dense, as with "
+                f"nn.Embedding(sparse=False)"
+            )
+        if recipe is None or recipe.weight is None or not isinstance(parameter, PackedTensor):
+            return
+        fmt = fit(recipe.weight.format, parameter.shape)
+        if fmt != parameter.format:
+            raise ValueError(
+                f"{kind}: parameter {name!r} is packed as {parameter.format}, but the recipe "
+                f"rounds it to {fmt}, and to round it twice would lose small updates; give the "
+                f"optimizer the recipe that the model was converted with"
+            )
+
+    @abstractmethod
+    def _check_values(self, group: dict[str, Any]) -> None:
+        """Raise TypeError or ValueError unless a group's hyperparameters can be used."""
 
     @abstractmethod
     def _update(

@@ -236,7 +236,8 @@ def held(tensor: Tensor, role: str, recipe: Recipe, parameter: Tensor) -> bool:
     """Whether memory holds `tensor` as the step keeps that role beside `parameter`.
 
     The step works on addresses. A parameter packed in another format than the recipe's, or a state
-    from another kind of run, is left to the pure function, which takes anything.
+    from another kind of run, is left to the pure function, which takes anything, and refuses to
+    write to a part of another tensor.
     """
     memory = resident(tensor)
     if tensor.shape != parameter.shape or not storage.in_order(memory):
@@ -245,6 +246,7 @@ def held(tensor: Tensor, role: str, recipe: Recipe, parameter: Tensor) -> bool:
         return type(tensor) is not PackedTensor and tensor.dtype == torch.float32
     return (
         isinstance(tensor, PackedTensor)
+        and not tensor.readonly
         and tensor.format == fit(getattr(recipe, role).format, parameter.shape)
         and (tensor.exponents is None or tensor.exponents.is_contiguous())
     )

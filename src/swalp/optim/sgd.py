@@ -108,10 +108,6 @@ class SGD(LowPrecisionOptimizer):
         recipe: Recipe | str | None = None,
         seed: int = 0,
     ) -> None:
-        require_not_negative("SGD", lr=lr, momentum=momentum, weight_decay=weight_decay)
-        require_bool("SGD", "nesterov", nesterov)
-        if nesterov and momentum == 0:
-            raise ValueError("SGD: nesterov=True needs momentum > 0")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -120,15 +116,27 @@ class SGD(LowPrecisionOptimizer):
         }
         super().__init__(params, defaults, recipe, seed)
 
+    def _check_values(self, group: dict[str, Any]) -> None:
+        require_not_negative(
+            "SGD",
+            lr=group["lr"],
+            momentum=group["momentum"],
+            weight_decay=group["weight_decay"],
+        )
+        require_bool("SGD", "nesterov", group["nesterov"])
+        if group["nesterov"] and group["momentum"] == 0:
+            raise ValueError("SGD: nesterov=True needs momentum > 0")
+
     def _update(
         self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
     ) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["step"] = 0
-            recipe = self.recipe_of(name)
-            if recipe is not None and recipe.accumulator is not None:
-                state["accumulator"] = parameter.detach().clone()
+        state, recipe = self.state[parameter], self.recipe_of(name)
+        state.setdefault("step", 0)
+        # Of a loaded state, which another recipe may have made, too.
+        if recipe is None or recipe.accumulator is None:
+            state.pop("accumulator", None)
+        elif "accumulator" not in state:
+            state["accumulator"] = parameter.detach().clone()
         weight, momentum_buffer, accumulator = sgd_step(
             parameter,
             gradient,
@@ -154,6 +162,7 @@ class SGD(LowPrecisionOptimizer):
         if recipe is None or recipe.accumulator is not None:
             return None
         state = self.state[parameter]
+        state.pop("accumulator", None)  # of a loaded state, which another recipe made
         roles, kept = _ROLES[bool(group["momentum"])], [parameter]
         if group["momentum"] and "momentum_buffer" in state:
             kept.append(state["momentum_buffer"])

@@ -91,7 +91,7 @@ def pack(x: Tensor, fmt: Format, rounding: Rounding) -> tuple[Tensor, Tensor | N
     elif isinstance(fmt, FixedPoint):
         values = values / fmt.gap
     missing = values.isnan()
-    if not holds_nan(fmt) and bool(missing.any()):
+    if not (holds_nan(fmt) or x.is_meta) and bool(missing.any()):
         raise no_code_for_nan(fmt)
     element = _element(fmt)
     match element:
