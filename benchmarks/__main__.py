@@ -67,7 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             path.open("a").close()
         except OSError as error:
             parser.error(f"cannot write {path}: {error.strerror}; choose another folder with --out")
-    rows = records.load(path)
+    elif not path.is_file():
+        parser.error(f"there is no {path} to report; choose a folder of results with --out")
+    try:
+        rows = records.load(path)
+    except ValueError as error:
+        parser.error(str(error))
     if options.report:
         report.write(rows, folder)
         console.print(report.screen_table(rows))

@@ -144,16 +144,25 @@ def save(rows: Iterable[Row], path: Path) -> None:
 
 
 def load(path: Path) -> list[Row]:
-    """The rows that `save` wrote; none if there is no file."""
+    """The rows that `save` wrote; none if there is no file.
+
+    Raises:
+        ValueError: a line is none of those.
+    """
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        fields = json.loads(line)
-        for name in ("value", "subject_seconds", "peer_seconds"):
-            fields[name] = fields[name] and Spread(**fields[name])
-        fields["goal"] = fields["goal"] and Goal(**fields["goal"])
-        rows.append(Row(**fields))
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            fields = json.loads(line)
+            for name in ("value", "subject_seconds", "peer_seconds"):
+                fields[name] = fields[name] and Spread(**fields[name])
+            fields["goal"] = fields["goal"] and Goal(**fields["goal"])
+            rows.append(Row(**fields))
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(
+                f"{path}: line {number} is no row of results; mend it, or choose another --out"
+            ) from None
     return rows
 
 

@@ -248,6 +248,19 @@ def test_a_folder_that_cannot_be_written_is_refused_before_measuring(tmp_path, c
     assert "Not a directory; choose another folder with --out" in said
 
 
+def test_results_that_are_none_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["--report", "--out", str(tmp_path / "typo")])
+    assert "there is no " in capsys.readouterr().err
+    assert not (tmp_path / "typo").exists()
+    for text in ("{", "{}", '{"value": 1}'):
+        (tmp_path / "rows.jsonl").write_text(text)
+        with pytest.raises(SystemExit, match="2"):
+            main(["--quick", "--only", "memory", "--out", str(tmp_path)])
+        assert "line 1 is no row of results" in capsys.readouterr().err
+        assert (tmp_path / "rows.jsonl").read_text() == text
+
+
 def test_ctrl_c_keeps_what_was_measured_before(tmp_path, capsys, monkeypatch):
     def interrupted(plan):
         raise KeyboardInterrupt

@@ -304,7 +304,18 @@ MISTAKES = [
     (["train", "--resume", "OLD", "--out", "x"], "takes the settings of that run"),
     (["export", "none"], "none: not a run directory (it has no run.json)"),
     (["export", "OLD", "--format", "bfp"], "--format bfp: "),
-    (["export", "OLD", "--format", "bfp20"], "--format bfp20: 20 bits a weight; at most 16 can be"),
+    (
+        ["export", "OLD", "--format", "bfp20"],
+        "--format bfp20: bfp20 has 20 bits; an exported weight",
+    ),
+    (
+        ["export", "OLD", "--format", "fixed8.200"],
+        "--format fixed8.200: quantize: fixed8.200 reaches",
+    ),
+    (
+        ["export", "OLD", "--format", "e8m0"],
+        "--format e8m0: Recipe 'export': weight cannot use e8m0",
+    ),
     (["export", "OLD", "--arm", "flot"], "--arm flot: this run has float, paper-small-block-8"),
     (["export", "OLD", "--seed", "7"], "--seed 7: this run has 0"),
     (["export", "OLD", "--average", "best"], "--average best: this run has average"),

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -46,6 +47,42 @@ def test_stopped_while_importing(tmp_path, slow_package, number, word):
         _, err = process.communicate(timeout=60)
     assert first == "importing\n", err
     assert (process.returncode, err) == (128 + number, f"swalp: {word}\n")
+
+
+@pytest.mark.parametrize(("number", "word"), SIGNALS)
+def test_stopped_at_any_moment_before_the_end(number, word):
+    """Whatever Typer, or a module that is being imported, makes of an exception."""
+    code = "from swalp_command import main; main()"
+    for wait in (0.05, 0.1, 0.12, 0.15, 0.2, 0.3, 0.4, 0.5):
+        process = subprocess.Popen(
+            # A moment that cannot be missed: the recipes are printed after it.
+            [sys.executable, "-c", f"print('on', flush=True); {code}", "recipes"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout.readline() == "on\n"
+        time.sleep(wait)
+        process.send_signal(number)
+        printed, said = process.communicate(timeout=60)
+        if wait < 0.1 and process.returncode == -number:
+            continue  # Python had not come to `main` yet
+        if process.returncode == 0 and printed:
+            continue  # it was quicker
+        assert (process.returncode, said) == (128 + number, f"swalp: {word}\n")
+
+
+def test_a_wrong_instruction_set_is_one_line():
+    code = "from swalp_command import main; main()"
+    run = subprocess.run(
+        [sys.executable, "-c", code, "doctor"],
+        env=os.environ | {"SWALP_ISA": "sse4"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("swalp: SWALP_ISA=sse4: this machine or build has no 'sse4'")
+    assert run.stderr.count("\n") == 1
 
 
 def test_nohup_is_heeded():

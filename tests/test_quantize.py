@@ -804,3 +804,13 @@ def test_nothing_at_all():
         quantize(torch.empty(0), fmt)
     none = torch.func.vmap(lambda v: quantize(v, BlockFloat(3)), in_dims=1)(torch.empty(4, 0))
     assert none.shape == (0, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_into_a_view_of_negatives(dtype):
+    fmt, values = BlockFloat(8), torch.tensor([1.0, -0.3, 2.5], dtype=dtype)
+    view = torch._neg_view(values.clone())
+    quantize(view, fmt, out=view)
+    assert torch.equal(view, quantize(-values, fmt))
+    (view,) = quantize_many([values], fmt, out=[torch._neg_view(values.clone())])
+    assert torch.equal(view, quantize(values, fmt))

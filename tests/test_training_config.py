@@ -206,3 +206,24 @@ def test_unknown_sources(tmp_path):
 
 def test_every_setting_is_described():
     assert all(field.description for field in RunConfig.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    "text", ["fixed8.200", "fixed8.-130", "e11m4", "e8m7b300", "e4m3b200", "e8m0", "ue4m3"]
+)
+def test_export_formats_that_hold_no_float32_weights_are_refused_at_the_start(text):
+    with pytest.raises(UserError, match="export_format"):
+        config.load("digits", [f"export_format={text}"])
+
+
+@pytest.mark.parametrize("role", ["activation", "gradient", "momentum"])
+def test_recipes_that_hold_no_float32_are_refused_at_the_start(role, tmp_path):
+    text = swalp.recipes.to_toml(swalp.recipes.get("fp8"))
+    path = tmp_path / "wide.toml"
+    lines = [
+        f'{role} = "e11m2 nearest"' if line.startswith(f"{role} = ") else line
+        for line in text.splitlines()
+    ]
+    path.write_text("\n".join(lines))
+    with pytest.raises(UserError, match=rf"wide\.toml: {role}: .* float32"):
+        config.load("digits", [f'arms=["float", "{path}"]'])

@@ -15,10 +15,13 @@ WATCHERS = (
     torch._C._is_tracing,
 )
 
+missing = ""  # why there are no kernels
 try:  # after torch, whose OpenMP runtime the kernels share
-    from swalp import _kernels
-except ImportError:
-    available = False
-else:
-    available = True
+    import swalp._kernels as _kernels
+except ModuleNotFoundError:
+    missing = "swalp was installed without a C++ compiler, or for another Python"
+except ImportError as error:
+    missing = f"the compiled module cannot be loaded ({error})"
+available = not missing
+if available:
     TORCH = _kernels.Torch(torch, forward_ad, WATCHERS, fresh_seed, True)

@@ -24,8 +24,9 @@ class Terminated(KeyboardInterrupt):
 
 def main() -> None:
     """The command line; also while it is being imported, a signal ends it in one line."""
-    for name in ending_signals():
-        signal.signal(name, _terminate)
+    interrupts = [] if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else [signal.SIGINT]
+    for name in (*interrupts, *ending_signals()):
+        signal.signal(name, _leave)
     try:
         from swalp_command import cli
 
@@ -38,11 +39,26 @@ def main() -> None:
     sys.exit(status)
 
 
+def raise_interrupts() -> None:
+    """From now on a signal is an exception where the program is; until then it ends it at once.
+
+    While modules are imported, which take no exception at every place, nothing can be lost.
+    """
+    for name in (signal.SIGINT, *ending_signals()):
+        if signal.getsignal(name) is _leave:  # set by `main`
+            raises = signal.default_int_handler if name == signal.SIGINT else _terminate
+            signal.signal(name, raises)
+
+
 def interrupted(stop: BaseException) -> int:
     """Say in one line that a signal ended it; the status, as shells report it."""
     number = signal.Signals(stop.number) if isinstance(stop, Terminated) else signal.SIGINT
-    print(f"swalp: {_WORDS.get(number.name, 'interrupted')}", file=sys.stderr)
+    print(_line(number), file=sys.stderr)
     return 128 + number
+
+
+def _line(number: signal.Signals) -> str:
+    return f"swalp: {_WORDS.get(number.name, 'interrupted')}"
 
 
 def ending_signals() -> list[signal.Signals]:
@@ -87,6 +103,13 @@ def own_style() -> None:
     import matplotlib  # it may be missing or broken, and takes its time
 
     matplotlib.rcdefaults()
+
+
+def _leave(number: int, frame: object) -> None:
+    leave_terminal(number)
+    with contextlib.suppress(OSError):
+        os.write(2, f"{_line(signal.Signals(number))}\n".encode())
+    os._exit(128 + number)
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
-from swalp_command import asked_to_end, interrupted, own_style
+from swalp_command import asked_to_end, interrupted, own_style, raise_interrupts
 
 if TYPE_CHECKING:
     pass
@@ -28,6 +28,16 @@ if TYPE_CHECKING:
 _MISTAKE = 2
 _DIFFERENT = 1
 _UNREAD = 128 + signal.SIGPIPE
+
+
+class _Command(TyperCommand):
+    """With swalp there, there is something to lose: an interrupt is an exception from then on."""
+
+    def invoke(self, ctx: Any) -> Any:  # the class differs from version to version
+        import swalp  # noqa: F401
+
+        raise_interrupts()
+        return super().invoke(ctx)
 
 
 class _Commands(TyperGroup):
@@ -108,6 +118,8 @@ def run(words: list[str]) -> int:
         if hasattr(error, "format_message"):
             message = _value_mistake(error, words) or " ".join(error.format_message().split())
             return _fail(f"{message} (see swalp --help)")
+        if str(error).startswith("SWALP_"):  # a variable that keeps swalp from being imported
+            return _fail(str(error))
         from swalp.training.mistakes import UserError
 
         if isinstance(error, UserError):
@@ -143,7 +155,7 @@ def _options(
     pass
 
 
-@app.command()
+@app.command(cls=_Command)
 def train(
     source: Annotated[
         str | None,
@@ -183,7 +195,7 @@ def train(
     return runs.go_on(resume, data_dir, download, tensorboard)
 
 
-@app.command()
+@app.command(cls=_Command)
 def resume(
     run: Annotated[Path, typer.Argument(help="The directory of a run that was stopped.")],
     data_dir: DataDir = None,
@@ -196,7 +208,7 @@ def resume(
     return runs.go_on(run, data_dir, download, tensorboard)
 
 
-@app.command()
+@app.command(cls=_Command)
 def evaluate(
     run: Annotated[Path, typer.Argument(help="The directory of a finished run.")],
     data_dir: DataDir = None,
@@ -218,7 +230,7 @@ def evaluate(
     return _DIFFERENT if changed else 0
 
 
-@app.command()
+@app.command(cls=_Command)
 def report(
     records: Annotated[
         list[str] | None,
@@ -242,7 +254,7 @@ def report(
         raise UserError(f"no browser was found; open {written} yourself")
 
 
-@app.command()
+@app.command(cls=_Command)
 def reproduce(
     claim: Annotated[
         str | None, typer.Argument(metavar="[CLAIM]", help="One of those that --list shows.")
@@ -296,7 +308,7 @@ def reproduce(
     return 0 if verdict.holds else _DIFFERENT
 
 
-@app.command("profile")
+@app.command("profile", cls=_Command)
 def profile_command(
     source: Annotated[
         str | None,
@@ -328,7 +340,7 @@ def profile_command(
     print(costs.render(profile.profile(settings, steps=steps), layers=layers, about=about))
 
 
-@app.command()
+@app.command(cls=_Command)
 def export(
     run: Annotated[Path, typer.Argument(help="The directory of a finished run.")],
     format_: Annotated[
@@ -377,7 +389,7 @@ def export(
     print(f"\nSaved in {made.path}: {made.nbytes:,} bytes; {made.float_bytes:,} in float32.")
 
 
-@app.command()
+@app.command(cls=_Command)
 def doctor() -> None:
     """Show versions, processor, threads, the kernel in use, and where data is looked for."""
     from swalp.report.tables import pairs
@@ -387,10 +399,12 @@ def doctor() -> None:
         "large tensors": environment.memory(),
         "data without --data-dir": str(data.cache_dir()),
     }
+    if remedy := environment.remedy():
+        found["faster"] = remedy
     print(pairs(found))
 
 
-@app.command()
+@app.command(cls=_Command)
 def formats(
     name: Annotated[
         str | None,
@@ -413,7 +427,7 @@ def formats(
         show_formats(name, path, plot=plot)
 
 
-@app.command()
+@app.command(cls=_Command)
 def recipes(
     name: Annotated[
         str | None,

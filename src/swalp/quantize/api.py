@@ -187,7 +187,7 @@ def quantize_many(
             _tensor(x)
     # One check for all that are alike: small tensors often are.
     for dtype in {x.dtype for x in tensors}:
-        _check_carrier(fmt, dtype)
+        check_carrier(fmt, dtype)
     shapes = [x.shape for x in tensors]
     for shape in set(shapes):
         _check_shape(fmt, shape)
@@ -220,7 +220,7 @@ def check(x: Tensor, fmt: Format, rounding: Rounding) -> None:
     """Raise unless `x` can be quantized to `fmt` with `rounding`; see `quantize`."""
     _tensor(x)
     _check_rule(fmt, rounding)
-    _check_carrier(fmt, x.dtype)
+    check_carrier(fmt, x.dtype)
     _check_shape(fmt, x.shape)
 
 
@@ -245,7 +245,8 @@ def _check_rule(fmt: Format, rounding: Rounding) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _check_carrier(fmt: Format, dtype: torch.dtype) -> None:
+def check_carrier(fmt: Format, dtype: torch.dtype) -> None:
+    """Raise unless tensors of that dtype can hold the values of `fmt`; see `quantize`."""
     if dtype not in CARRIERS:
         raise TypeError(
             f"quantize: x is {dtype}; it must be float32, float64, bfloat16 or float16: convert it "

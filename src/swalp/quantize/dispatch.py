@@ -26,7 +26,10 @@ def run(x: Tensor, fmt: Format, rounding: Rounding, out: Tensor | None = None) -
             return cpu.quantize(x, fmt, rounding, out)
         if plans.widens(fmt, x.dtype):
             result = cpu.quantize(x.float(), fmt, rounding)
-            narrow = (torch.empty_like(x) if out is None else out).copy_(result)
+            if out is None:
+                narrow = torch.empty_like(x).copy_(result)
+            else:  # PyTorch loses the sign where it narrows into a float16 view of negatives
+                narrow = out.copy_(result.to(x.dtype) if out.is_neg() else result)
             # What is too small for `narrow` has become 0, with its sign.
             return narrow.add_(0.0) if reference.may_vanish(fmt, x.dtype) else narrow
     result = reference.quantize(x, fmt, rounding)
@@ -116,9 +119,8 @@ def _has_kernels() -> bool:
 def warn_once() -> None:
     """Say that the kernels are missing."""
     warnings.warn(
-        "swalp was installed without its C++ kernels: quantizing is exact, but up to a thousand "
-        "times slower. Install a C++ compiler (g++ or clang++) and reinstall swalp with "
-        "`pip install --force-reinstall --no-deps swalp`; `swalp doctor` tells what is missing.",
+        "swalp works without its C++ kernels: quantizing is exact, but up to a thousand "
+        "times slower. `swalp doctor` says why, and how to get them.",
         SlowQuantizationWarning,
         stacklevel=2,
     )

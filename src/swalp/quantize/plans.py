@@ -28,7 +28,13 @@ if available:
     from swalp import _kernels
 
     if os.environ.get("SWALP_ISA"):
-        _kernels.use(os.environ["SWALP_ISA"])
+        try:
+            _kernels.use(os.environ["SWALP_ISA"])
+        except ValueError as error:
+            raise ValueError(
+                f"SWALP_ISA={os.environ['SWALP_ISA']}: {error}; it may be amx, avx512, avx2 or "
+                f"scalar, as the machine has them: unset it for the fastest"
+            ) from None
 
 RULES: dict[type, int] = {
     Nearest: 0,

@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -22,9 +23,11 @@ from pydantic import (
     model_validator,
 )
 
-from swalp import parse_format, recipes
+from swalp import Nearest, parse_format, recipes
+from swalp.quantize.api import check_carrier
+from swalp.recipe import ROLES
 from swalp.recipe_text import settings_of
-from swalp.recipes import Recipe
+from swalp.recipes import Quantizer, Recipe
 from swalp.training import averages, kept_recipes
 from swalp.training.mistakes import UserError
 
@@ -157,10 +160,7 @@ class RunConfig(BaseModel):
     @field_validator("export_format")
     @classmethod
     def _short_format(cls, text: str) -> str:
-        fmt = parse_format(text)
-        if fmt.bits > 16:
-            raise ValueError(f"{fmt} has {fmt.bits} bits; an exported weight has at most 16")
-        return str(fmt)
+        return weight_format(text)
 
     @model_validator(mode="after")
     def _reads_recipes(self, info: ValidationInfo) -> RunConfig:
@@ -170,6 +170,23 @@ class RunConfig(BaseModel):
             for arm in self.arms
             if arm.endswith(".toml")
         }
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_float32(self) -> RunConfig:
+        for arm in self.arms:
+            recipe = self.recipe(arm)
+            if recipe is None:
+                continue
+            settings = [(role, getattr(recipe, role)) for role in ROLES]
+            settings += [each for override in recipe.overrides for each in override.changes()]
+            for role, quantizer in settings:
+                if not isinstance(quantizer, Quantizer):
+                    continue
+                try:
+                    check_carrier(quantizer.format, torch.float32)
+                except ValueError as error:
+                    raise ValueError(f"{arm}: {role}: {error}") from None
         return self
 
     @model_validator(mode="after")
@@ -191,6 +208,20 @@ class RunConfig(BaseModel):
         for text in self.averages:
             averages.parse(text).check({arm: self.recipe(arm) for arm in self.arms}, self.epochs)
         return self
+
+
+def weight_format(text: str) -> str:
+    """A format in its usual spelling.
+
+    Raises:
+        ValueError: there is none of that name, or float32 weights cannot be exported in it.
+    """
+    fmt = parse_format(text)
+    if fmt.bits > 16:
+        raise ValueError(f"{fmt} has {fmt.bits} bits; an exported weight has at most 16")
+    check_carrier(fmt, torch.float32)
+    Recipe(name="export", weight=Quantizer(fmt, Nearest()))
+    return str(fmt)
 
 
 def preset_names() -> list[str]:

@@ -7,14 +7,17 @@ import importlib.util
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
 
 import swalp
-from swalp import buffers
+from swalp import buffers, extension
 from swalp.matmul import kernels
 from swalp.quantize import plans
+
+_LINUX = sys.platform == "linux"  # where a process may be bound to some processors
 
 # On these the bits of a result may depend.
 DECISIVE = ("swalp", "torch", "vector instructions")
@@ -31,7 +34,7 @@ def describe() -> dict[str, str | int]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "device": "cpu",
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count() or 1,
+        "cores": len(os.sched_getaffinity(0)) if _LINUX else os.cpu_count() or 1,
         "threads": torch.get_num_threads(),
         "quantizer": kernel(),
         "integer products": kernels.describe(),
@@ -57,12 +60,23 @@ def commit() -> str:
 def kernel() -> str:
     """Which kernel quantizes on the CPU."""
     if not plans.available:
-        return "reference (slow): swalp was installed without a C++ compiler"
+        return f"reference (slow): {extension.missing}"
     from swalp import _kernels
 
     used = _kernels.used()
     instructions = "avx512" if used == "amx" else used  # AMX multiplies codes, and no more
-    return f"C++ {instructions}{'' if _kernels.has_threads() else ', without threads'}"
+    asked = ", as SWALP_ISA says" if os.environ.get("SWALP_ISA") else ""
+    return f"C++ {instructions}{asked}{'' if _kernels.has_threads() else ', without threads'}"
+
+
+def remedy() -> str:
+    """How to get the kernels; empty if they are there."""
+    if plans.available:
+        return ""
+    return (
+        "install g++ or clang++, then swalp again as at first, with pip's --force-reinstall "
+        "--no-cache-dir; in a clone, `make install`"
+    )
 
 
 def memory() -> str:
@@ -71,6 +85,8 @@ def memory() -> str:
         return "PyTorch's and swalp's share memory, once a network is native"
     if os.environ.get("SWALP_SHARE_MEMORY") == "0":
         return "PyTorch's apart from swalp's: SWALP_SHARE_MEMORY is 0"
+    if not plans.available:
+        return "PyTorch's: swalp's kernels are missing"
     return "PyTorch's apart from swalp's: this system or PyTorch does not let them share memory"
 
 

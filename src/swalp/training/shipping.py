@@ -14,7 +14,7 @@ from swalp import parse_format
 from swalp.durable import write_file
 from swalp.export import MissingPackageError, graph, weights
 from swalp.training import deployment, loop, study, summary
-from swalp.training.config import FLOAT, RunConfig
+from swalp.training.config import FLOAT, RunConfig, weight_format
 from swalp.training.data import Dataset, evaluation_batches, hold_out
 from swalp.training.mistakes import UserError
 from swalp.training.reading import Record
@@ -169,12 +169,9 @@ def _row(rows: list[Record], config: RunConfig, arm: str, seed: int, model: str)
 
 def _format(text: str) -> str:
     try:
-        fmt = parse_format(text)
+        return weight_format(text)
     except ValueError as error:
         raise UserError(f"--format {text}: {error}; or onnx") from None
-    if fmt.bits > 16:
-        raise UserError(f"--format {text}: {fmt.bits} bits a weight; at most 16 can be stored")
-    return str(fmt)
 
 
 def _default(run: RunDirectory, arm: str, seed: int, model: str, kind: str) -> Path:
