@@ -34,7 +34,7 @@ class _Command(TyperCommand):
     """With swalp there, there is something to lose: an interrupt is an exception from then on."""
 
     def invoke(self, ctx: Any) -> Any:  # the class differs from version to version
-        import swalp  # noqa: F401
+        import swalp  # noqa: F401  (it takes seconds, and no exceptions meanwhile)
 
         raise_interrupts()
         return super().invoke(ctx)
