@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,7 @@ def test_stopped_at_any_moment_before_the_end(number, word):
         assert (process.returncode, said) == (128 + number, f"swalp: {word}\n")
 
 
+@pytest.mark.skipif(find_spec("swalp._kernels") is None, reason="swalp was built without kernels")
 def test_a_wrong_instruction_set_is_one_line():
     code = "from swalp_command import main; main()"
     run = subprocess.run(
