@@ -291,13 +291,7 @@ def _require_whole(
     size = tuple(shape)
     if fmt.bits > 16 or not all(isinstance(extent, int) and extent >= 0 for extent in size):
         raise ValueError(f"no packed tensor has the format {fmt} and the shape {size}")
-    expected = [(code_dtype(fmt), size)]
-    if joined(fmt):
-        expected = [(torch.uint8, (-(-math.prod(size) // 2),))]
-    if isinstance(fmt, BlockFloat | Microscaling):
-        extents = block_extents(fmt, size)
-        blocks = tuple(n // extent if n else 0 for n, extent in zip(size, extents, strict=True))
-        expected.append((exponent_dtype(fmt), blocks))
+    expected = parts_of(size, fmt)
     given = [(part.dtype, tuple(part.shape)) for part in (codes, exponents) if part is not None]
     if given != expected or (exponents is not None and exponents.device != codes.device):
         raise ValueError(
@@ -368,15 +362,24 @@ def storage_bytes(shape: Sequence[int], fmt: Format | None) -> int:
         shape: of the tensor.
         fmt: its format; None: float32.
     """
-    elements = math.prod(shape)
-    if fmt is None:
-        return 4 * elements
-    total = -(-elements // 2) if joined(fmt) else elements * code_dtype(fmt).itemsize
-    if isinstance(fmt, BlockFloat | Microscaling) and elements:
-        extents = block_extents(fmt, shape)
-        blocks = math.prod(size // extent for size, extent in zip(shape, extents, strict=True))
-        total += blocks * exponent_dtype(fmt).itemsize
-    return total
+    parts = [(torch.float32, tuple(shape))] if fmt is None else parts_of(shape, fmt)
+    return sum(dtype.itemsize * math.prod(size) for dtype, size in parts)
+
+
+def parts_of(shape: Sequence[int], fmt: Format) -> list[tuple[torch.dtype, tuple[int, ...]]]:
+    """(dtype, shape) of the codes of a packed tensor, and of its exponents if it has any.
+
+    Args:
+        shape: of the tensor.
+        fmt: its format.
+    """
+    parts = [(code_dtype(fmt), tuple(shape))]
+    if joined(fmt):
+        parts = [(torch.uint8, (-(-math.prod(shape) // 2),))]
+    if isinstance(fmt, BlockFloat | Microscaling):
+        each = zip(shape, block_extents(fmt, shape), strict=True)
+        parts.append((exponent_dtype(fmt), tuple(n // extent if n else 0 for n, extent in each)))
+    return parts
 
 
 def joined(fmt: Format) -> bool:

@@ -24,9 +24,9 @@ class Terminated(KeyboardInterrupt):
 
 def main() -> None:
     """The command line; also while it is being imported, a signal ends it in one line."""
-    interrupts = [] if signal.getsignal(signal.SIGINT) is signal.SIG_IGN else [signal.SIGINT]
-    for name in (*interrupts, *ending_signals()):
-        signal.signal(name, _leave)
+    for name in (signal.SIGINT, *ending_signals()):
+        if signal.getsignal(name) is not signal.SIG_IGN:  # as of what runs in the background
+            signal.signal(name, _leave)
     try:
         from swalp_command import cli
 

@@ -15,15 +15,12 @@ from contextlib import contextmanager
 from importlib import metadata
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from swalp_command import asked_to_end, interrupted, own_style, raise_interrupts
-
-if TYPE_CHECKING:
-    pass
 
 _MISTAKE = 2
 _DIFFERENT = 1

@@ -10,6 +10,8 @@
 #endif
 #include <stdint.h>
 
+#include "scratch.h"
+
 // To write what another thread has read last takes several times as long as to write what another has
 // written last, above all where the two share no cache: benchmarks/README.md. So
 // - a thread works on the same fraction of every tensor,
@@ -85,7 +87,7 @@ class Coming {
  public:
   Coming(const void* first, int64_t stride, int64_t rows, int64_t bytes, int64_t turns)
       : row_(static_cast<const char*>(first)), stride_(stride), left_(rows), bytes_(bytes),
-        each_((rows * ((bytes + 63) / 64) + turns - 1) / turns) {}
+        each_(ceil_div(rows * ceil_div(bytes, 64), turns)) {}
 
   void turn() {
     for (int64_t i = 0; i < each_ && left_ > 0; ++i) {

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from swalp.formats import BlockFloat, FixedPoint, Format, Microscaling, Minifloat
-from swalp.packed import PackedTensor, joined
+from swalp.packed import PackedTensor, joined, parts_of
 from swalp.quantize import plans, storage
 from swalp.quantize.blocks import block_extents
-from swalp.quantize.codes import code_dtype, exponent_dtype, holds_nan
+from swalp.quantize.codes import holds_nan
 from swalp.recipes import Quantizer, Recipe, fit
 from swalp.rounding import Stochastic
 
@@ -161,15 +161,12 @@ def empty_state(recipe: Recipe, role: str, parameter: Tensor) -> Tensor:
     if not isinstance(parameter, PackedTensor):
         return torch.zeros(shape, dtype=torch.float32, device="cpu")
     fmt = fit(getattr(recipe, role).format, shape)
-    size = [-(-parameter.numel() // 2)] if joined(fmt) else shape
-    dtype = torch.uint8 if joined(fmt) else code_dtype(fmt)
-    codes = torch.zeros(size, dtype=dtype, device="cpu")
-    exponents = None
+    codes, *exponents = (
+        torch.zeros(size, dtype=dtype, device="cpu") for dtype, size in parts_of(shape, fmt)
+    )
     if isinstance(fmt, BlockFloat | Microscaling):
-        blocks = [n // extent for n, extent in zip(shape, block_extents(fmt, shape), strict=True)]
-        least = fmt.min_exponent
-        exponents = torch.full(blocks, least, dtype=exponent_dtype(fmt), device="cpu")
-    return PackedTensor(codes, exponents, fmt, shape)
+        exponents[0].fill_(fmt.min_exponent)
+    return PackedTensor(codes, exponents[0] if exponents else None, fmt, shape)
 
 
 def takes(recipe: Recipe, roles: Sequence[str], kept: list[Tensor]) -> tuple[int, int] | None:

@@ -127,15 +127,20 @@ class SGD(LowPrecisionOptimizer):
         if group["nesterov"] and group["momentum"] == 0:
             raise ValueError("SGD: nesterov=True needs momentum > 0")
 
+    def _state_of(self, parameter: Tensor, recipe: Recipe | None) -> dict[str, Any]:
+        """The state of a parameter, without what another recipe kept: it may have been loaded."""
+        state: dict[str, Any] = self.state[parameter]
+        if recipe is None or recipe.accumulator is None:
+            state.pop("accumulator", None)
+        return state
+
     def _update(
         self, name: str, parameter: Tensor, gradient: Tensor, group: dict[str, Any]
     ) -> None:
-        state, recipe = self.state[parameter], self.recipe_of(name)
+        recipe = self.recipe_of(name)
+        state = self._state_of(parameter, recipe)
         state.setdefault("step", 0)
-        # Of a loaded state, which another recipe may have made, too.
-        if recipe is None or recipe.accumulator is None:
-            state.pop("accumulator", None)
-        elif "accumulator" not in state:
+        if recipe is not None and recipe.accumulator is not None and "accumulator" not in state:
             state["accumulator"] = parameter.detach().clone()
         weight, momentum_buffer, accumulator = sgd_step(
             parameter,
@@ -161,8 +166,7 @@ class SGD(LowPrecisionOptimizer):
         recipe = self.recipe_of(name)
         if recipe is None or recipe.accumulator is not None:
             return None
-        state = self.state[parameter]
-        state.pop("accumulator", None)  # of a loaded state, which another recipe made
+        state = self._state_of(parameter, recipe)
         roles, kept = _ROLES[bool(group["momentum"])], [parameter]
         if group["momentum"] and "momentum_buffer" in state:
             kept.append(state["momentum_buffer"])
