@@ -995,6 +995,23 @@ def test_environment_chooses_the_instruction_set():
     assert "'mmx'" in refused.stderr
 
 
+def test_a_compiled_module_of_other_sources_is_not_used():
+    program = """
+import sys, types
+sys.modules["swalp._kernels"] = types.ModuleType("swalp._kernels")
+import swalp, torch
+from swalp import extension
+print(extension.missing)
+print(swalp.quantize(torch.tensor([0.3, 1.0]), swalp.FixedPoint(4, 2)).tolist())
+"""
+    run = run_python(program)
+    assert run.stdout.splitlines() == [
+        "the compiled module is of other sources than these: it has to be built again",
+        "[0.25, 1.0]",
+    ]
+    assert "swalp works without its C++ kernels" in run.stderr
+
+
 def test_a_forked_child_does_not_hang():
     # After a parallel region in the parent, one in the child would wait for threads that are gone.
     # PyTorch's loaders set one thread in their workers, and the kernels take that number.

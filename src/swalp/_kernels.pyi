@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Size, Tensor
 
+STUB: str  # the SHA-256 of this file as it was when they were built
 GRID: int
 MINIFLOAT: int
 BINARY: int

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
+
 import torch
 from torch.autograd import forward_ad
 
@@ -22,6 +25,11 @@ except ModuleNotFoundError:
     missing = "swalp was installed without a C++ compiler, or for another Python"
 except ImportError as error:
     missing = f"the compiled module cannot be loaded ({error})"
+else:  # an editable install takes new sources as they come, but is compiled when it is installed
+    _stub = Path(__file__).with_name("_kernels.pyi")
+    _digest = hashlib.sha256(_stub.read_bytes()).hexdigest() if _stub.is_file() else ""
+    if _digest and getattr(_kernels, "STUB", "") != _digest:
+        missing = "the compiled module is of other sources than these: it has to be built again"
 available = not missing
 if available:
     TORCH = _kernels.Torch(torch, forward_ad, WATCHERS, fresh_seed, True)

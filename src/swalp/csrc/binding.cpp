@@ -295,6 +295,7 @@ void convolution_weight_gradient(const swalp_convolution& c, uintptr_t x, uintpt
 
 NB_MODULE(_kernels, m) {
   nb::set_leak_warnings(false);  // optimizers that live to the interpreter's end are no leak
+  m.attr("STUB") = SWALP_STUB;
   nb::class_<swalp_sgd_parameter>(m, "SgdParameter")
       .def("__init__", [](swalp_sgd_parameter* p, int64_t blocks, int64_t length) {
         *p = swalp_sgd_parameter{};
