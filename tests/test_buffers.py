@@ -433,6 +433,12 @@ def test_native_recipes_share_memory_unless_told_otherwise(monkeypatch):
     assert run_alone(BY_RECIPE.format(shared=False)) == with_it
 
 
+def test_a_wrong_word_about_sharing_memory_is_refused(monkeypatch):
+    monkeypatch.setenv("SWALP_SHARE_MEMORY", "no")
+    with pytest.raises(ValueError, match=r"^SWALP_SHARE_MEMORY=no: it may be 0 or 1, or unset"):
+        buffers.share_with_torch()
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_process_forked_while_another_thread_takes_memory():
     program = """

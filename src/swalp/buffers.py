@@ -91,13 +91,28 @@ def share_with_torch() -> bool:
 
     Returns:
         Whether they lie here; `swalp doctor` says it, too.
+
+    Raises:
+        ValueError: `SWALP_SHARE_MEMORY` is neither 0 nor 1.
     """
     global _torch
-    if not available or os.environ.get("SWALP_SHARE_MEMORY") == "0":
+    if not available or not may_share():
         return _torch is not None
     torch.empty(1, device="cpu")  # afterwards the linker knows what takes and frees memory
     _torch = _kernels.Buffers.of_torch(SMALLEST_OF_TORCH, REGION, WINDOW)
     return _torch is not None
+
+
+def may_share() -> bool:
+    """Whether the environment lets PyTorch's tensors lie here.
+
+    Raises:
+        ValueError: `SWALP_SHARE_MEMORY` is neither 0 nor 1.
+    """
+    asked = os.environ.get("SWALP_SHARE_MEMORY") or "1"
+    if asked not in ("0", "1"):
+        raise ValueError(f"SWALP_SHARE_MEMORY={asked}: it may be 0 or 1, or unset, which is 1")
+    return asked == "1"
 
 
 def _all() -> list[_kernels.Buffers]:

@@ -83,7 +83,7 @@ def memory() -> str:
     """Where large tensors lie on the CPU once a network is native; in this process from now on."""
     if buffers.share_with_torch():
         return "PyTorch's and swalp's share memory, once a network is native"
-    if os.environ.get("SWALP_SHARE_MEMORY") == "0":
+    if not buffers.may_share():
         return "PyTorch's apart from swalp's: SWALP_SHARE_MEMORY is 0"
     if not plans.available:
         return "PyTorch's: swalp's kernels are missing"
