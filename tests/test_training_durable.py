@@ -16,10 +16,12 @@ def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
     durable.write_directory(folder, {"a": b"old"})
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", no_space)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="No space left") as caught:
             durable.write_file(path, b"new")
-        with pytest.raises(OSError, match="No space left"):
+        assert caught.value.filename == str(path)
+        with pytest.raises(OSError, match="No space left") as caught:
             durable.write_directory(folder, {"a": b"new"})
+        assert caught.value.filename == str(folder / "a")
     assert path.read_bytes() == (folder / "a").read_bytes() == b"old"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
 

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let the system's errors that name no file, such as of a full disk, name this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def write_file(path: Path, content: bytes) -> None:
     """Write `content` beside `path`, flush it to the disk, and rename it into place."""
     beside = path.with_name(f".{path.name}.unfinished")
     try:
-        _write_and_sync(beside, content)
+        with naming(path):
+            _write_and_sync(beside, content)
         beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
@@ -31,7 +44,8 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
     try:
         beside.mkdir(parents=True)
         for name, content in files.items():
-            _write_and_sync(beside / name, content)
+            with naming(path / name):
+                _write_and_sync(beside / name, content)
         sync_directory(beside)
         if path.exists():
             shutil.rmtree(path)

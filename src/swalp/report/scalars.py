@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from swalp.durable import naming
 from swalp.report.charts import flat, is_number
 from swalp.report.progress import Moment
 from swalp.training.kept_recipes import file_name
@@ -65,12 +66,12 @@ class Scalars:
         traceback: TracebackType | None,
     ) -> None:
         if self._writer is not None:
-            with self._disk() if error is None else suppress(OSError):
+            with naming(self._folder) if error is None else suppress(OSError):
                 self._writer.close()
 
     def __call__(self, moment: Moment) -> None:
         """Write what a step brought."""
-        with self._disk():
+        with naming(self._folder):
             self._write(moment)
 
     def _write(self, moment: Moment) -> None:
@@ -87,15 +88,6 @@ class Scalars:
         self._writer.add_scalar("step/learning_rate", moment.learning_rate, step)
         if moment.record is not None:
             _add(self._writer, moment.record)
-
-    @contextmanager
-    def _disk(self) -> Iterator[None]:
-        """What fails here fails of this folder."""
-        try:
-            yield
-        except OSError as error:
-            where = error.filename or str(self._folder)
-            raise OSError(error.errno, error.strerror or str(error), where) from None
 
     def _path(self, place: tuple[str, int]) -> Path:
         arm, seed = place

@@ -18,7 +18,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from swalp.durable import write_file
+from swalp.durable import naming, write_file
 from swalp.packed import from_plain, to_plain
 from swalp.training import config as settings
 from swalp.training import kept_recipes, reading
@@ -117,7 +117,7 @@ class RunDirectory:
 
     def append_metrics(self, record: Record) -> None:
         """Add a record."""
-        with self._metrics.open("a") as file:
+        with naming(self._metrics), self._metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
     def metrics_so_far(self) -> tuple[int, str]:
