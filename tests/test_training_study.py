@@ -297,7 +297,7 @@ def test_a_full_disk_stops_the_run_and_leaves_it_resumable(whole, tmp_path, monk
         patched.setattr(os, "fsync", full)
         with pytest.raises(UserError) as caught:
             train(run)
-    assert str(caught.value).startswith(f"{run.checkpoints}/")
+    assert str(caught.value).startswith(f"{tmp_path}/sessions.jsonl: No space left")
     assert "No space left on device; the last good checkpoint is" in str(caught.value)
     assert str(caught.value).endswith(f"go on with: swalp resume {tmp_path}")
     train(run)
