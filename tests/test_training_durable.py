@@ -26,6 +26,15 @@ def test_a_failed_write_leaves_the_old_content(tmp_path, monkeypatch):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "folder"]
 
 
+def test_an_error_without_a_number_keeps_its_words(tmp_path):
+    with pytest.raises(OSError, match="torn") as caught, durable.naming(tmp_path):
+        raise OSError("torn")
+    assert (caught.value.strerror, caught.value.filename) == ("torn", str(tmp_path))
+    with pytest.raises(FileNotFoundError) as caught, durable.naming(tmp_path):
+        (tmp_path / "absent").read_bytes()
+    assert caught.value.filename == str(tmp_path / "absent")
+
+
 def test_content_is_replaced(tmp_path):
     path, folder = tmp_path / "file", tmp_path / "folder"
     (tmp_path / ".folder.unfinished").mkdir()  # of a killed process

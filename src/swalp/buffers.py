@@ -96,7 +96,7 @@ def share_with_torch() -> bool:
         ValueError: `SWALP_SHARE_MEMORY` is neither 0 nor 1.
     """
     global _torch
-    if not available or not may_share():
+    if not may_share() or not available:
         return _torch is not None
     torch.empty(1, device="cpu")  # afterwards the linker knows what takes and frees memory
     _torch = _kernels.Buffers.of_torch(SMALLEST_OF_TORCH, REGION, WINDOW)

@@ -26,9 +26,9 @@ except ModuleNotFoundError:
 except ImportError as error:
     missing = f"the compiled module cannot be loaded ({error})"
 else:  # an editable install takes new sources as they come, but is compiled when it is installed
-    _stub = Path(__file__).with_name("_kernels.pyi")
-    _digest = hashlib.sha256(_stub.read_bytes()).hexdigest() if _stub.is_file() else ""
-    if _digest and getattr(_kernels, "STUB", "") != _digest:
+    _stub = Path(__file__).with_name("_kernels.pyi")  # those who bundle programs may leave it out
+    _made_of = getattr(_kernels, "STUB", "")
+    if _stub.is_file() and hashlib.sha256(_stub.read_bytes()).hexdigest() != _made_of:
         missing = "the compiled module is of other sources than these: it has to be built again"
 available = not missing
 if available:
