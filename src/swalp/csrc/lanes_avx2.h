@@ -8,6 +8,7 @@ namespace {
 struct Lanes {
   static constexpr int N = 8;
   static constexpr int counters = 4;
+  static constexpr bool xors_three = false;
   static constexpr bool fours = false;
   static constexpr float exact_limit = 128;
 

@@ -8,6 +8,7 @@ namespace {
 struct Lanes {
   static constexpr int N = 16;
   static constexpr int counters = 8;
+  static constexpr bool xors_three = true;
   static constexpr bool fours = true;  // there is `round_up`
   // Rounding toward +infinity makes ceil_minus_half exact as long as its result fits an int32.
   static constexpr float exact_limit = 16384;

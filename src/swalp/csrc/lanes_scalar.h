@@ -8,6 +8,7 @@ namespace {
 struct Lanes {
   static constexpr int N = 1;         // elements of a vector
   static constexpr int counters = 1;  // Philox counters of a vector
+  static constexpr bool xors_three = false;  // by one instruction
   static constexpr bool fours = false;  // there is `round_up`, for four vectors at a time
   static constexpr float exact_limit = 128;  // see ceil_minus_half
 

@@ -18,6 +18,8 @@ struct Noise {
   bool used = false;
   uint32_t step = 0, call = 0;
   uint64_t key0[10], key1[10];  // of each round, as 64-bit words to broadcast
+  // key0 of even rounds, key1 of odd ones: of this round above, of the next below
+  uint64_t both[10];
 
   explicit Noise(const swalp_rounding& r) {
     used = r.rule == SWALP_STOCHASTIC;
@@ -29,7 +31,9 @@ struct Noise {
       key1[round] = k1;
       k0 += 0x9E3779B9;
       k1 += 0xBB67AE85;
+      both[round] = round % 2 ? key1[round] << 32 | k1 : key0[round] << 32 | k0;
     }
+    both[9] = key1[9] << 32;
   }
 };
 
@@ -44,7 +48,7 @@ struct Start {
     first2 = noise.call ^ noise.key1[0];
     second0 = static_cast<uint32_t>(p1) ^ noise.key0[1];
     second2 = (p0 >> 32) ^ noise.key1[1];
-    third2 = static_cast<uint32_t>(p0) ^ noise.key1[2];
+    third2 = static_cast<uint32_t>(p0) ^ (Lanes::xors_three ? 0 : noise.key1[2]);
   }
 
   // Instructions can take them from there: in 16 registers they would push out the words worked on.
@@ -64,24 +68,25 @@ inline __attribute__((always_inline)) void philox(const Noise& noise, const Star
     c[g][0] = V::wide_xor(V::wide_high(q1), V::wide(start.second0));
     c[g][1] = q1;
     c[g][2] = V::wide_xor(first[g], V::wide(start.second2));
-  }
-#pragma GCC unroll 4
-  for (int g = 0; g < groups; ++g) {
-    const W q0 = V::wide_mul(m0, c[g][0]), q1 = V::wide_mul(m1, c[g][2]);
-    c[g][0] = V::wide_xor(V::wide_high(q1), c[g][1], V::wide(noise.key0[2]));
-    c[g][1] = q1;
-    c[g][2] = V::wide_xor(V::wide_high(q0), V::wide(start.third2));
-    c[g][3] = q0;
+    c[g][3] = V::wide(start.third2);
   }
 #pragma GCC unroll 8
-  for (int round = 3; round < rounds; ++round) {
-    const W k0 = V::wide(noise.key0[round]), k1 = V::wide(noise.key1[round]);
+  for (int round = 2; round < rounds; ++round) {
 #pragma GCC unroll 4
     for (int g = 0; g < groups; ++g) {
-      const W q0 = V::wide_mul(m0, c[g][0]), q1 = V::wide_mul(m1, c[g][2]);
-      c[g][0] = V::wide_xor(V::wide_high(q1), c[g][1], k0);
+      W q0 = V::wide_mul(m0, c[g][0]), q1 = V::wide_mul(m1, c[g][2]);
+      if constexpr (V::xors_three) {
+        c[g][0] = V::wide_xor(V::wide_high(q1), c[g][1], V::wide(noise.key0[round]));
+        c[g][2] = V::wide_xor(V::wide_high(q0), c[g][3], V::wide(noise.key1[round]));
+      } else {
+        // The upper half of a product meets this round's key, the lower the next one's: both at once, every
+        // other round.
+        W& keyed = round % 2 ? q0 : q1;
+        keyed = V::wide_xor(keyed, V::wide(noise.both[round]));
+        c[g][0] = V::wide_xor(V::wide_high(q1), c[g][1]);
+        c[g][2] = V::wide_xor(V::wide_high(q0), c[g][3]);
+      }
       c[g][1] = q1;
-      c[g][2] = V::wide_xor(V::wide_high(q0), c[g][3], k1);
       c[g][3] = q0;
     }
   }
@@ -91,12 +96,13 @@ inline __attribute__((always_inline)) void philox(const Noise& noise, const Star
 template <class V>
 inline __attribute__((always_inline)) void store_last(const Noise& noise, const typename V::W (&c)[4], uint32_t* out) {
   const auto q0 = V::wide_mul(V::wide(kMultiplier0), c[0]), q1 = V::wide_mul(V::wide(kMultiplier1), c[2]);
-  V::store_pairs(out, V::pair(q1, c[1], V::wide(noise.key0[9])), V::pair(q0, c[3], V::wide(noise.key1[9])));
+  const auto key0 = V::wide(V::xors_three ? noise.key0[9] : 0);  // or c[1] has it
+  V::store_pairs(out, V::pair(q1, c[1], key0), V::pair(q0, c[3], V::wide(noise.key1[9])));
 }
 
 // Vectors of Philox blocks that are worked on together: more of them hide the multiplications'
-// latency, fewer fit plain registers.
-constexpr int kGroups = Lanes::N > 1 ? 4 : 1;
+// latency, fewer fit the registers.
+constexpr int kGroups = Lanes::N > 8 ? 4 : Lanes::N > 1 ? 3 : 1;
 
 // Of blocks that follow each other `product` is kMultiplier0 times the numbers of the first vector, and then of
 // the vector after these groups.
