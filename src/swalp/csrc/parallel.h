@@ -13,7 +13,7 @@
 #include "scratch.h"
 
 // To write what another thread has read last takes several times as long as to write what another has
-// written last, above all where the two share no cache: benchmarks/README.md. So
+// written last, above all where the two share no cache: docs/performance.md. So
 // - a thread works on the same fraction of every tensor,
 // - memory that results use again is left as if written by who has read it (`leave_written`),
 // - what other threads read after one has written it goes past the caches, or is made by each.
