@@ -1001,12 +1001,16 @@ import sys, types
 sys.modules["swalp._kernels"] = types.ModuleType("swalp._kernels")
 import swalp, torch
 from swalp import extension
+from swalp.training import environment
 print(extension.missing)
+print(environment.remedy())
 print(swalp.quantize(torch.tensor([0.3, 1.0]), swalp.FixedPoint(4, 2)).tolist())
 """
     run = run_python(program)
     assert run.stdout.splitlines() == [
         "the compiled module is of other sources than these: it has to be built again",
+        "install swalp again as at first, with pip's --force-reinstall --no-cache-dir; "
+        "in a clone, `make install`",
         "[0.25, 1.0]",
     ]
     assert "swalp works without its C++ kernels" in run.stderr

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -95,6 +97,17 @@ def test_metrics_are_cut_back_to_a_checkpoint(run):
     run.truncate_metrics(size, sha256)
     run.append_metrics({"epoch": 7})
     assert run.metrics() == [{"epoch": 1, "loss": 1 / 3}, {"epoch": 7}]
+
+
+def test_a_disk_that_is_full_names_the_metrics(run, monkeypatch):
+    def no_space(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    run.append_metrics({"epoch": 1})
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space left") as caught:
+        run.metrics_so_far()
+    assert caught.value.filename == str(run.path / "metrics.jsonl")
 
 
 def test_metrics_that_were_changed_are_not_gone_on_with(run):

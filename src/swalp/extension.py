@@ -19,6 +19,7 @@ WATCHERS = (
 )
 
 missing = ""  # why there are no kernels
+stale = False  # they are those of other sources
 try:  # after torch, whose OpenMP runtime the kernels share
     import swalp._kernels as _kernels
 except ModuleNotFoundError:
@@ -28,7 +29,8 @@ except ImportError as error:
 else:  # an editable install takes new sources as they come, but is compiled when it is installed
     _stub = Path(__file__).with_name("_kernels.pyi")  # those who bundle programs may leave it out
     _made_of = getattr(_kernels, "STUB", "")
-    if _stub.is_file() and hashlib.sha256(_stub.read_bytes()).hexdigest() != _made_of:
+    stale = _stub.is_file() and hashlib.sha256(_stub.read_bytes()).hexdigest() != _made_of
+    if stale:
         missing = "the compiled module is of other sources than these: it has to be built again"
 available = not missing
 if available:

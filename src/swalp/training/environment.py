@@ -73,9 +73,10 @@ def remedy() -> str:
     """How to get the kernels; empty if they are there."""
     if plans.available:
         return ""
+    compiler = "" if extension.stale else "install g++ or clang++, then "
     return (
-        "install g++ or clang++, then swalp again as at first, with pip's --force-reinstall "
-        "--no-cache-dir; in a clone, `make install`"
+        f"{compiler}install swalp again as at first, with pip's --force-reinstall "
+        f"--no-cache-dir; in a clone, `make install`"
     )
 
 

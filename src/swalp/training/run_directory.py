@@ -122,7 +122,7 @@ class RunDirectory:
 
     def metrics_so_far(self) -> tuple[int, str]:
         """Bytes of all records so far, which are on the disk when this returns; their SHA-256."""
-        with self._metrics.open("rb+") as file:
+        with naming(self._metrics), self._metrics.open("rb+") as file:
             os.fsync(file.fileno())
             content = file.read()
         return len(content), hashlib.sha256(content).hexdigest()
@@ -144,7 +144,7 @@ class RunDirectory:
                 f"{self._metrics}: its first {size:,} bytes are not the records that the "
                 f"checkpoint counts; put them back, or start the run anew"
             )
-        with self._metrics.open("rb+") as file:
+        with naming(self._metrics), self._metrics.open("rb+") as file:
             file.truncate(size)
 
     def sessions(self) -> list[Record]:
