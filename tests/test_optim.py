@@ -747,6 +747,98 @@ def test_memory_that_is_replaced_between_steps(packed, kind, monkeypatch):
     assert same(*results)
 
 
+def _first(model, optimizer):
+    """A parameter, its state, and the key of its first moment there."""
+    parameter = next(model.parameters())
+    key = "momentum_buffer" if isinstance(optimizer, swalp.optim.SGD) else "exp_avg"
+    return parameter, optimizer.state[parameter], key
+
+
+def _reverse_order(model, optimizer):
+    group = optimizer.param_groups[0]
+    group["params"].reverse()
+    group["param_names"].reverse()
+
+
+def _another_moment(model, optimizer):
+    _, state, key = _first(model, optimizer)
+    state[key] = copy.deepcopy(state[key])
+    state[key].zero_()
+
+
+def _strided_gradient(model, optimizer):
+    parameter = model[2].weight
+    parameter.register_hook(lambda gradient: gradient.t().contiguous().t())
+
+
+# What may happen to an optimizer and its parameters between two steps.
+EVENTS = {
+    "nothing": lambda model, optimizer: None,
+    "a state is replaced": lambda m, o: o.state.update({_first(m, o)[0]: {}}),
+    "all states go": lambda m, o: o.state.clear(),
+    "states are another dict": lambda m, o: setattr(o, "state", type(o.state)(dict)),
+    "a moment is replaced": _another_moment,
+    "a step is set": lambda m, o: _first(m, o)[1].update(step=1_000),
+    "weights are replaced": lambda m, o: setattr(m[2].weight, "data", m[2].weight.data.clone()),
+    "weights are frozen": lambda m, o: m[2].weight.requires_grad_(False),
+    "a gradient is strided": _strided_gradient,
+    "another seed": lambda m, o: setattr(o, "seed", 99),
+    "another recipe": lambda m, o: setattr(
+        o, "recipe", dataclasses.replace(o.recipe, gradient=None)
+    ),
+    "another rate": lambda m, o: o.param_groups[0].update(lr=0.5),
+    "no momentum": lambda m, o: o.param_groups[0].update(momentum=0.0),
+    "other names": lambda m, o: o.param_groups[0]["param_names"].reverse(),
+    "another order": _reverse_order,
+    "a state is loaded": lambda m, o: o.load_state_dict(copy.deepcopy(o.state_dict())),
+}
+
+
+@pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_step_like_the_last_sees_what_changed(event, packed, kind, monkeypatch):
+    recipe = swalp.recipes.get("paper-small-block-8")
+    results = []
+    for compiled in (False, True):
+        with monkeypatch.context() as patch:
+            if not compiled:
+                patch.setattr(fused, "available", lambda: False)
+            model = swalp.convert(network(), recipe, packed=packed)
+            if packed:  # floats among them
+                model[2].bias = nn.Parameter(model[2].bias.dequantize())
+            settings = {"momentum": 0.9} if kind is swalp.optim.SGD else {}
+            optimizer = kind(model.named_parameters(), lr=0.1, recipe=recipe, seed=3, **settings)
+            train(model, optimizer, steps=2)
+            EVENTS[event](model, optimizer)
+            train(model, optimizer, steps=3)
+            states = [optimizer.state[parameter] for parameter in model.parameters()]
+            kept = [v for state in states for v in state.values() if isinstance(v, torch.Tensor)]
+            everything = [*model.parameters(), *kept]
+            results.append([torch.Tensor.detach(x).to(torch.float64) for x in everything])
+            results[-1].append(torch.tensor([state.get("step", 0) for state in states]))
+    assert same(*results)
+
+
+@pytest.mark.skipif(not fused.available(), reason="no compiled steps")
+@pytest.mark.parametrize("consumed", [False, True])
+@pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
+def test_a_step_like_the_last_asks_for_no_parameter_alone(kind, consumed, monkeypatch):
+    recipe = swalp.recipes.get("paper-small-block-8")
+    model = swalp.convert(network(), recipe, packed=True)
+    model[2].bias = nn.Parameter(model[2].bias.dequantize())
+    optimizer = kind(model.named_parameters(), lr=0.1, recipe=recipe)
+    if consumed:
+        optimizer.consume_gradients()
+    train(model, optimizer, steps=2)
+    before = [torch.Tensor.detach(x).to(torch.float64) for x in model.parameters()]
+    monkeypatch.setattr(kind, "_kernel", lambda *_: pytest.fail("it was asked for"))
+    train(model, optimizer, steps=2)
+    after = [torch.Tensor.detach(x).to(torch.float64) for x in model.parameters()]
+    assert not any(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert all(state["step"] == 4 for state in optimizer.state.values())
+
+
 def test_a_state_that_was_interrupted_begins_anew(monkeypatch):
     recipe = swalp.recipes.get("native-8")
     model = network()

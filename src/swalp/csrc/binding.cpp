@@ -185,6 +185,18 @@ void average_rounded(float weight, std::tuple<int64_t, int64_t> blocks, uintptr_
   if (swalp_average_rounded(weight, &a, threads) < 0) throw std::bad_alloc();
 }
 
+// A parameter of that shape in blocks, each of them its neighbours in memory.
+template <class Parameter> struct Shaped : Parameter {
+  std::vector<int64_t> shape;
+
+  Shaped(std::vector<int64_t> sizes, int64_t blocks, int64_t length) : Parameter{}, shape(std::move(sizes)) {
+    this->blocks = blocks;
+    this->length = length;
+  }
+};
+using SgdParameter = Shaped<swalp_sgd_parameter>;
+using AdamParameter = Shaped<swalp_adam_parameter>;
+
 // Where what is kept lies, each followed by its exponents, as far as there is any.
 using Places = std::vector<uintptr_t>;
 
@@ -192,14 +204,14 @@ template <class T> T* place_of(const Places& places, size_t i) {
   return at<T>(i < places.size() ? places[i] : 0);
 }
 
-void place_sgd(swalp_sgd_parameter& p, const Places& places) {
+void place_sgd(SgdParameter& p, const Places& places) {
   p.weight = place_of<void>(places, 0);
   p.weight_exponents = place_of<int8_t>(places, 1);
   p.momentum = place_of<void>(places, 2);
   p.momentum_exponents = place_of<int8_t>(places, 3);
 }
 
-void place_adam(swalp_adam_parameter& p, const Places& places) {
+void place_adam(AdamParameter& p, const Places& places) {
   p.weight = place_of<void>(places, 0);
   p.weight_exponents = place_of<int8_t>(places, 1);
   p.moment = place_of<void>(places, 2);
@@ -207,16 +219,38 @@ void place_adam(swalp_adam_parameter& p, const Places& places) {
   p.root = place_of<void>(places, 4);  // no exponents
 }
 
-// The next step is of this gradient; false: it is not plain, or has not as many elements.
+// The next step is of this gradient; false: it is not plain, or of another shape.
 template <class Parameter>
 bool bind(Parameter& p, const Torch& torch, uint32_t step, nb::handle gradient) {
-  const Memory memory = torch.in_order(gradient);
-  if (memory.count != p.blocks * p.length) return false;
+  const Memory memory = torch.in_order(gradient, p.shape);
+  if (!memory.data) return false;
   p.gradient = memory.data;
   p.reused = Regions::any_holds(p.gradient);
   p.gradient_role.rounding.step = p.weight_role.rounding.step = step;
-  if constexpr (std::is_same_v<Parameter, swalp_sgd_parameter>) p.momentum_role.rounding.step = step;
+  if constexpr (std::is_same_v<Parameter, SgdParameter>) p.momentum_role.rounding.step = step;
   else p.moment_role.rounding.step = p.root_role.rounding.step = step;
+  return true;
+}
+
+// The same of many parameters that lay like that when they took a step, each with what its state, a dict, has at
+// `keys`; false: of one of them something is another.
+template <class Parameter>
+bool bind_again(const Torch& torch, const std::vector<Parameter*>& kernels, const std::vector<const Layouts*>& layouts,
+                nb::list parameters, nb::list gradients, nb::list states, nb::tuple keys) {
+  const nb::str step("step");
+  std::vector<nb::object> kept;
+  for (size_t i = 0; i < kernels.size(); ++i) {
+    const nb::handle state = states[i];
+    if (!PyDict_CheckExact(state.ptr())) return false;
+    kept.assign(1, nb::borrow(parameters[i]));
+    for (nb::handle key : keys) kept.push_back(Torch::at_key(state, key));
+    const nb::object taken = Torch::at_key(state, step);
+    uint32_t steps;
+    if (std::any_of(kept.begin(), kept.end(), [](const nb::object& each) { return !each.is_valid(); }) ||
+        !nb::try_cast(taken, steps) || !layouts[i]->hold(torch, kept) ||
+        !bind(*kernels[i], torch, steps, gradients[i]))
+      return false;
+  }
   return true;
 }
 
@@ -224,7 +258,7 @@ bool bind(Parameter& p, const Torch& torch, uint32_t step, nb::handle gradient) 
 // all weights were finite.
 template <class Hyper, class Parameter>
 std::tuple<bool, bool> optimize(int (*step)(const Hyper*, const Parameter*, int64_t, int),
-                                const Hyper& hyper, const std::vector<Parameter*>& parameters,
+                                const Hyper& hyper, const std::vector<Shaped<Parameter>*>& parameters,
                                 int threads) {
   std::vector<Parameter> all;
   for (const Parameter* p : parameters) all.push_back(*p);
@@ -296,27 +330,19 @@ void convolution_weight_gradient(const swalp_convolution& c, uintptr_t x, uintpt
 NB_MODULE(_kernels, m) {
   nb::set_leak_warnings(false);  // optimizers that live to the interpreter's end are no leak
   m.attr("STUB") = SWALP_STUB;
-  nb::class_<swalp_sgd_parameter>(m, "SgdParameter")
-      .def("__init__", [](swalp_sgd_parameter* p, int64_t blocks, int64_t length) {
-        *p = swalp_sgd_parameter{};
-        p->blocks = blocks;
-        p->length = length;
-      })
-      .def("set_role", [](swalp_sgd_parameter& p, const std::string& role, const swalp_format& f,
-                          int32_t rule, int32_t bits, uint64_t seed, bool halved, uintptr_t table) {
+  nb::class_<SgdParameter>(m, "SgdParameter")
+      .def(nb::init<std::vector<int64_t>, int64_t, int64_t>())
+      .def("set_role", [](SgdParameter& p, const std::string& role, const swalp_format& f, int32_t rule,
+                          int32_t bits, uint64_t seed, bool halved, uintptr_t table) {
         set(role == "gradient" ? p.gradient_role : role == "momentum" ? p.momentum_role : p.weight_role,
             f, rule, bits, seed, halved, table);
       })
       .def("place", &place_sgd)
-      .def("bind", &bind<swalp_sgd_parameter>);
-  nb::class_<swalp_adam_parameter>(m, "AdamParameter", nb::dynamic_attr())
-      .def("__init__", [](swalp_adam_parameter* p, int64_t blocks, int64_t length) {
-        *p = swalp_adam_parameter{};
-        p->blocks = blocks;
-        p->length = length;
-      })
-      .def("set_role", [](swalp_adam_parameter& p, const std::string& role, const swalp_format& f,
-                          int32_t rule, int32_t bits, uint64_t seed, bool halved, uintptr_t table) {
+      .def("bind", &bind<SgdParameter>);
+  nb::class_<AdamParameter>(m, "AdamParameter")
+      .def(nb::init<std::vector<int64_t>, int64_t, int64_t>())
+      .def("set_role", [](AdamParameter& p, const std::string& role, const swalp_format& f, int32_t rule,
+                          int32_t bits, uint64_t seed, bool halved, uintptr_t table) {
         set(role == "gradient"        ? p.gradient_role
             : role == "momentum"      ? p.moment_role
             : role == "second_moment" ? p.root_role
@@ -324,13 +350,15 @@ NB_MODULE(_kernels, m) {
             f, rule, bits, seed, halved, table);
       })
       .def("place", &place_adam)
-      .def("bind", &bind<swalp_adam_parameter>);
-  m.def("sgd", [](const std::vector<swalp_sgd_parameter*>& parameters, float lr, float momentum,
+      .def("bind", &bind<AdamParameter>);
+  m.def("bind_again", &bind_again<SgdParameter>);
+  m.def("bind_again", &bind_again<AdamParameter>);
+  m.def("sgd", [](const std::vector<SgdParameter*>& parameters, float lr, float momentum,
                   float weight_decay, bool nesterov, bool packed, bool has_gradient, int threads) {
     const swalp_sgd hyper = {lr, momentum, weight_decay, nesterov, packed, has_gradient, momentum != 0};
     return optimize(&swalp_sgd_step, hyper, parameters, threads);
   });
-  m.def("adam", [](const std::vector<swalp_adam_parameter*>& parameters, float rate, float share1,
+  m.def("adam", [](const std::vector<AdamParameter*>& parameters, float rate, float share1,
                    float beta2, float share2, float correction2, float eps, float weight_decay,
                    bool decoupled, bool packed, bool has_gradient, int threads) {
     const swalp_adam hyper = {rate, share1, beta2, share2, correction2, eps, weight_decay,

@@ -47,6 +47,13 @@ class Torch {
   // Of a tensor or parameter that is just its memory.
   Memory in_order(nb::handle x) const { return just_memory(x) ? memory(x) : Memory{}; }
 
+  // The same, if it has that shape.
+  Memory in_order(nb::handle x, const std::vector<int64_t>& shape) const {
+    Look at;
+    if (!just_memory(x) || !look(x, at) || !at.float32_in_order() || at.shape() != shape) return {};
+    return {static_cast<float*>(at.data()), at.count()};
+  }
+
   // Where the memory of such tensors lies; None: one is not. There may be empty ones.
   nb::object addresses(nb::sequence tensors) const {
     nb::list found;
@@ -157,12 +164,13 @@ class Torch {
 
   bool of_one_shape(nb::handle x, nb::handle y) const { return x.attr(shape_).equal(y.attr(shape_)); }
 
-  // What a dict has at the shape of a tensor, held, as other threads may clear the dict; null: nothing.
-  nb::object at_shape(nb::handle all, nb::handle x) const {
-    PyObject* const found = PyDict_GetItemWithError(all.ptr(), nb::object(x.attr(shape_)).ptr());
+  // What a dict has at a key, held, as other threads may clear the dict; null: nothing.
+  static nb::object at_key(nb::handle all, nb::handle key) {
+    PyObject* const found = PyDict_GetItemWithError(all.ptr(), key.ptr());
     if (!found && PyErr_Occurred()) throw nb::python_error();
     return nb::borrow(found);
   }
+  nb::object at_shape(nb::handle all, nb::handle x) const { return at_key(all, nb::object(x.attr(shape_))); }
 
   // Whether tensors made here become PyTorch's in C: by `taken`.
   bool takes() const { return exchange_ && exchange_->to_object; }
@@ -236,10 +244,10 @@ class Layouts {
   }
 
   // Whether these are the same, where they were.
-  bool hold(const Torch& torch, nb::list tensors) const {
+  bool hold(const Torch& torch, const std::vector<nb::object>& tensors) const {
     size_t which = 0, at = 0;
     bool same = tensors.size() == tensors_.size();
-    for (nb::handle each : tensors) {
+    for (const nb::object& each : tensors) {
       if (!same) return false;
       const Known& known = tensors_[which++];
       same = each.ptr() == known.tensor && Py_TYPE(each.ptr()) == known.type;

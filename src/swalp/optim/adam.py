@@ -221,25 +221,26 @@ class Adam(LowPrecisionOptimizer):
             kept += empty
             prepared = self._prepared("AdamParameter", roles, recipe, name, gradient, state, kept)
             assert prepared is not None
-        prepared.kernel.step = state.setdefault("step", 0) + 1
+        state.setdefault("step", 0)
         return prepared
 
-    def _run(
-        self, kernels: list[Any], packed: bool, has_gradient: bool, group: dict[str, Any]
-    ) -> fused.Outcome:
+    def _kept_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return "exp_avg", _ROOT
+
+    def _run(self, batch: fused.Batch, group: dict[str, Any]) -> fused.Outcome:
         lost, finite = False, True
+        steps = [state["step"] + 1 for state in batch.states]
         # The bias corrections depend on the step, and parameters may be at different ones.
-        for step in sorted({kernel.step for kernel in kernels}):
+        for step in sorted(set(steps)):
             outcome = fused.adam(
-                [kernel for kernel in kernels if kernel.step == step],
+                [kernel for kernel, own in zip(batch.kernels, steps, strict=True) if own == step],
                 step,
                 group["lr"],
                 group["betas"],
                 group["eps"],
                 group["weight_decay"],
                 group["decoupled"],
-                packed,
-                has_gradient,
+                *batch.kind,
             )
             lost, finite = lost or outcome.lost, finite and outcome.finite
         return fused.Outcome(lost, finite)

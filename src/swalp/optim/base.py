@@ -60,6 +60,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         self.seed = seed
         # Derived; never saved.
         self._kernels: dict[int, fused.Prepared] = {}  # by the id of the parameter they hold
+        # Those of the last step, with what they were made for, by the id of their first parameter.
+        self._batches: dict[int, tuple[tuple[Any, ...], list[fused.Batch]]] = {}
         self._recipes: dict[str, Recipe | None] = {}
         self._check_values(defaults)
         super().__init__(params, defaults)
@@ -173,6 +175,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         # PyTorch puts it there for its own steps; no group of ours has it.
         self.defaults.pop("differentiable", None)
         self._kernels = {}
+        self._batches = {}
         self._recipes = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -198,7 +201,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         for group, parameters in self._groups():
-            ready = [(name, p, p.grad) for name, p in parameters if p.grad is not None]
+            ready = [(name, p, g) for name, p in parameters if (g := p.grad) is not None]
             self._update_group(ready, group)
         return loss
 
@@ -243,30 +246,56 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             torch.compiler.disable(self._update_group)(parameters, group)  # type: ignore[no-untyped-call]  # PyTorch has no type
             return
         self._check_values(group)  # as someone may have set them
-        ready: dict[tuple[bool, bool], list[fused.Prepared]] = {}
+        if not parameters:
+            return
+        for batch in self._last_batches(parameters, group) or self._batch(parameters, group):
+            outcome = self._run(batch, group)
+            batch.took_step(outcome.finite)
+            if outcome.lost:
+                raise ValueError(
+                    f"{type(self).__name__}: a parameter or its state became NaN, for which its "
+                    f"format has no code; lower the learning rate, or go back to a checkpoint"
+                )
+
+    def _last_batches(
+        self, parameters: list[tuple[str, Tensor, Tensor]], group: dict[str, Any]
+    ) -> list[fused.Batch]:
+        """The compiled calls of the last step, ready for the next; none if they cannot take it."""
+        made_for, batches = self._batches.get(id(parameters[0][1]), ((), []))
+        names, tensors, gradients = zip(*parameters, strict=True)
+        keys = self._kept_keys(group)
+        if made_for != (names, self.recipe, keys, self.seed):
+            return []
+        states = [self.state[each] for each in tensors]
+        begin = all(batch.begins(tensors, gradients, states, keys) for batch in batches)
+        return batches if begin else []
+
+    def _batch(
+        self, parameters: list[tuple[str, Tensor, Tensor]], group: dict[str, Any]
+    ) -> list[fused.Batch]:
+        """Compiled calls for all that they can step; the others are updated here."""
+        ready: dict[tuple[bool, bool], dict[int, fused.Prepared]] = {}
         others = []
-        for name, parameter, gradient in parameters:
+        for place, (name, parameter, gradient) in enumerate(parameters):
             prepared = self._kernel(name, parameter, gradient, group)
             if prepared is None:
                 others.append((name, parameter, gradient))
             else:
-                ready.setdefault(prepared.kind, []).append(prepared)
+                ready.setdefault(prepared.kind, {})[place] = prepared
         for each in others:  # all, before any is updated
             self._check_update(*each)
         if others:
             with torch.no_grad():
                 for each in others:
                     self._update(*each, group)
-        for (packed, rounds), all_prepared in ready.items():
-            outcome = self._run([one.kernel for one in all_prepared], packed, rounds, group)
-            for one in all_prepared:
-                one.state["step"] += 1
-            fused.announce(all_prepared, outcome.finite)
-            if outcome.lost:
-                raise ValueError(
-                    f"{type(self).__name__}: a parameter or its state became NaN, for which its "
-                    f"format has no code; lower the learning rate, or go back to a checkpoint"
-                )
+        batches = [fused.Batch([*each.values()], [*each]) for each in ready.values()]
+        first = id(parameters[0][1])
+        self._batches.pop(first, None)
+        if not others:
+            names = tuple(name for name, _, _ in parameters)
+            made_for = names, self.recipe, self._kept_keys(group), self.seed
+            self._batches[first] = made_for, batches
+        return batches
 
     def _check_update(self, name: str, parameter: Tensor, gradient: Tensor) -> None:
         """Raise ValueError unless the pure step function can update the parameter."""
@@ -304,12 +333,12 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         """The compiled step's view of one parameter, its state ready; None if it cannot do it."""
 
     @abstractmethod
-    def _run(
-        self, kernels: list[Any], packed: bool, has_gradient: bool, group: dict[str, Any]
-    ) -> fused.Outcome:
-        """Step parameters, all packed or none, all with a gradient role or none, by the compiled
-        step.
-        """
+    def _kept_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """What the compiled step keeps in the state of a parameter, besides the step."""
+
+    @abstractmethod
+    def _run(self, batch: fused.Batch, group: dict[str, Any]) -> fused.Outcome:
+        """Step the parameters of a batch by the compiled step."""
 
     def _groups(self) -> Iterator[tuple[dict[str, Any], list[tuple[str, Tensor]]]]:
         """Every group with its parameters, each with its name or its place."""
@@ -334,10 +363,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         Made once, and again when the memory or the recipe is another. `kept`: the parameter, and
         what there is already of its `state`, in the order of the `roles` after "gradient".
         """
-        if gradient.shape != kept[0].shape:
-            return None
         prepared = self._kernels.get(id(kept[0]))
-        if prepared is None or not prepared.serves(recipe, roles, kept, self.seed):
+        if prepared is None or not prepared.serves(recipe, roles, kept, name, self.seed):
             blocks = fused.takes(recipe, roles, kept)
             if blocks is None:
                 self._kernels.pop(id(kept[0]), None)

@@ -83,6 +83,7 @@ class Prepared:
         parameter: which it is.
         state: its state in the optimizer, of now.
         kernel: of that kind, with its roles.
+        layouts: how the parameter and its state lie in memory.
         kind: whether the parameter is packed, and whether gradients are rounded.
         written: the tensors whose memory a step writes to, each once.
         noted: the parameter, if it is packed and has a code for NaN.
@@ -104,7 +105,7 @@ class Prepared:
         self.noted: PackedTensor | None = None
         if isinstance(parameter, PackedTensor) and holds_nan(parameter.format):
             self.noted = parameter
-        self._for = recipe, roles, seed
+        self._for = recipe, roles, name, seed
         memories = [
             (resident(x), x.exponents if isinstance(x, PackedTensor) else None) for x in kept
         ]
@@ -112,8 +113,8 @@ class Prepared:
         # Of a packed tensor autograd keeps the whole, others look at its codes.
         written = (*kept, *(memory for memory, _ in memories))
         self.written = list({id(x): x for x in written}.values())
-        self._layouts = _kernels.Layouts(TORCH, PackedTensor, kept)
-        self.kernel: Any = getattr(_kernels, kind)(*blocks)
+        self.layouts = _kernels.Layouts(TORCH, PackedTensor, kept)
+        self.kernel: Any = getattr(_kernels, kind)(parameter.shape, *blocks)
         for role in roles:
             quantizer = getattr(recipe, role)
             if quantizer is None:
@@ -129,12 +130,14 @@ class Prepared:
             )  # fmt: skip
         self.kernel.place([0 if x is None else x.data_ptr() for both in memories for x in both])
 
-    def serves(self, recipe: Recipe, roles: tuple[str, ...], kept: list[Tensor], seed: int) -> bool:
+    def serves(
+        self, recipe: Recipe, roles: tuple[str, ...], kept: list[Tensor], name: str, seed: int
+    ) -> bool:
         """Whether it was made for these tensors, and they still have the memory of then."""
         made = self._for
-        if made[0] is not recipe or made[1] != roles or made[2] != seed:
+        if made[0] is not recipe or made[1:] != (roles, name, seed):
             return False
-        return self._layouts.hold(TORCH, kept)
+        return self.layouts.hold(TORCH, kept)
 
     def begins(self, state: dict[str, Any], gradient: Tensor) -> bool:
         """Whether it can take the next step, which is of this state and gradient."""
@@ -143,16 +146,65 @@ class Prepared:
         return begins
 
 
-def announce(steps: Sequence[Prepared], finite: bool) -> None:
-    """Tell PyTorch of the memory that was written to, as operations of its own do.
+class Batch:
+    """Parameters that one compiled call steps, and can step again while they are as they were.
 
-    `finite`: of their `Outcome`.
+    Args:
+        prepared: of each parameter; all of one kind.
+        places: theirs among the parameters that the optimizer steps.
+
+    Attributes:
+        kind: of `prepared`.
+        kernels: of each parameter.
+        states: likewise.
     """
-    increment_version([tensor for step in steps for tensor in step.written])
-    if finite:
-        for step in steps:
-            if step.noted is not None:
-                step.noted.note_no_nan()
+
+    def __init__(self, prepared: Sequence[Prepared], places: Sequence[int]) -> None:
+        self.kind = prepared[0].kind
+        self.kernels = [one.kernel for one in prepared]
+        self.states = [one.state for one in prepared]
+        self._places = places
+        self._layouts = [one.layouts for one in prepared]
+        self._written = [tensor for one in prepared for tensor in one.written]
+        self._noted = [one.noted for one in prepared if one.noted is not None]
+
+    def begins(
+        self,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        states: Sequence[dict[str, Any]],
+        keys: tuple[str, ...],
+    ) -> bool:
+        """Whether it can take the next step: its parameters still have the memory of then.
+
+        Args:
+            parameters: all that the optimizer steps.
+            gradients: of each.
+            states: likewise.
+            keys: what is kept of a parameter's state.
+        """
+        self.states = [states[place] for place in self._places]
+        return _kernels.bind_again(
+            TORCH,
+            self.kernels,
+            self._layouts,
+            [parameters[place] for place in self._places],
+            [gradients[place] for place in self._places],
+            self.states,
+            keys,
+        )
+
+    def took_step(self, finite: bool) -> None:
+        """Count the step, and tell PyTorch of the memory that was written to, as its own do.
+
+        `finite`: of its `Outcome`.
+        """
+        for state in self.states:
+            state["step"] += 1
+        increment_version(self._written)
+        if finite:
+            for parameter in self._noted:
+                parameter.note_no_nan()
 
 
 def empty_state(recipe: Recipe, role: str, parameter: Tensor) -> Tensor:

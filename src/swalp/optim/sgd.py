@@ -182,15 +182,15 @@ class SGD(LowPrecisionOptimizer):
         state.setdefault("step", 0)
         return prepared
 
-    def _run(
-        self, kernels: list[Any], packed: bool, has_gradient: bool, group: dict[str, Any]
-    ) -> fused.Outcome:
+    def _kept_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _run(self, batch: fused.Batch, group: dict[str, Any]) -> fused.Outcome:
         return fused.sgd(
-            kernels,
+            batch.kernels,
             group["lr"],
             group["momentum"],
             group["weight_decay"],
             group["nesterov"],
-            packed,
-            has_gradient,
+            *batch.kind,
         )
