@@ -136,6 +136,16 @@ def test_multi_head_attention_of_one_sequence_and_of_itself(training):
                 torch.testing.assert_close(given, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["native-8", "paper-small-block-8"])
+def test_multi_head_attention_of_an_empty_batch(name):
+    model = swalp.convert(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), name)
+    x = torch.randn(0, 5, 16, requires_grad=True)
+    y = model(x, src_key_padding_mask=torch.zeros(0, 5, dtype=torch.bool))
+    y.sum().backward()
+    assert y.shape == x.grad.shape == (0, 5, 16)
+    assert all((p.grad == 0).all() for p in model.parameters())
+
+
 def test_multi_head_attention_quantizes_what_is_shared_once():
     """Self-attention written out: the input of the three projections has one rounding."""
     torch.manual_seed(0)

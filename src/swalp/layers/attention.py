@@ -175,7 +175,7 @@ def multi_head_attention(
         )
     padding = _additive(key_padding_mask, q.dtype)
     if padding is not None:
-        padding = padding.view(batch, 1, 1, -1)
+        padding = padding.view(batch, 1, 1, padding.size(-1))
         mask = padding if mask is None else mask + padding
     if bias_k is not None and bias_v is not None:
         k, v = (
@@ -185,7 +185,7 @@ def multi_head_attention(
         mask = None if mask is None else F.pad(mask, (0, 1))
 
     def heads(x: Tensor) -> Tensor:
-        return x.reshape(x.size(0), batch, num_heads, -1).permute(1, 2, 0, 3)
+        return x.reshape(x.size(0), batch, num_heads, x.size(2) // num_heads).permute(1, 2, 0, 3)
 
     def static(x: Tensor) -> Tensor:
         return x.reshape(batch, num_heads, *x.shape[1:])
