@@ -19,6 +19,7 @@ from swalp import (
 )
 from swalp.noise import stream_seed
 from swalp.optim import fused
+from swalp.quantize import plans
 from swalp.recipes import Override, Quantizer, Recipe
 
 SETTINGS = [
@@ -880,6 +881,22 @@ def test_what_is_packed_may_become_plain(which):
         assert not isinstance(old, PackedTensor)
     train(model, optimizer)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.skipif(not fused.available(), reason="no compiled steps")
+def test_tables_of_values_live_as_long_as_a_step_reads_them(monkeypatch):
+    monkeypatch.setattr(plans, "_CACHED", 4)
+    recipe = swalp.recipes.get("fp8")
+    fmt = recipe.weight.format
+    model = swalp.convert(network(), recipe, packed=True)
+    optimizer = swalp.optim.SGD(model, lr=0.1, momentum=0.9, recipe=recipe)
+    train(model, optimizer, steps=2)
+    table = weakref.ref(plans.plan_of(fmt).value_table())
+    for bits in range(2, 16):
+        swalp.quantize(torch.ones(3), FixedPoint(bits, 1))
+    assert plans.plan_of(fmt).table is not table()  # it is forgotten there
+    assert table() is not None
+    train(model, optimizer, steps=2)
 
 
 @pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])

@@ -115,6 +115,7 @@ class Prepared:
         self.written = list({id(x): x for x in written}.values())
         self.layouts = _kernels.Layouts(TORCH, PackedTensor, kept)
         self.kernel: Any = getattr(_kernels, kind)(parameter.shape, *blocks)
+        self._plans = []  # as their tables lie in memory that the kernel reads
         for role in roles:
             quantizer = getattr(recipe, role)
             if quantizer is None:
@@ -123,6 +124,7 @@ class Prepared:
             if isinstance(rounding, Stochastic):
                 rounding = rounding.seeded(seed).stream(role, name)
             plan = plans.plan_of(fit(quantizer.format, parameter.shape))
+            self._plans.append(plan)
             packed = self.kind[0]
             self.kernel.set_role(
                 role, plan.kernel, *plans.rule_arguments(rounding)[:3], packed and joined(plan.fmt),
@@ -163,6 +165,7 @@ class Batch:
         self.kind = prepared[0].kind
         self.kernels = [one.kernel for one in prepared]
         self.states = [one.state for one in prepared]
+        self._held = prepared  # and what these hold, as layouts know tensors by their addresses
         self._places = places
         self._layouts = [one.layouts for one in prepared]
         self._written = [tensor for one in prepared for tensor in one.written]
