@@ -219,11 +219,13 @@ void place_adam(AdamParameter& p, const Places& places) {
   p.root = place_of<void>(places, 4);  // no exponents
 }
 
-// The next step is of this gradient; false: it is not plain, or of another shape.
+// The next step is of this gradient; false: it is not plain, or of another shape, or the step is no number for
+// noise.
 template <class Parameter>
-bool bind(Parameter& p, const Torch& torch, uint32_t step, nb::handle gradient) {
+bool bind(Parameter& p, const Torch& torch, nb::handle steps, nb::handle gradient) {
   const Memory memory = torch.in_order(gradient, p.shape);
-  if (!memory.data) return false;
+  uint32_t step;
+  if (!memory.data || !nb::try_cast(steps, step)) return false;
   p.gradient = memory.data;
   p.reused = Regions::any_holds(p.gradient);
   p.gradient_role.rounding.step = p.weight_role.rounding.step = step;
@@ -244,12 +246,11 @@ bool bind_again(const Torch& torch, const std::vector<Parameter*>& kernels, cons
     if (!PyDict_CheckExact(state.ptr())) return false;
     kept.assign(1, nb::borrow(parameters[i]));
     for (nb::handle key : keys) kept.push_back(Torch::at_key(state, key));
-    const nb::object taken = Torch::at_key(state, step);
-    uint32_t steps;
-    if (std::any_of(kept.begin(), kept.end(), [](const nb::object& each) { return !each.is_valid(); }) ||
-        !nb::try_cast(taken, steps) || !layouts[i]->hold(torch, kept) ||
-        !bind(*kernels[i], torch, steps, gradients[i]))
-      return false;
+    kept.push_back(Torch::at_key(state, step));
+    if (!std::all_of(kept.begin(), kept.end(), [](const nb::object& each) { return each.is_valid(); })) return false;
+    const nb::object steps = std::move(kept.back());
+    kept.pop_back();
+    if (!layouts[i]->hold(torch, kept) || !bind(*kernels[i], torch, steps, gradients[i])) return false;
   }
   return true;
 }
