@@ -14,6 +14,7 @@ from rich.console import Console
 
 from benchmarks import (
     environment,
+    goals,
     memory,
     native,
     native_conv,
@@ -51,7 +52,6 @@ BENCHMARKS: dict[str, Callable[[Plan], list[Row]]] = {
     "native-convolutions": native_conv.layers,
     "import": startup.import_time,
 }
-OFFICIAL = environment.ROOT / "benchmarks" / "results"
 TRIAL = environment.ROOT / "runs" / "benchmarks"
 
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = _parser()
     options = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
-    folder = options.out or (TRIAL if options.quick else OFFICIAL)
+    folder = options.out or (TRIAL if options.quick else goals.RESULTS)
     path = folder / "rows.jsonl"
     if not options.report:
         try:  # before the minutes of measuring
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     if options.report:
-        report.write(rows, folder)
+        _write(rows, folder)
         console.print(report.screen_table(rows))
         return
     measured: list[Row] = []
@@ -87,11 +87,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         console.print("interrupted; what was measured before is kept")
         status = 130
-    report.write(rows, folder)
+    _write(rows, folder)
     console.print(report.screen_table(measured))
     console.print(f"{len(measured)} rows, a table and plots in {folder}")
     if status:
         sys.exit(status)
+
+
+def _write(rows: Sequence[Row], folder: Path) -> None:
+    """What is made of a folder's rows."""
+    report.write(rows, folder)
+    if folder.resolve() in goals.MACHINES.values():
+        page = goals.page(goals.MACHINES, list(BENCHMARKS))
+        goals.PAGE.write_text(page, encoding="utf-8")
 
 
 def _measure(names: Sequence[str], quick: bool, console: Console) -> Iterator[list[Row]]:

@@ -57,8 +57,7 @@ def markdown(rows: Sequence[Row], pictures: Iterable[str] = ()) -> str:
         parts.append(_setting(group))
         parts.append("| " + " | ".join(_HEADINGS) + " |")
         parts.append("|" + "---|" * len(_HEADINGS))
-        parts += ["| " + " | ".join(cell.replace("|", "\\|") for cell in _cells(row)) + " |"
-                  for row in group]  # fmt: skip
+        parts += ["| " + " | ".join(map(cell, _cells(row))) + " |" for row in group]
         parts.append("")
     parts += [f"![{name}]({name})\n" for name in pictures]
     return "\n".join(parts)
@@ -150,15 +149,25 @@ def _cells(row: Row) -> tuple[str, ...]:
     goal = "" if row.goal is None else str(row.goal)
     if row.value is None:
         return (row.what, row.subject, f"missing: {row.missing}", "", goal, "-" if goal else "")
-    result = f"{_number(row.value.median)}{_WORDS[row.measure]}{row.peer}"
-    quartiles = f"{_number(row.value.low)} - {_number(row.value.high)}" if row.rounds > 1 else ""
+    result = f"{number(row.value.median)}{_WORDS[row.measure]}{row.peer}"
+    quartiles = f"{number(row.value.low)} - {number(row.value.high)}" if row.rounds > 1 else ""
     met = "" if row.goal is None else "yes" if row.goal.met(row.value.median) else "no"
     return (row.what, row.subject, result, quartiles, goal, met)
 
 
-def _number(value: float) -> str:
+def words(row: Row) -> str:
+    """What a figure of `row` says, without the figure."""
+    return f"{_WORDS[row.measure]}{row.peer}".strip()
+
+
+def number(value: float) -> str:
     """Three significant digits, in plain notation."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def cell(text: str) -> str:
+    """`text` in a table of Markdown."""
+    return text.replace("|", "\\|")
 
 
 def _per_element(seconds: Spread, row: Row) -> Spread:

@@ -12,8 +12,8 @@ from torch import nn
 
 import benchmarks.__main__
 import swalp
-from benchmarks import environment, memory, optimizer, peers, process, report, training
-from benchmarks.__main__ import main
+from benchmarks import environment, goals, memory, optimizer, peers, process, report, training
+from benchmarks.__main__ import BENCHMARKS, main
 from benchmarks.harness import Contender, MissingError, Spread, contender, interleave, ratios
 from benchmarks.records import Row, at_least, at_most, compared, load, merged, save, timed
 
@@ -202,6 +202,35 @@ def test_curves_are_drawn_not_listed():
     assert list(line.get_ydata()) == pytest.approx([0.5, 0.5])  # 2 ns an element
     assert report.screen_table(rows).row_count == 0
     assert report.throughput_plot([]) is None
+
+
+def test_machines_are_set_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setattr(goals, "PAGE", tmp_path / "goals.md")
+    folders = {"quick": tmp_path / "a", "slow": tmp_path / "b"}
+    step = Row(benchmark="optimizer", what="a|b", peer="SGD", measure="speedup", goal=at_least(4))
+    call = Row(benchmark="calls", what="call", measure="us", goal=at_most(2.5))
+    rows = {
+        "quick": [replace(call, value=Spread.of([2.5])), replace(step, value=Spread.of([9.49]))],
+        "slow": [replace(step, value=Spread.of([3.999])), replace(call, missing="no clock"),
+                 replace(step, what="no goal", goal=None, value=Spread.of([1.0]))],
+    }  # fmt: skip
+    for name, folder in folders.items():
+        save(rows[name], folder / "rows.jsonl")
+    page = goals.page(folders, ["optimizer", "calls"])
+    assert page.splitlines()[4:] == [
+        "| work | whose | measured in | goal | [quick](a/README.md) | [slow](b/README.md) |",
+        "|---|---|---|---|---|---|",
+        "| a\\|b | swalp | x faster than SGD | ≥ 4 | 9.49 | (4) |",
+        "| call | swalp | µs | ≤ 2.5 | 2.5 |  |",
+    ]
+
+
+def test_pages_are_those_of_their_rows():
+    for folder in (*goals.MACHINES.values(), goals.RESULTS / "zen5"):
+        pictures = [name for name in ("throughput.png", "peers.png") if (folder / name).exists()]
+        rows = load(folder / "rows.jsonl")
+        assert (folder / "README.md").read_text() == report.markdown(rows, pictures)
+    assert goals.PAGE.read_text() == goals.page(goals.MACHINES, list(BENCHMARKS))
 
 
 @pytest.mark.parametrize("per_row", [False, True])
