@@ -262,6 +262,32 @@ def test_names_that_are_not_the_models_are_refused():
     swalp.optim.SGD(model[0].named_parameters(prefix="0"), 0.1, recipe=some)
 
 
+def test_another_recipe_holds_from_the_next_step_on():
+    base = swalp.recipes.get("paper-small-block-8")
+    first, second = (
+        dataclasses.replace(base, overrides=(Override(layers="0", weight=weight),))
+        for weight in (None, Quantizer(BlockFloat(4, axes=(0,)), Stochastic()))
+    )
+
+    def step(model, optimizer):
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 0.3)
+        optimizer.step()
+
+    model, alike = network(), network()
+    optimizer = swalp.optim.SGD(model, 0.1, recipe=first)
+    step(model, optimizer)
+    alike.load_state_dict(model.state_dict())
+    other = swalp.optim.SGD(alike, 0.1, recipe=second)
+    other.load_state_dict(optimizer.state_dict())
+    optimizer.recipe = second
+    step(model, optimizer)
+    step(alike, other)
+    for one, two in zip(model.parameters(), alike.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert optimizer.recipe_of("0.weight").weight == second.overrides[0].weight
+
+
 @pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_overrides_per_parameter(kind, compiled, monkeypatch):

@@ -62,7 +62,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         self._kernels: dict[int, fused.Prepared] = {}  # by the id of the parameter they hold
         # Those of the last step, with what they were made for, by the id of their first parameter.
         self._batches: dict[int, tuple[tuple[Any, ...], list[fused.Batch]]] = {}
-        self._recipes: dict[str, Recipe | None] = {}
+        self._resolved: tuple[Recipe | None, dict[str, Recipe | None]] = (None, {})  # by name
         self._check_values(defaults)
         super().__init__(params, defaults)
         if not whole:
@@ -127,10 +127,13 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         """The recipe that holds for the parameter of that name; None: float."""
         if self.recipe is None or not self.recipe.overrides:
             return self.recipe
-        if name not in self._recipes:
+        if self._resolved[0] is not self.recipe:  # someone may have set another
+            self._resolved = self.recipe, {}
+        resolved = self._resolved[1]
+        if name not in resolved:
             layer, _, parameter = name.rpartition(".")
-            self._recipes[name] = self.recipe.at(layer, parameter=parameter)
-        return self._recipes[name]
+            resolved[name] = self.recipe.at(layer, parameter=parameter)
+        return resolved[name]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in PyTorch: by the place of parameters, which keep the names that they have here.
@@ -176,7 +179,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         self.defaults.pop("differentiable", None)
         self._kernels = {}
         self._batches = {}
-        self._recipes = {}
+        self._resolved = (None, {})
 
     def __getstate__(self) -> dict[str, Any]:
         # PyTorch's keeps these three; what makes the steps reproducible must come along.
