@@ -49,9 +49,10 @@ def markdown(rows: Sequence[Row], pictures: Iterable[str] = ()) -> str:
     parts = [
         "# Measured\n",
         "Computed from `rows.jsonl` by `python -m benchmarks --report`; measured by "
-        "`python -m benchmarks`. Contenders take turns in one process, the order reversed every "
-        "round; a ratio is taken within each round, and its median and quartiles over the rounds "
-        "are shown. Absolute times depend on the machine's load; trust the ratios.\n",
+        "`python -m benchmarks`. Contenders take turns in one process, those of `native-*` in one "
+        "each, the order reversed every round; a ratio is taken within each round, and its median "
+        "and quartiles over the rounds are shown. Absolute times depend on the machine's load; "
+        "trust the ratios.\n",
     ]
     for group in _by_environment(_listed(rows)):
         parts.append(_setting(group))
