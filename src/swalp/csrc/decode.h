@@ -45,17 +45,22 @@ struct Integers {
 // Reads bit patterns: by arithmetic up to the largest finite value of most formats, else in a table.
 template <class Code> struct Patterns {
   const swalp_format& f;
-  const float* table;
-  bool computes;
-  I largest;  // code that is computed
-  int to_sign;
+  const float* const table;
+  // What `element` needs lies here, as what it stores could overwrite the format, as far as a compiler knows.
+  const bool computes, has_more, is_signed;
+  const int to_place, to_sign;  // shifts of the code
+  const I size_bits, largest, lowest, first_normal;  // `largest`: code that is computed
+  const F gap;
 
-  Patterns(const swalp_format& format, const float* values) : f(format), table(values) {
-    computes = f.kind == SWALP_MINIFLOAT && f.has_zero && !f.fnuz && f.min_normal >= -126 &&
-               f.lowest_gap >= -126 && f.lowest_gap == f.min_normal - f.mantissa_bits;
-    largest = Lanes::set(f.largest_code);
-    to_sign = f.is_signed ? __builtin_clz(static_cast<uint32_t>(f.sign_code)) : 0;
-  }
+  Patterns(const swalp_format& format, const float* values)
+      : f(format), table(values),
+        computes(f.kind == SWALP_MINIFLOAT && f.has_zero && !f.fnuz && f.min_normal >= -126 &&
+                 f.lowest_gap >= -126 && f.lowest_gap == f.min_normal - f.mantissa_bits),
+        has_more(f.largest_code < sizes()), is_signed(f.is_signed), to_place(23 - f.mantissa_bits),
+        to_sign(is_signed ? __builtin_clz(static_cast<uint32_t>(f.sign_code)) : 0),
+        size_bits(Lanes::set(sizes())), largest(Lanes::set(f.largest_code)),
+        lowest(Lanes::set((f.min_normal + 126) << 23)), first_normal(Lanes::set(1 << f.mantissa_bits)),
+        gap(power_of_two(Lanes::set(f.lowest_gap))) {}
 
   Powers scale(I shared) const { return Powers(shared); }
   inline __attribute__((always_inline)) F value(I code, const Powers& scale) const {
@@ -64,21 +69,20 @@ template <class Code> struct Patterns {
   }
 
  private:
+  int32_t sizes() const { return f.is_signed ? f.sign_code - 1 : sizeof(Code) == 1 ? 0xff : 0xffff; }
+
   inline __attribute__((always_inline)) F element(I code) const {
-    if (!computes) return look_up(code);
-    constexpr int32_t all = sizeof(Code) == 1 ? 0xff : 0xffff;
-    const I size = Lanes::and_(code, Lanes::set(f.is_signed ? f.sign_code - 1 : all));
-    if (__builtin_expect(Lanes::any(Lanes::less(largest, size)), false)) return look_up(code);
-    const I bits = Lanes::add(Lanes::left_by(size, 23 - f.mantissa_bits), Lanes::set((f.min_normal + 126) << 23));
-    const F small = Lanes::mul(Lanes::convert(size), power_of_two(Lanes::set(f.lowest_gap)));
-    const M subnormal = Lanes::less(size, Lanes::set(1 << f.mantissa_bits));
-    const F v = Lanes::select(subnormal, small, Lanes::floats(bits));
-    if (!f.is_signed) return v;
+    if (!computes) return look_up(code, table);
+    const I size = Lanes::and_(code, size_bits);
+    if (has_more && __builtin_expect(Lanes::any(Lanes::less(largest, size)), false)) return look_up(code, table);
+    const F normal = Lanes::floats(Lanes::add(Lanes::left_by(size, to_place), lowest));
+    const F v = Lanes::select(Lanes::less(size, first_normal), Lanes::mul(Lanes::convert(size), gap), normal);
+    if (!is_signed) return v;
     const I sign = Lanes::and_(Lanes::left_by(code, to_sign), Lanes::set(INT32_MIN));
     return Lanes::floats(Lanes::or_(Lanes::bits(v), sign));
   }
 
-  F look_up(I code) const {
+  static F look_up(I code, const float* table) {
     int32_t codes[Lanes::N];
     float values[Lanes::N];
     Lanes::store(codes, code);
