@@ -78,11 +78,13 @@ class Raised {
   bool finite_ = true, several_ = true;
 };
 
-Largest largest(const float* x, int64_t n) {
+inline __attribute__((always_inline)) Largest largest_here(const float* x, int64_t n) {
   const uint32_t most = largest_by(twice_bits, x, n);
   if (most < kStrange) return {most + kZero, true};
   return {largest_by(order, x, n), false};
 }
+
+Largest largest(const float* x, int64_t n) { return largest_here(x, n); }
 
 // most[i] = the larger of most[i] and element i.
 void largest_each(const float* x, int64_t n, uint32_t* most) {

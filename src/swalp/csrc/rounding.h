@@ -40,10 +40,11 @@ F power_of_two(I exponent) {
 }
 
 // The code of NaN where x is one, which is one more `seen`.
-I or_nan(const swalp_format& f, M nan, I code, M& seen) {
+I or_nan(I nan_code, M nan, I code, M& seen) {
   seen = Lanes::either(seen, nan);
-  return Lanes::select(nan, Lanes::set(f.nan_code), code);
+  return Lanes::select(nan, nan_code, code);
 }
+I or_nan(const swalp_format& f, M nan, I code, M& seen) { return or_nan(Lanes::set(f.nan_code), nan, code, seen); }
 
 // The rounding rule, ready to use.
 struct Rule {
@@ -359,10 +360,16 @@ template <int way> struct Usual {
 
   const swalp_format& f;
   const Rule rule;
+  // Of the format, which what is stored could overwrite, as far as a compiler knows.
+  const bool is_signed;
+  const int to_code;  // shift of a field
+  const I nan_code, sign_code, hidden;  // `hidden`: bits that take a field to that of its gap
   I lowest, inverse;  // bits of 2**e for the smallest normal value, and of scale * 2**e for all
   F high;
 
-  Usual(const swalp_format& format, const Rule& r, I shared) : f(format), rule(r) {
+  Usual(const swalp_format& format, const Rule& r, I shared)
+      : f(format), rule(r), is_signed(f.is_signed), to_code(23 - f.mantissa_bits), nan_code(Lanes::set(f.nan_code)),
+        sign_code(Lanes::set(f.sign_code)), hidden(Lanes::set(f.mantissa_bits << 23)) {
     const I up = Lanes::left<23>(shared);
     lowest = Lanes::add(Lanes::set((f.min_normal + 127) << 23), up);
     high = Lanes::floats(Lanes::add(Lanes::bits(Lanes::set(f.largest)), up));
@@ -394,9 +401,8 @@ template <int way> struct Usual {
 
   inline __attribute__((always_inline)) F value(F x, const Random& random) const {
     const Rounded r = round(x, random);
-    const I gap = Lanes::sub(r.field, Lanes::set(f.mantissa_bits << 23));
-    F v = Lanes::mul(Lanes::convert(r.steps), Lanes::floats(gap));
-    if (f.is_signed) v = Lanes::floats(Lanes::or_(Lanes::bits(v), Lanes::and_(Lanes::bits(x), Lanes::set(INT32_MIN))));
+    F v = Lanes::mul(Lanes::convert(r.steps), Lanes::floats(Lanes::sub(r.field, hidden)));
+    if (is_signed) v = Lanes::floats(Lanes::or_(Lanes::bits(v), Lanes::and_(Lanes::bits(x), Lanes::set(INT32_MIN))));
     else v = Lanes::select(Lanes::less(x, Lanes::set(0.0f)), Lanes::floats(Lanes::set(0x7fc00000)), v);
     return Lanes::keep_nan(x, v);
   }
@@ -404,12 +410,11 @@ template <int way> struct Usual {
   inline __attribute__((always_inline)) I code(F x, const Random& random, M& seen) const {
     const Rounded r = round(x, random);
     // Codes count the values: an exponent more is 2**mantissa_bits more.
-    const I field = Lanes::right_unsigned_by(Lanes::sub(r.field, lowest), 23 - f.mantissa_bits);
-    I code = Lanes::add(field, r.steps);
+    I code = Lanes::add(Lanes::right_unsigned_by(Lanes::sub(r.field, lowest), to_code), r.steps);
     M nan = Lanes::is_nan(x);
-    if (f.is_signed) code = Lanes::or_(code, Lanes::select(Lanes::sign(x), Lanes::set(f.sign_code), Lanes::set(0)));
+    if (is_signed) code = Lanes::or_(code, Lanes::select(Lanes::sign(x), sign_code, Lanes::set(0)));
     else nan = Lanes::either(nan, Lanes::less(x, Lanes::set(0.0f)));
-    return or_nan(f, nan, code, seen);
+    return or_nan(nan_code, nan, code, seen);
   }
 };
 

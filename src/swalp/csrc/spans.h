@@ -87,15 +87,16 @@ using Rows = bool (*)(const swalp_format&, const Rule&, const float* x, void* ou
 using Columns = bool (*)(const swalp_format&, const Rule&, const float* x, void* out, int64_t n,
                          const Words& words, const int32_t* shared);
 
+constexpr int64_t kUsual = 32;  // elements of a block of microscaling: their loops are unrolled
+
 // The same of `count` rows of `length` elements that follow each other: `make` gives the op of a row.
 template <class Out, class Make>
 inline __attribute__((always_inline)) bool each_row(const float* x, Out* out, int64_t count, int64_t length,
                                                     const Words& words, const Make& make) {
-  constexpr int64_t usual = 2 * Lanes::N;  // of microscaling, with AVX-512
   bool lost = false;
-  if (length == usual)
+  if (length == kUsual)
     for (int64_t row = 0; row < count; ++row)
-      lost |= each(make(row), x + row * usual, out + row * usual, usual, words.from(row * usual));
+      lost |= each(make(row), x + row * kUsual, out + row * kUsual, kUsual, words.from(row * kUsual));
   else
     for (int64_t row = 0; row < count; ++row)
       lost |= each(make(row), x + row * length, out + row * length, length, words.from(row * length));
@@ -229,10 +230,14 @@ bool rows(const swalp_format& f, const Rule& rule, const float* x, void* out, in
     return columns<Family, Out>(f, rule, x, out, count * length, words, own);
   }
   Scale scales[kChunk / kShort];
-  for (int64_t row = 0; row < count; ++row) {
-    scales[row] = scale_of(f, largest(x + row * length, length));
-    if (shared) shared[row] = scales[row].exponent;
-  }
+  const auto find = [&](int64_t n) __attribute__((always_inline)) {
+    for (int64_t row = 0; row < count; ++row) {
+      scales[row] = scale_of(f, largest_here(x + row * n, n));
+      if (shared) shared[row] = scales[row].exponent;
+    }
+  };
+  if (length == kUsual) find(kUsual);
+  else find(length);
   return Family::run(f, rule, x, static_cast<Out*>(out), count, length, words, scales);
 }
 
