@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 import swalp
 from swalp.training import config, data, loop, models, run_directory, study
 from swalp.training.mistakes import UserError
-from swalp_command import cli
+from swalp_command import cli, runs
 from tiny_runs import finished, settings, train
 
 ROOT = Path(__file__).parent.parent
@@ -100,7 +101,9 @@ def test_evaluate_says_what_differs(run_swalp, tmp_path):
     status, _, err = run_swalp("evaluate", run.path)
     assert status == 1
     assert re.fullmatch(
-        rf"swalp: differs from {run.path}: float SGD, last iterate: \[1.5\] became \[\d.*\]\n", err
+        rf"swalp: differs from {run.path}: float SGD, last iterate, seed 1 of 1: 1.5 % became "
+        rf"\d[\d.]* %\n",
+        err,
     )
 
 
@@ -611,3 +614,50 @@ def test_a_style_that_matplotlib_cannot_have_here_is_left_out(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_goes_on_knows_where_the_data_lay(tmp_path, run_swalp, monkeypatch):
+    """As the default is elsewhere."""
+    monkeypatch.setattr(runs.study, "train", stopped := Stopping())
+    monkeypatch.setattr(runs, "asked_to_end", lambda: nullcontext([signal.SIGINT]))
+    run = tmp_path / "a run"
+    status, _, err = run_swalp("train", "--data-dir", tmp_path, "--out", run)
+    command = f"swalp resume '{run}' --data-dir {tmp_path}"
+    assert (status, err) == (130, f"stopped; go on with: {command}\n")
+    assert stopped.go_on == command
+
+
+class Stopping:
+    """A run that stops before its first step."""
+
+    go_on = ""
+
+    def __call__(self, *_, go_on, **__):
+        self.go_on = go_on
+        raise study.Stopped
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_a_data_dir_that_is_none(tmp_path, run_swalp, made):
+    path = tmp_path / "x"
+    if made:
+        path.write_text("")
+    status, _, err = run_swalp("train", "mnist", "--data-dir", path)
+    is_what = "is no folder" if made else "does not exist"
+    said = f"--data-dir {path}: it {is_what}; name the folder with the data files"
+    assert (status, err) == (2, f"swalp: {said}\n")
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [("model=vgg16", "VGG16 halves"), ('arms=["r.toml"]', "matches no layer")],
+)
+def test_a_run_that_cannot_begin_leaves_nothing(tmp_path, run_swalp, monkeypatch, setting, said):
+    monkeypatch.chdir(tmp_path)
+    override = '[[overrides]]\nlayers = "nowhere"\nactivation = "float"\n'
+    Path("r.toml").write_text(f'base = "paper-small-block-8"\n{override}')
+    status, _, err = run_swalp("train", "digits", "--set", setting, "--out", "run")
+    assert status == 2
+    assert said in err
+    assert err.count("\n") == 1
+    assert not Path("run").exists()

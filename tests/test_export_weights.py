@@ -227,3 +227,15 @@ def test_codes_of_four_bits_share_a_byte_also_where_there_is_one(tmp_path):
     with safetensors.safe_open(path, framework="pt") as file:
         described = json.loads(file.metadata()["swalp"])["parameters"]
     assert [each["codes_per_byte"] for each in described.values()] == [2, 2]
+
+
+def test_mistakes_are_named(tmp_path):
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=r"save_quantized: fmt must be a format such as .*'bfp8'"):
+        swalp.save_quantized(model, tmp_path / "x", "bfp8")
+    with pytest.raises(FileNotFoundError) as caught:
+        swalp.save_quantized(model, tmp_path / "no" / "x", swalp.BlockFloat(8))
+    assert caught.value.filename == str(tmp_path / "no" / "x")
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "plain")
+    with pytest.raises(ValueError, match="save_quantized did not write it"):
+        swalp.load_quantized(tmp_path / "plain")

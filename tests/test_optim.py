@@ -1159,3 +1159,15 @@ def test_a_refused_step_does_not_count(kind):
         assert {state["step"] for state in optimizer.state.values()} == {1}
         results.append([model.weight.detach().clone(), model.bias.detach().clone()])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
+def test_weights_stay_on_the_grid_that_the_model_was_converted_for(kind):
+    model = swalp.convert(network(), "paper-small-block-8")
+    for recipe, does in ((None, "does not round it"), ("paper-small-block-4", "rounds it to bfp4")):
+        with pytest.raises(ValueError, match=f"keep '0.weight' in bfp8.*{does}.*if that is meant"):
+            kind(model, lr=0.1, recipe=recipe)
+        kind(model.named_parameters(), lr=0.1, recipe=recipe)
+    kind(model, lr=0.1, recipe="paper-small-block-8")
+    kind(swalp.convert(network(), "paper-small-block-8", packed=True), lr=0.1)
+    kind(swalp.convert(network(), Recipe(name="mine", error=Quantizer(BlockFloat(8)))), lr=0.1)

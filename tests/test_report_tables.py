@@ -87,7 +87,7 @@ def test_differing():
     rows = [dict(row) for row in EXAMPLE["rows"]]
     rows[2]["test_error"] = [2.5, 3.5, 4.0]
     assert tables.differing(EXAMPLE, {"rows": rows}) == [
-        "float SWA: [2.5, 3.5, 4.5] became [2.5, 3.5, 4.0]"
+        "float SWA, seed 3 of 3: 4.5 % became 4.0 %"
     ]
 
 

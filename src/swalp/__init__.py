@@ -41,3 +41,11 @@ __all__ = [
     "summary",
     "to_float",
 ]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from importlib.metadata import version  # of the installed package, looked up when asked for
+
+        return version("swalp")
+    raise AttributeError(f"module 'swalp' has no attribute {name!r}")

@@ -96,6 +96,16 @@ def _end_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _full_output() -> str:
+    """Whether what was printed last finds no room: it is still in a buffer then."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        return "standard output: "
+    return ""
+
+
 def run(words: list[str]) -> int:
     """The exit status of ``swalp`` with those words."""
     try:
@@ -106,7 +116,7 @@ def run(words: list[str]) -> int:
     except (SystemExit, BrokenPipeError):  # Typer makes the first of the second
         return _UNREAD
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{error.filename}: " if error.filename else _full_output()
         return _fail(f"{where}{error.strerror or error}")
     except (KeyboardInterrupt, typer.Abort) as stop:
         return interrupted(stop)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 from typing import Any
 
 from swalp.report import tables
@@ -32,11 +32,12 @@ def begin(
     settings = config.load(source, changes)
     examples = data.load(settings.data, data_dir, download=download)
     study.check(settings, examples)
+    study.check_networks(settings, examples)
     if tensorboard is not None:
         tensorboard.mkdir(parents=True, exist_ok=True)  # or fail before anything is made
     name = f"{Path(source).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = run_directory.create(out or Path("runs") / name, settings)
-    return _train(directory, settings, examples, tensorboard)
+    return _train(directory, settings, examples, data_dir, tensorboard)
 
 
 def go_on(path: Path, data_dir: Path | None, download: bool, tensorboard: Path | None) -> int:
@@ -47,12 +48,19 @@ def go_on(path: Path, data_dir: Path | None, download: bool, tensorboard: Path |
     settings = directory.config()
     directory.require_settings(settings)
     examples = data.load(settings.data, data_dir, download=download)
-    return _train(directory, settings, examples, tensorboard)
+    return _train(directory, settings, examples, data_dir, tensorboard)
 
 
 def _train(
-    directory: RunDirectory, settings: RunConfig, examples: data.Dataset, tensorboard: Path | None
+    directory: RunDirectory,
+    settings: RunConfig,
+    examples: data.Dataset,
+    data_dir: Path | None,
+    tensorboard: Path | None,
 ) -> int:
+    # No run remembers where its data lay: it may be read elsewhere.
+    words = ["swalp", "resume", str(directory.path)]
+    go_on = join(words if data_dir is None else [*words, "--data-dir", str(data_dir)])
     with directory.locked(), Display() as display, asked_to_end() as asked:
         if directory.finished:
             raise UserError(
@@ -62,10 +70,15 @@ def _train(
         try:
             with _watching(display, directory, settings, tensorboard) as watch:
                 summary = study.train(
-                    directory, examples, watch=watch, say=display.say, stop=lambda: bool(asked)
+                    directory,
+                    examples,
+                    watch=watch,
+                    say=display.say,
+                    stop=lambda: bool(asked),
+                    go_on=go_on,
                 )
         except study.Stopped:
-            display.say(f"stopped; go on with: swalp resume {quote(str(directory.path))}")
+            display.say(f"stopped; go on with: {go_on}")
             return 128 + asked[0]
         try:
             directory.save_curves(_picture(directory.metrics(), settings))

@@ -91,6 +91,11 @@ def save_quantized(model: nn.Module, path: str | Path, fmt: Format) -> None:
     Raises:
         ValueError: `fmt` has more than 16 bits, or a parameter is complex.
     """
+    if not isinstance(fmt, Format):
+        raise TypeError(
+            f"save_quantized: fmt must be a format such as swalp.BlockFloat(8, axes=(0,)), not "
+            f"{fmt!r}; swalp.parse_format reads short strings"
+        )
     write_file(Path(path).resolve(), to_bytes(model, fmt))  # whole, or what was there stays
 
 
@@ -110,7 +115,10 @@ def load_quantized(path: str | Path, *, packed: bool = False) -> dict[str, Tenso
     try:
         tensors = safetensors.torch.load(content)
         with safetensors.safe_open(path, framework="pt") as file:
-            described = json.loads(file.metadata()[_KEY])
+            metadata = file.metadata() or {}
+        if _KEY not in metadata:
+            raise ValueError("save_quantized did not write it, as its metadata do not describe it")
+        described = json.loads(metadata[_KEY])
         if described["version"] != VERSION:
             raise ValueError(f"version {described['version']} of the format; this reads {VERSION}")
         texts = {

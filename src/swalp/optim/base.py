@@ -15,7 +15,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils.hooks import RemovableHandle
 
 from swalp._validation import require_int
-from swalp.convert import layer_names
+from swalp.convert import Conversion, layer_names
 from swalp.optim import fused
 from swalp.packed import PackedTensor, pack
 from swalp.quantize import quantize
@@ -55,6 +55,7 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
         if isinstance(params, nn.Module):
             if recipe is not None:
                 recipe = recipe.resolve(layer_names(params))
+            _require_its_grids(type(self).__name__, params, recipe)
             params = params.named_parameters()
         self.recipe = recipe
         self.seed = seed
@@ -396,3 +397,23 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             return pack(tensor, fmt, rounding) if kept else quantize(tensor, fmt, rounding)
 
         return quantized
+
+
+def _require_its_grids(kind: str, model: nn.Module, recipe: Recipe | None) -> None:
+    """Raise ValueError if float weights of a converted model would leave the grids they are on."""
+    converted = getattr(model, "_swalp", None)
+    if not isinstance(converted, Conversion):
+        return
+    for name, parameter in model.named_parameters():
+        layer, _, own = name.rpartition(".")
+        kept = converted.recipe.at(layer, parameter=own).weight
+        if kept is None or isinstance(parameter, PackedTensor):  # its codes have no other values
+            continue
+        given = None if recipe is None else recipe.at(layer, parameter=own).weight
+        if given is None or given.format != kept.format:
+            does = "does not round it" if given is None else f"rounds it to {given.format}"
+            raise ValueError(
+                f"{kind}: the model was converted to keep {name!r} in {kept.format}, but the "
+                f"optimizer {does}; give it the recipe {converted.recipe.name!r}, or, if that is "
+                f"meant, model.named_parameters()"
+            )

@@ -32,8 +32,8 @@ if available:
             _kernels.use(os.environ["SWALP_ISA"])
         except ValueError as error:
             raise ValueError(
-                f"SWALP_ISA={os.environ['SWALP_ISA']}: {error}; it may be amx, avx512, avx2 or "
-                f"scalar, as the machine has them: unset it for the fastest"
+                f"SWALP_ISA={os.environ['SWALP_ISA']}: {error}; of amx, avx512, avx2 and scalar, "
+                f"choose one that it has, or unset it for the fastest"
             ) from None
 
 RULES: dict[type, int] = {

@@ -89,7 +89,7 @@ def _roles(run: Run) -> dict[str, dict[str, list[str]]]:
 def _note(fmt: Format) -> str:
     if isinstance(fmt, BlockFloat):
         clamp = "symmetric" if fmt.symmetric else "two's complement"
-        return f"a block shares a {fmt.exponent_bits}-bit exponent; {clamp}"
+        return f"a block shares an exponent of {fmt.exponent_bits} bits; {clamp}"
     return note(fmt)
 
 

@@ -139,9 +139,10 @@ def difference(values: Sequence[float]) -> str:
 def differing(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """One line for each row whose errors are not the same in both summaries."""
     return [
-        f"{label(old)}: {old['test_error']} became {new['test_error']}"
+        f"{label(old)}, seed {number + 1} of {len(old['test_error'])}: {was} % became {now} %"
         for old, new in zip(before["rows"], after["rows"], strict=True)
-        if old["test_error"] != new["test_error"]
+        for number, (was, now) in enumerate(zip(old["test_error"], new["test_error"], strict=True))
+        if was != now
     ]
 
 

@@ -45,8 +45,8 @@ models/ARM/seed-N/
     sgd.safetensors      the iterate where averaging starts
     last.safetensors     the last iterate
     average.safetensors  the average (SWA, or SWALP): float32, batch-norm statistics recomputed
-    average-….safetensors  the further averages that config.toml asks for, likewise
-    best.safetensors     the average of the epoch with the lowest error on held-out examples
+    average-….safetensors  likewise, if config.toml asks for further averages
+    best.safetensors     if examples are held out: the average of the epoch with the lowest error
 sessions.jsonl   one line when a process began to work here, with versions and machine, and one when
                  it ended (none if it was killed), with seconds and outcome
 checkpoints/     the last states, from which `swalp resume` goes on: each a directory of tensors,

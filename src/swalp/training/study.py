@@ -71,6 +71,12 @@ def check(config: RunConfig, data: Dataset) -> None:
     _require_iterates(config, loop.steps_per_epoch(config, data))
 
 
+def check_networks(config: RunConfig, data: Dataset) -> None:
+    """Raise UserError unless each arm can begin: the data fits the model, the recipe its layers."""
+    for arm in config.arms:
+        loop.begin(config, hold_out(data, config.validation_examples), arm, config.first_seed)
+
+
 def train(
     run: RunDirectory,
     data: Dataset,
@@ -78,6 +84,7 @@ def train(
     watch: Callable[[Progress], None],
     say: Callable[[str], None],
     stop: Callable[[], bool],
+    go_on: str = "",
 ) -> Record:
     """Go on with a run from its newest checkpoint, or begin it, and train to the end.
 
@@ -87,6 +94,7 @@ def train(
         watch: called after each step.
         say: called with a line that the user should see.
         stop: asked after each step; if true, the state is saved.
+        go_on: the command that goes on with the run; default: where its data are at hand.
 
     Returns:
         The summary, which the caller passes to `RunDirectory.finish`.
@@ -122,7 +130,7 @@ def train(
     except OSError as error:
         raise UserError(
             f"{error.filename or run.path}: {error.strerror or error}; {_last_checkpoint(run)}. "
-            f"Mend that and go on with: swalp resume {quote(str(run.path))}"
+            f"Mend that and go on with: {go_on or f'swalp resume {quote(str(run.path))}'}"
         ) from None
     finally:
         seconds = round(time.monotonic() - started, 1)

@@ -14,6 +14,8 @@ from typing import BinaryIO
 
 from swalp.training.mistakes import UserError
 
+_ANEW = "delete it, and fetch it anew, such as with --download"
+
 
 @dataclass(frozen=True, slots=True)
 class PublishedFile:
@@ -63,7 +65,7 @@ def contents(path: Path, limit: int) -> bytes:
             content = file.read(limit + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError) as error:
         kind = "gzip" if path.suffix == ".gz" else "xz"
-        raise UserError(f"{path}: truncated or no {kind} file: {error}; fetch it anew") from None
+        raise UserError(f"{path}: truncated or no {kind} file: {error}; {_ANEW}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from None
     if len(content) > limit:
@@ -107,7 +109,7 @@ def members(path: Path, names: Sequence[str], limit: int) -> dict[str, bytes]:
                 if len(found) == len(names):
                     return found
     except (EOFError, tarfile.TarError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: truncated or no .tar.gz: {error}; fetch it anew") from None
+        raise UserError(f"{path}: truncated or no .tar.gz: {error}; {_ANEW}") from None
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path}: cannot read: {reason}") from None
