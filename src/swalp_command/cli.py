@@ -97,7 +97,7 @@ def _end_output() -> None:
 
 
 def _full_output() -> str:
-    """Whether what was printed last finds no room: it is still in a buffer then."""
+    """The place of an error that names none: the output, if what is in its buffer finds no room."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -87,7 +87,7 @@ using Rows = bool (*)(const swalp_format&, const Rule&, const float* x, void* ou
 using Columns = bool (*)(const swalp_format&, const Rule&, const float* x, void* out, int64_t n,
                          const Words& words, const int32_t* shared);
 
-constexpr int64_t kUsual = 32;  // elements of a block of microscaling: their loops are unrolled
+constexpr int64_t kUsual = 32;  // elements of a block of microscaling, whose loops are unrolled
 
 // The same of `count` rows of `length` elements that follow each other: `make` gives the op of a row.
 template <class Out, class Make>

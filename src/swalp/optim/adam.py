@@ -105,8 +105,8 @@ class Adam(LowPrecisionOptimizer):
 
     Raises:
         TypeError: a hyperparameter that is no number, or `decoupled` no bool.
-        ValueError: a hyperparameter out of range, or a recipe with an accumulator, which Adam has
-            no use for.
+        ValueError: a hyperparameter out of range, a recipe with an accumulator, which Adam has no
+            use for, or a converted model whose float weights would leave their grids.
     """
 
     kept_always = ("step", "exp_avg")  # and the second moment: see `_second`

@@ -94,7 +94,8 @@ class SGD(LowPrecisionOptimizer):
 
     Raises:
         TypeError: a hyperparameter that is no number, or `nesterov` no bool.
-        ValueError: a hyperparameter out of range.
+        ValueError: a hyperparameter out of range, or a converted model whose float weights would
+            leave their grids.
     """
 
     def __init__(
