@@ -1170,4 +1170,7 @@ def test_weights_stay_on_the_grid_that_the_model_was_converted_for(kind):
         kind(model.named_parameters(), lr=0.1, recipe=recipe)
     kind(model, lr=0.1, recipe="paper-small-block-8")
     kind(swalp.convert(network(), "paper-small-block-8", packed=True), lr=0.1)
-    kind(swalp.convert(network(), Recipe(name="mine", error=Quantizer(BlockFloat(8)))), lr=0.1)
+    kind(
+        swalp.convert(network(), Recipe(name="mine", error=Quantizer(BlockFloat(8), Nearest()))),
+        lr=0.1,
+    )

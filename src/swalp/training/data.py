@@ -54,13 +54,13 @@ def load(name: str, data_dir: Path | None = None, *, download: bool = False) -> 
     """
     if name == "digits":
         return grey.load_digits()
+    if name == "imagenet":
+        return imagenet.load(data_dir, fetch=download)
     if data_dir is not None and not data_dir.is_dir() and (data_dir.exists() or not download):
         is_what = "is no folder" if data_dir.exists() else "does not exist"
         raise UserError(f"--data-dir {data_dir}: it {is_what}; name the folder with the data files")
     if name in grey.PUBLISHED:
         return grey.load(name, data_dir, fetch=download)
-    if name == "imagenet":
-        return imagenet.load(data_dir, fetch=download)
     return cifar.load(name, data_dir, fetch=download)
 
 
