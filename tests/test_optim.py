@@ -1174,3 +1174,51 @@ def test_weights_stay_on_the_grid_that_the_model_was_converted_for(kind):
         swalp.convert(network(), Recipe(name="mine", error=Quantizer(BlockFloat(8), Nearest()))),
         lr=0.1,
     )
+
+
+@pytest.mark.parametrize("shared", [slice(200, 400), slice(0, 600)])
+def test_parameters_that_share_memory_step_one_after_another(shared):
+    """Threads at both at a time would read what the other has just written."""
+    recipe = swalp.recipes.get("paper-small-block-8")
+
+    def trained(threads):
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        base = quantize(torch.randn(600, 600), recipe.weight.format)
+        whole = nn.Parameter(base)
+        part = nn.Parameter(torch.zeros(base[shared].shape))
+        part.data = base[shared]
+        alone = nn.Parameter(torch.ones(600, 600))
+        names = [("whole", whole), ("part", part), ("alone", alone)]
+        optimizer = swalp.optim.SGD(names, lr=0.1, momentum=0.9, recipe=recipe)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(3):
+            for _, each in names:
+                each.grad = torch.randn(each.shape, generator=generator)
+            optimizer.step()
+        return base, alone
+
+    before = torch.get_num_threads()
+    try:
+        expected, *others = [trained(threads) for threads in (1, 2, 2, 2)]
+    finally:
+        torch.set_num_threads(before)
+    for found in others:
+        for one, two in zip(expected, found, strict=True):
+            assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
+def test_groups_that_say_what_is_not_done(kind):
+    one = nn.Parameter(torch.zeros(2))
+    for name in ("maximize", "amsgrad", "dampening", "differentiable", "recipe", "seed"):
+        with pytest.raises(ValueError, match=f"a group has {name}=1, which no group here has"):
+            kind([{"params": [one], name: 1}], lr=0.1)
+        kind([{"params": [one], name: 0}], lr=0.1)
+    with (
+        pytest.warns(UserWarning, match="duplicate parameters"),
+        pytest.raises(ValueError, match="a parameter is given twice; give each once"),
+    ):
+        kind([one, one], lr=0.1)
+    with pytest.raises(ValueError, match=r"lr=1e\+39 must be 0 or more, and finite in float32"):
+        kind([one], lr=1e39)

@@ -1,8 +1,8 @@
 """One line for a caller's mistake: what was given, what is allowed, how to mend it."""
 
-import math
 from numbers import Real
 
+import torch
 from torch import Tensor, nn
 
 
@@ -22,11 +22,11 @@ def require_int(owner: str, name: str, value: object, low: int, high: int, why: 
 
 
 def require_not_negative(owner: str, **values: object) -> None:
-    """Raise unless each value is a finite number of at least 0; a tensor without axes will do.
+    """Raise unless each value is at least 0 and finite in float32; a tensor without axes will do.
 
     Raises:
         TypeError: one is no number (a bool is none here).
-        ValueError: one is below 0, infinite or NaN.
+        ValueError: one is below 0, too large, infinite or NaN.
     """
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, Real | Tensor):
@@ -36,8 +36,8 @@ def require_not_negative(owner: str, **values: object) -> None:
                 f"{owner}: {name} must be a number, or a tensor without axes, not one of shape "
                 f"{tuple(value.shape)}"
             )
-        if not 0 <= float(value) < math.inf:  # NaN is not
-            raise ValueError(f"{owner}: {name}={value} must be 0 or more, and finite")
+        if not 0 <= float(value) <= torch.finfo(torch.float32).max:  # NaN is not
+            raise ValueError(f"{owner}: {name}={value} must be 0 or more, and finite in float32")
 
 
 def require_model(owner: str, model: object) -> None:

@@ -24,6 +24,9 @@ from swalp.rounding import Stochastic
 
 # quantized(role, tensor): the tensor rounded for that role; the tensor itself if the role is off.
 Quantize = Callable[[str, Tensor], Tensor]
+# Of PyTorch's optimizers, or of a whole one of these: a group with it would train otherwise than it
+# says.
+_NOT_IN_GROUPS = {"amsgrad", "dampening", "differentiable", "maximize", "recipe", "seed"}
 
 
 class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
@@ -74,16 +77,29 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
 
         Raises:
             TypeError: a hyperparameter of the group is of a wrong kind.
-            ValueError: one is out of range; there is a recipe, and two parameters have one name; or
+            ValueError: one is out of range, or one of PyTorch's that this optimizer has not; a
+                parameter is given twice; there is a recipe, and two parameters have one name; or
                 it has overrides, and the parameters come without names.
         """
         super().add_param_group(param_group)
         try:
             self._check_values(self.param_groups[-1])
+            self._check_group(self.param_groups[-1])
             self._check_names(self.param_groups[-1].get("param_names"))
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        kind = type(self).__name__
+        for name in _NOT_IN_GROUPS - self.defaults.keys():
+            if group.get(name):
+                raise ValueError(
+                    f"{kind}: a group has {name}={group[name]!r}, which no group here has; leave "
+                    f"it out, or use torch.optim or an optimizer of its own"
+                )
+        if len({id(each) for each in group["params"]}) < len(group["params"]):
+            raise ValueError(f"{kind}: a parameter is given twice; give each once")
 
     def _check_names(self, names: Sequence[str] | None) -> None:
         if self.recipe is None:
@@ -214,9 +230,10 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
 
         From then on `backward()` trains: gradients never all exist at once, and `step()` has
         nothing left to do, but for parameters that do not require a gradient now. Not for
-        accumulating gradients over several backward passes, nor under
-        `DistributedDataParallel`, which reduces gradients later: each process would train on its
-        own.
+        accumulating gradients over several backward passes, clipping their common norm, a
+        `GradScaler`, nor under `DistributedDataParallel`, which reduces gradients later: each
+        process would train on its own. Call it again for parameters that are thawed or added
+        later.
 
         Returns:
             The hooks' handles; `remove()` each to go back to `step()`. Until then the optimizer
@@ -258,7 +275,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             if outcome.lost:
                 raise ValueError(
                     f"{type(self).__name__}: a parameter or its state became NaN, for which its "
-                    f"format has no code; lower the learning rate, or go back to a checkpoint"
+                    f"format has no code: it is 0 now, and others have moved; go back to a "
+                    f"checkpoint, and lower the learning rate or see why a gradient is NaN"
                 )
 
     def _last_batches(
@@ -286,13 +304,16 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
                 others.append((name, parameter, gradient))
             else:
                 ready.setdefault(prepared.kind, {})[place] = prepared
+        for place in fused.overlapping(ready):  # to be updated one after another
+            name, parameter, gradient = parameters[place]
+            others.append((name, parameter, gradient))
         for each in others:  # all, before any is updated
             self._check_update(*each)
         if others:
             with torch.no_grad():
                 for each in others:
                     self._update(*each, group)
-        batches = [fused.Batch([*each.values()], [*each]) for each in ready.values()]
+        batches = [fused.Batch([*each.values()], [*each]) for each in ready.values() if each]
         first = id(parameters[0][1])
         self._batches.pop(first, None)
         if not others:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,6 +87,7 @@ class Prepared:
         kind: whether the parameter is packed, and whether gradients are rounded.
         written: the tensors whose memory a step writes to, each once.
         noted: the parameter, if it is packed and has a code for NaN.
+        spans: the addresses that a step writes to, from and to.
     """
 
     def __init__(
@@ -110,6 +111,12 @@ class Prepared:
             (resident(x), x.exponents if isinstance(x, PackedTensor) else None) for x in kept
         ]
         self._held = kept, memories  # so that no other tensor takes the place of one of them
+        self.spans = [
+            (x.data_ptr(), x.data_ptr() + x.nbytes)
+            for both in memories
+            for x in both
+            if x is not None
+        ]
         # Of a packed tensor autograd keeps the whole, others look at its codes.
         written = (*kept, *(memory for memory, _ in memories))
         self.written = list({id(x): x for x in written}.values())
@@ -146,6 +153,27 @@ class Prepared:
         self.state = state
         begins: bool = self.kernel.bind(TORCH, state.get("step", 0), gradient)
         return begins
+
+
+def overlapping(ready: Mapping[Any, dict[int, Prepared]]) -> list[int]:
+    """Take out, and return, those that share memory: threads work at all at a time."""
+    spans = sorted(
+        (begin, end, place)
+        for each in ready.values()
+        for place, one in each.items()
+        for begin, end in one.spans
+    )
+    found: set[int] = set()
+    furthest, of = 0, -1
+    for begin, end, place in spans:
+        if begin < furthest and place != of:
+            found |= {place, of}
+        if end > furthest:
+            furthest, of = end, place
+    for each in ready.values():
+        for place in found & each.keys():
+            del each[place]
+    return sorted(found)
 
 
 class Batch:
