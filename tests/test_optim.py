@@ -1222,3 +1222,14 @@ def test_groups_that_say_what_is_not_done(kind):
         kind([one, one], lr=0.1)
     with pytest.raises(ValueError, match=r"lr=1e\+39 must be 0 or more, and finite in float32"):
         kind([one], lr=1e39)
+
+
+@pytest.mark.parametrize("kind", [swalp.optim.SGD, swalp.optim.Adam])
+def test_a_state_of_another_seed_is_refused(kind):
+    one = nn.Parameter(torch.zeros(2))
+    saved = kind([one], lr=0.1, seed=7).state_dict()
+    with pytest.raises(ValueError, match=r"is of seed=7, and this optimizer has 0, .* seed=7$"):
+        kind([one], lr=0.1).load_state_dict(saved)
+    kind([one], lr=0.1, seed=7).load_state_dict(saved)
+    del saved["seed"]
+    kind([one], lr=0.1).load_state_dict(saved)

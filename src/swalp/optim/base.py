@@ -152,14 +152,24 @@ class LowPrecisionOptimizer(torch.optim.Optimizer, ABC):
             resolved[name] = self.recipe.at(layer, parameter=parameter)
         return resolved[name]
 
+    def state_dict(self) -> dict[str, Any]:
+        """As in PyTorch, and the seed, with which alone a run goes on as it would have."""
+        return {**super().state_dict(), "seed": self.seed}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in PyTorch: by the place of parameters, which keep the names that they have here.
 
         Raises:
-            ValueError: another kind of optimizer saved the state, or one with these names in
-                another order.
+            ValueError: another kind of optimizer saved the state, one of another seed, or one with
+                these names in another order.
         """
         kind = type(self).__name__
+        seed = state_dict.get("seed", self.seed)  # earlier versions did not save it
+        if seed != self.seed:
+            raise ValueError(
+                f"{kind}: the saved state is of seed={seed}, and this optimizer has {self.seed}, "
+                f"so its noise would be another; make it with seed={seed}"
+            )
         for state in state_dict["state"].values():
             if state and (missing := self._lacking(state)):
                 raise ValueError(
