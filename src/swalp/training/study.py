@@ -73,8 +73,9 @@ def check(config: RunConfig, data: Dataset) -> None:
 
 def check_networks(config: RunConfig, data: Dataset) -> None:
     """Raise UserError unless each arm can begin: the data fits the model, the recipe its layers."""
+    data = hold_out(data, config.validation_examples)
     for arm in config.arms:
-        loop.begin(config, hold_out(data, config.validation_examples), arm, config.first_seed)
+        loop.begin(config, data, arm, config.first_seed)
 
 
 def train(
